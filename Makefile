@@ -1,0 +1,26 @@
+# make train   trains a small GPT on 2 ranks through the deepspeed launcher
+# make test    lint, type check and all tests
+# Both set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
+SHELL := /bin/bash
+VENV ?= .venv
+ARGS ?=
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: train test lint bench venv
+train: venv
+	launch/local.sh 2 $(ARGS)
+
+test: lint
+	python -m pytest $(ARGS)
+
+lint: venv
+	ruff check
+	ruff format --check
+	mypy
+
+bench: venv
+	python -m benchmarks $(ARGS)
+
+venv:
+	@launch/venv.sh "$(VENV)"

@@ -1,0 +1,132 @@
+"""Nobody sees last step's weights: a parameter is settled by whoever touches it first.
+
+After a step, parameters travel while the program goes on. Until all have arrived, a torch function
+mode looks at the arguments of every torch function and settles those that are still on the way:
+a layer's forward waits for its own weights only, while reading anything else early (a tied weight,
+`state_dict()`, `copy.deepcopy`, another model that shares a parameter) waits just as well.
+
+The mode leaves at the first module call after everything has arrived (it cannot leave while one of
+its own calls is under way). What runs below torch functions does not pass
+through it: compiled and scripted modules. They are preceded by a forward hook that settles all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.hooks import RemovableHandle
+
+# These tell about a parameter, or about its gradient, without reading its values.
+_HARMLESS_PROPERTIES = (
+    "dtype device requires_grad is_leaf ndim shape grad grad_fn layout is_cuda is_cpu is_sparse "
+    "is_meta is_quantized itemsize nbytes _version output_nr retains_grad"
+).split()
+_HARMLESS = frozenset(
+    accessor
+    for name in _HARMLESS_PROPERTIES
+    for kind in ("__get__", "__set__", "__delete__")
+    if (accessor := getattr(getattr(Tensor, name, None), kind, None)) is not None
+) | {
+    Tensor.size,
+    Tensor.dim,
+    Tensor.numel,
+    Tensor.stride,
+    Tensor.is_contiguous,
+    Tensor.element_size,
+    Tensor.is_floating_point,
+    Tensor.register_hook,
+    Tensor.__hash__,
+}
+
+
+def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+class ReadGuard(TorchFunctionMode):
+    """Settles pending parameters when they are first read.
+
+    Usage: `expect(params, settle)` for everything that is on the way, then `arm()`; `settle_all()`
+    ends it at any time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._pending: dict[int, Callable[[], None]] = {}
+        self._order: list[Callable[[], None]] = []
+        self._hook: RemovableHandle | None = None
+        self._active = False
+
+    def expect(self, params: Sequence[Tensor], settle: Callable[[], None]) -> None:
+        """Call `settle` once before the first use of any of `params`."""
+        for param in params:
+            self._pending[id(param)] = settle
+        self._order.append(settle)
+
+    def arm(self) -> None:
+        """Start to watch, if anything is on the way."""
+        if self._pending and not self._active:
+            self._active = True
+            self.__enter__()  # type: ignore[no-untyped-call]  # torch's modes carry no types
+            self._hook = register_module_forward_pre_hook(self._before_forward)
+
+    def settle_all(self) -> None:
+        """Wait for everything, in the order in which it was launched."""
+        waiting, self._order, self._pending = self._order, [], {}
+        for settle in waiting:
+            settle()
+        self._disarm()
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        self._order.remove(settle)
+        self._pending = {key: other for key, other in self._pending.items() if other != settle}
+        settle()
+
+    def _disarm(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        if self._active:
+            # Somebody may have entered a mode of their own above ours; then ours stays below it,
+            # idle, until it is on top again.
+            stack = _get_current_function_mode_stack()
+            if stack and stack[-1] is self:
+                self._active = False
+                self.__exit__(None, None, None)
+
+    def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
+        if not self._pending:
+            self._disarm()
+            return
+        opaque = (
+            isinstance(module, torch.jit.ScriptModule)
+            or hasattr(module, "_orig_mod")
+            or getattr(module, "_compiled_call_impl", None) is not None
+        )
+        if opaque:
+            self.settle_all()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Settle what `func` is about to read, then call it."""
+        kwargs = kwargs or {}
+        if self._pending and func not in _HARMLESS:
+            for tensor in _tensors((*args, *kwargs.values())):
+                settle = self._pending.get(id(tensor))
+                if settle is not None:
+                    self._settle(settle)
+        return func(*args, **kwargs)

@@ -1,0 +1,29 @@
+"""Tells an optimizer's real first step from one that a framework takes to make it create states."""
+
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+# Both set every gradient to zero and call `step()` once, for its side effect.
+_REHEARSING_FUNCTIONS = {
+    "initialize_optimizer_states",  # DeepSpeed: construction of its stage-0 wrapper for 16 bits
+    "_init_optim_state",  # torch.distributed.checkpoint.state_dict: load into a fresh optimizer
+}
+
+
+def is_rehearsal() -> bool:
+    """Return whether the running `step()` was called only to create states.
+
+    For AdaBelief such a step is not harmless: it would count, decay the weights, and leave eps in
+    the second moment. It cannot be told by its gradients: real ones may all be zero too, for
+    instance on the rank whose ZeRO partition lies below a layer that starts at zero, and skipping
+    that step would silently diverge from the unsharded result. So ask who is calling; cheap
+    enough for the first step, the only one that has to know.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _REHEARSING_FUNCTIONS:
+            return True
+        frame = frame.f_back
+    return False

@@ -1,0 +1,72 @@
+"""The rule on many tensors at once, by torch's multi-tensor operations.
+
+For devices without a compiled kernel: about 15 launches for a whole group of parameters instead
+of 15 for each. Bit for bit `belief_dist.rule.update_reference_`, operation by operation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from belief_dist.rule import Direction, StepScalars
+
+
+def foreach_update_(work: Sequence[Mapping[str, Any]], scalars: StepScalars) -> None:
+    """Apply one step to every entry of `work`.
+
+    Args:
+        work: Dicts with the tensors param, grad, exp_avg, exp_avg_sq and max_exp_avg_sq (or None),
+            each as in `update_reference_`.
+        scalars: The same for all.
+    """
+    by_dtype: dict[torch.dtype, list[Mapping[str, Any]]] = {}
+    for entry in work:
+        by_dtype.setdefault(entry["exp_avg"].dtype, []).append(entry)
+    for compute, entries in by_dtype.items():
+        _update(entries, scalars, compute)
+
+
+def _update(work: Sequence[Mapping[str, Any]], scalars: StepScalars, compute: torch.dtype) -> None:
+    exp_avg: list[Tensor] = [entry["exp_avg"] for entry in work]
+    exp_avg_sq: list[Tensor] = [entry["exp_avg_sq"] for entry in work]
+    targets: list[Tensor] = [entry["param"] for entry in work]
+    params = [param.to(compute) for param in targets]  # the same tensor where nothing changes
+    grads = list(torch._foreach_mul([entry["grad"].to(compute) for entry in work], scalars.sign))
+    if scalars.coupled_decay != 0.0:
+        torch._foreach_add_(grads, torch._foreach_mul(params, scalars.coupled_decay))
+
+    delta = torch._foreach_sub(grads, exp_avg)
+    torch._foreach_mul_(delta, scalars.weight1)
+    torch._foreach_add_(exp_avg, delta)
+
+    surprise = torch._foreach_sub(grads, exp_avg)
+    increment = torch._foreach_mul(surprise, scalars.weight2)
+    torch._foreach_mul_(increment, surprise)
+    torch._foreach_mul_(exp_avg_sq, scalars.beta2)
+    torch._foreach_add_(exp_avg_sq, increment)
+    torch._foreach_add_(exp_avg_sq, scalars.eps)
+
+    second = exp_avg_sq
+    if work[0]["max_exp_avg_sq"] is not None:
+        second = [entry["max_exp_avg_sq"] for entry in work]
+        torch._foreach_maximum_(second, exp_avg_sq)
+
+    if scalars.decay != 1.0:
+        torch._foreach_mul_(params, scalars.decay)
+    if scalars.direction == Direction.ADAPTIVE:
+        denom = torch._foreach_sqrt(second)
+        torch._foreach_mul_(denom, scalars.denom_scale)
+        torch._foreach_add_(denom, scalars.eps)
+        change = torch._foreach_div(exp_avg, denom)
+        torch._foreach_mul_(change, scalars.step_size)
+        torch._foreach_sub_(params, change)
+    elif scalars.direction == Direction.MOMENTUM:
+        torch._foreach_sub_(params, torch._foreach_mul(exp_avg, scalars.step_size))
+
+    for target, param in zip(targets, params, strict=True):
+        if target is not param:
+            target.copy_(param)

@@ -1,0 +1,162 @@
+"""Where every element of every parameter lies: pure arithmetic on integers.
+
+Parameters are cut into *buckets*, the units of communication. A bucket holds whole parameters of
+one param group and one dtype, in reverse registration order, because backward produces gradients
+roughly in that order. Rank r owns piece r of every bucket, its *shard*: elements
+``[r * shard_numel, (r + 1) * shard_numel)``, wherever parameters happen to begin or end.
+
+Two alignments hold: every parameter starts at a multiple of 16 bytes inside its bucket, and every
+shard is a multiple of 128 bytes. What this adds is *padding*; it holds zeros and belongs to nobody.
+
+All ranges are half-open and in elements.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+PARAM_ALIGN_BYTES = 16
+SHARD_ALIGN_BYTES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """What the layout knows of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # for example "float32"
+    itemsize: int  # bytes per element
+    group: int  # index of its param group
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The place of one parameter in its bucket: elements [start, stop)."""
+
+    param: int  # index into Layout.params
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Parameters that are communicated together."""
+
+    group: int
+    dtype: str
+    itemsize: int
+    slots: tuple[Slot, ...]
+    numel: int  # with padding: world_size * shard_numel
+    shard_numel: int
+
+    def shard_range(self, rank: int) -> tuple[int, int]:
+        """Return [start, stop) of what `rank` owns."""
+        return rank * self.shard_numel, (rank + 1) * self.shard_numel
+
+
+@dataclass(frozen=True, slots=True)
+class Fragment:
+    """The part of a parameter that one rank owns; empty when `numel` is 0."""
+
+    bucket: int
+    numel: int
+    in_param: int  # where it starts in the flattened parameter
+    in_bucket: int  # where it starts in the bucket
+    in_shard: int  # where it starts in the rank's shard of the bucket
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The whole plan; equal on all ranks."""
+
+    params: tuple[ParamSpec, ...]
+    buckets: tuple[Bucket, ...]
+    world_size: int
+
+    @cached_property
+    def _places(self) -> dict[int, tuple[int, Slot]]:
+        return {
+            slot.param: (b, slot) for b, bucket in enumerate(self.buckets) for slot in bucket.slots
+        }
+
+    def place(self, param: int) -> tuple[int, Slot]:
+        """Return (bucket index, slot) of a parameter."""
+        return self._places[param]
+
+    def fragment(self, param: int, rank: int) -> Fragment:
+        """Return the part of parameter `param` that `rank` owns."""
+        index, slot = self._places[param]
+        shard_start, shard_stop = self.buckets[index].shard_range(rank)
+        start = min(max(slot.start, shard_start), slot.stop)
+        stop = max(min(slot.stop, shard_stop), start)
+        return Fragment(
+            bucket=index,
+            numel=stop - start,
+            in_param=start - slot.start,
+            in_bucket=start,
+            in_shard=start - shard_start if stop > start else 0,
+        )
+
+    def fingerprint(self) -> str:
+        """Return a hash that is equal exactly where the layouts are."""
+        return hashlib.sha256(
+            repr((self.params, self.buckets, self.world_size)).encode()
+        ).hexdigest()
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _close(group: int, dtype: str, itemsize: int, slots: Sequence[Slot], world_size: int) -> Bucket:
+    used = max((slot.stop for slot in slots), default=0)
+    shard_numel = _round_up(-(-used // world_size), SHARD_ALIGN_BYTES // itemsize)
+    return Bucket(group, dtype, itemsize, tuple(slots), shard_numel * world_size, shard_numel)
+
+
+def plan_layout(params: Sequence[ParamSpec], world_size: int, bucket_bytes: int) -> Layout:
+    """Cut `params` into buckets of about `bucket_bytes`.
+
+    A bucket is closed before the parameter that would make it larger than `bucket_bytes`, so a
+    larger parameter gets a bucket of its own. Buckets come in the order in which backward is
+    expected to fill them; forward needs them in the opposite order.
+
+    Args:
+        params: In registration order.
+        world_size: Number of ranks that share each bucket, >= 1.
+        bucket_bytes: Size of a bucket in bytes of its own dtype, >= 1.
+
+    Raises:
+        ValueError: `world_size` or `bucket_bytes` is less than 1.
+    """
+    if world_size < 1:
+        raise ValueError(f"world_size must be >= 1, got {world_size}.")
+    if bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes must be >= 1, got {bucket_bytes}.")
+    open_slots: dict[tuple[int, str, int], list[Slot]] = {}
+    # With several groups or dtypes, buckets are ordered by their parameter that backward reaches
+    # last, which is the one with the smallest index.
+    closed: list[Bucket] = []
+    for index in range(len(params) - 1, -1, -1):
+        spec = params[index]
+        key = (spec.group, spec.dtype, spec.itemsize)
+        slots = open_slots.setdefault(key, [])
+        start = _round_up(slots[-1].stop if slots else 0, PARAM_ALIGN_BYTES // spec.itemsize)
+        if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
+            closed.append(_close(*key, slots, world_size))
+            slots.clear()
+            start = 0
+        slots.append(Slot(index, start, start + spec.numel))
+    closed.extend(_close(*key, slots, world_size) for key, slots in open_slots.items())
+    closed.sort(key=lambda bucket: -min(slot.param for slot in bucket.slots))
+    return Layout(tuple(params), tuple(closed), world_size)

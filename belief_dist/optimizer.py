@@ -1,0 +1,215 @@
+"""AdaBelief for one device, DDP, FSDP2 and DeepSpeed's ZeRO stages, which shard around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from belief_dist import kernels
+from belief_dist.integrations.deepspeed import register_zero_optimizer
+from belief_dist.integrations.rehearsal import is_rehearsal
+from belief_dist.options import complete_options
+from belief_dist.params import as_groups, prepare_group
+from belief_dist.rule import compute_dtype, step_scalars, update_reference_
+from belief_dist.state import check_state_dict, check_state_entry
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's part of a DTensor (same storage), or the tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def _flat_views(tensors: list[Tensor]) -> list[Tensor] | None:
+    """Return 1-D views in memory order, or None if the tensors' elements are laid out differently.
+
+    Works for any dense strides that all tensors share, such as channels-last.
+    """
+    first = tensors[0]
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(-1) for tensor in tensors]
+    dense = sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True)) + 1
+    if dense != first.numel() or any(tensor.stride() != first.stride() for tensor in tensors):
+        return None
+    return [tensor.as_strided((first.numel(),), (1,)) for tensor in tensors]
+
+
+class AdaBelief(Optimizer):
+    r"""AdaBelief: Adam whose second moment is that of the gradient's deviation from its prediction.
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1-\beta_1) g_t \\
+        s_t &= \beta_2 s_{t-1} + (1-\beta_2) (g_t - m_t)^2 + \epsilon \\
+        p_t &= (1 - \eta\lambda)\, p_{t-1}
+               - \frac{\eta}{1-\beta_1^t} \frac{m_t}{\sqrt{s_t / (1-\beta_2^t)} + \epsilon}
+
+    Args:
+        params: Parameters, (name, parameter) pairs, param groups, or an iterator of them; float32,
+            float64, bfloat16 or float16. States of 16-bit parameters are float32.
+        lr: Learning rate, >= 0; a number or a tensor with one element.
+        betas: Decay rates of m and s, each in [0, 1).
+        eps: Added to s at every step and to the denominator, > 0. It is *not* Adam's eps: since it
+            accumulates in s, the denominator never falls below sqrt(eps / (1 - beta2)). Adam's
+            usual 1e-8 would turn AdaBelief into something close to SGD with momentum.
+        weight_decay: >= 0.
+        weight_decouple: Shrink parameters by 1 - lr * weight_decay (AdamW) instead of adding
+            weight_decay * parameter to the gradient.
+        fixed_decay: Shrink by 1 - weight_decay, whatever lr is.
+        rectify: RAdam's rectification. Off by default (the official class turns it on; the paper
+            never used it, and large-model jobs bring their own warm-up).
+        degenerated_to_sgd: With rectify, move along m while the variance of s is intractable;
+            otherwise leave the parameter alone.
+        amsgrad: Divide by the largest s so far. Cannot be combined with rectify.
+        maximize: Ascend instead of descending.
+        foreach: True updates all tensors of a group by torch's multi-tensor operations.
+        fused: True insists on a compiled kernel and raises without one; False uses plain torch;
+            None takes the fastest that is usable.
+
+    All options except the last two may differ per param group and travel in the state_dict.
+    A parameter's state is ``{"step": int, "exp_avg": m, "exp_avg_sq": s}``, with
+    ``max_exp_avg_sq`` under amsgrad.
+
+    Raises:
+        TypeError: An argument has the wrong type, or an option is unknown.
+        ValueError: A value is out of range, or there are no parameters.
+
+    Source: arXiv:2010.07468, Algorithm 2; switches as in adabelief-pytorch 0.2.1.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-16,
+        weight_decay: float = 0.0,
+        *,
+        weight_decouple: bool = True,
+        fixed_decay: bool = False,
+        rectify: bool = False,
+        degenerated_to_sgd: bool = True,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        **other_spellings: Any,
+    ) -> None:
+        """See the class."""
+        defaults = complete_options(locals(), other_spellings, "AdaBelief")
+        if fused and foreach:
+            raise ValueError("fused=True and foreach=True exclude each other; set one of them.")
+        if fused:
+            kernels.require_fused()
+        self._fused = fused
+        self._foreach = foreach
+        super().__init__(as_groups(params, "AdaBelief"), defaults)
+        register_zero_optimizer(type(self))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; options that it leaves out are those of the constructor."""
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        super().add_param_group(prepare_group(param_group, self.defaults, owned, "AdaBelief"))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: Computes the loss again and returns it; runs with gradients enabled.
+
+        Raises:
+            RuntimeError: A gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        rehearsal = not self.state and is_rehearsal()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            for param in params:
+                self._complete_state(param, group)
+            if not rehearsal:
+                self._update([self._arguments(param) for param in params], group)
+        return loss
+
+    def _complete_state(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        if param.grad is not None and param.grad.is_sparse:
+            raise RuntimeError(
+                f"AdaBelief cannot use a sparse gradient (parameter of shape "
+                f"{tuple(param.shape)}); build the embedding with sparse=False."
+            )
+        if not self.state[param]:
+            self.state[param] = self._new_state(param, group["amsgrad"], param.device)
+
+    def _arguments(self, param: Tensor) -> dict[str, Any]:
+        state = self.state[param]
+        # Rebound, never changed in place: DeepSpeed's stage-3 loader shares one step object
+        # between all sub-groups.
+        state["step"] = int(state["step"]) + 1
+        maximum = state.get("max_exp_avg_sq")
+        return {
+            "param": local_tensor(param),
+            "grad": local_tensor(cast(Tensor, param.grad)),
+            "exp_avg": local_tensor(state["exp_avg"]),
+            "exp_avg_sq": local_tensor(state["exp_avg_sq"]),
+            "max_exp_avg_sq": None if maximum is None else local_tensor(maximum),
+            "step": state["step"],
+        }
+
+    @staticmethod
+    def _new_state(param: Tensor, amsgrad: bool, device: torch.device | str) -> dict[str, Any]:
+        keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+        dtype = compute_dtype(param.dtype)
+        return {
+            "step": 0,
+            **{key: torch.zeros_like(param, dtype=dtype, device=device) for key in keys},
+        }
+
+    def _update(self, work: list[dict[str, Any]], group: Mapping[str, Any]) -> None:
+        if kernels.prefers_foreach(work, self._foreach, self._fused):
+            for step in {arguments["step"] for arguments in work}:
+                same = [arguments for arguments in work if arguments["step"] == step]
+                kernels.foreach_update_(same, step_scalars(group, step))
+            return
+        for arguments in work:
+            scalars = step_scalars(group, arguments.pop("step"))
+            names = [name for name, value in arguments.items() if value is not None]
+            flat = _flat_views([arguments[name] for name in names])
+            if flat is None:
+                update_reference_(**arguments, scalars=scalars)
+            else:
+                kernels.update_(
+                    **dict(zip(names, flat, strict=True)), scalars=scalars, fused=self._fused
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.
+
+        Raises:
+            ValueError: It does not fit these parameters, or comes from another optimizer.
+        """
+        loaded = state_dict
+        saved_groups = check_state_dict(loaded, self.param_groups, "AdaBelief")
+        entries = []
+        for saved, group in zip(saved_groups, self.param_groups, strict=True):
+            for index, param in zip(saved["params"], group["params"], strict=True):
+                entry = loaded["state"].get(index)
+                if entry is not None:
+                    own = self._new_state(param, saved["amsgrad"], "meta")
+                    check_state_entry(f"number {index}", entry, own)
+                    entries.append((param, entry))
+        super().load_state_dict(loaded)
+        # torch has cast floating-point states to the parameter's dtype; take the originals again.
+        for param, entry in entries:
+            dtype = compute_dtype(param.dtype)
+            state = self.state[param]
+            for key, value in entry.items():
+                if key == "step":
+                    state[key] = int(value)
+                else:
+                    state[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)

@@ -1,0 +1,156 @@
+"""The options of a param group: names, defaults, aliases, and one clear sentence for each mistake.
+
+Validation happens here, once, for both optimizers, so that kernels and the engine never see a
+value that they would have to check again.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+# Spellings of other AdaBelief packages (timm, pytorch_optimizer) for the same switch.
+ALIASES = {
+    "decoupled_decay": "weight_decouple",
+    "ams_bound": "amsgrad",
+    "beta": "betas",
+    "wd": "weight_decay",
+    "learning_rate": "lr",
+}
+# Silent no-ops that frameworks write into optimizer configs and group dicts.
+_TOLERATED = {"params", "param_names", "fused", "foreach", "initial_lr"}
+DEFAULTS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-16,
+    "weight_decay": 0.0,
+    "weight_decouple": True,
+    "fixed_decay": False,
+    "rectify": False,
+    "degenerated_to_sgd": True,
+    "amsgrad": False,
+    "maximize": False,
+}
+OPTION_NAMES = tuple(DEFAULTS)
+_SWITCHES = tuple(name for name, value in DEFAULTS.items() if isinstance(value, bool))
+
+
+def resolve_aliases(given: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+    """Return `given` with other packages' spellings replaced by ours.
+
+    Args:
+        given: Keyword options as the user wrote them.
+        known: Every name that is allowed here.
+        where: Named in the error, for example "AdaBelief".
+
+    Raises:
+        TypeError: A name is unknown, or an alias and its target are both given.
+    """
+    allowed = sorted(set(known))
+    resolved: dict[str, Any] = {}
+    for name, value in given.items():
+        target = ALIASES.get(name, name)
+        if target not in allowed:
+            guess = difflib.get_close_matches(name, [*allowed, *ALIASES], n=1)
+            hint = f" Did you mean {ALIASES.get(guess[0], guess[0])!r}?" if guess else ""
+            raise TypeError(f"{where} has no option {name!r}.{hint} Allowed: {', '.join(allowed)}.")
+        if target != name and (target in given or target in resolved):
+            raise TypeError(f"{where} got both {name!r} and {target!r}, which mean the same.")
+        if target != name:
+            warnings.warn(
+                f"{where}: option {name!r} is spelled {target!r} here; it was accepted.",
+                stacklevel=3,
+            )
+        resolved[target] = value
+    return resolved
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(
+                f"{name} must be one number, got a tensor of shape {tuple(value.shape)}."
+            )
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {type(value).__name__}; "
+            f"write it without quotes in JSON or YAML."
+        )
+    return float(value)
+
+
+def validate_options(group: Mapping[str, Any]) -> None:
+    """Check every option of a complete param group.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option is out of range, or two options exclude each other.
+    """
+    lr = _number("lr", group["lr"])
+    if not (math.isfinite(lr) and lr >= 0.0):
+        raise ValueError(f"lr must be finite and >= 0, got {lr}.")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair (beta1, beta2), got {betas!r}.")
+    beta1, beta2 = (_number(f"betas[{i}]", beta) for i, beta in enumerate(betas))
+    for i, beta in enumerate((beta1, beta2)):
+        if not 0.0 <= beta < 1.0:
+            raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}.")
+    if beta1 == 0.0:
+        warnings.warn(
+            "betas[0] = 0 makes the gradient its own prediction: exp_avg_sq is eps alone and steps "
+            "become about lr * gradient / sqrt(eps / (1 - beta2)), which usually ends in NaN; "
+            "use betas[0] > 0.",
+            stacklevel=4,
+        )
+    eps = _number("eps", group["eps"])
+    if not (math.isfinite(eps) and eps > 0.0):
+        raise ValueError(
+            f"eps must be finite and > 0, got {eps}: with 0 a parameter whose gradient is zero "
+            f"becomes 0 / 0. The published default is 1e-16."
+        )
+    weight_decay = _number("weight_decay", group["weight_decay"])
+    if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
+        raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}.")
+    for name in _SWITCHES:
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be True or False, got {group[name]!r}.")
+    if group["rectify"] and group["amsgrad"]:
+        raise ValueError(
+            "rectify=True cannot be combined with amsgrad=True: the official package silently "
+            "ignores amsgrad then. Choose one."
+        )
+    if group["fixed_decay"] and not group["weight_decouple"]:
+        raise ValueError("fixed_decay=True needs weight_decouple=True.")
+
+
+def normalize_group_names(group: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a param group with aliases resolved; refuse names that nothing would read."""
+    kept = {name: value for name, value in group.items() if name in _TOLERATED}
+    options = {name: value for name, value in group.items() if name not in _TOLERATED}
+    return {**kept, **resolve_aliases(options, OPTION_NAMES, where)}
+
+
+def complete_options(
+    given: Mapping[str, Any], other_spellings: Mapping[str, Any], where: str
+) -> dict[str, Any]:
+    """Return the checked rule options from a constructor's arguments, aliases included.
+
+    Raises:
+        TypeError: `other_spellings` holds a name that nobody knows, or a type is wrong.
+        ValueError: A value is out of range.
+    """
+    options = {name: given[name] for name in OPTION_NAMES}
+    for name in other_spellings:
+        target = ALIASES.get(name, name)
+        if target in options and options[target] != DEFAULTS[target]:
+            raise TypeError(f"{where} got {target!r} in two spellings; keep one of them.")
+    options.update(resolve_aliases(other_spellings, OPTION_NAMES, where))
+    validate_options(options)
+    return options

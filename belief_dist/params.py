@@ -1,0 +1,110 @@
+"""The `params` argument: from whatever a user passes to checked param groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from belief_dist.options import normalize_group_names, validate_options
+
+SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_UNORDERED = "{where} got a set of parameters, whose order differs between processes; pass a list."
+
+
+def as_groups(params: Any, where: str) -> list[dict[str, Any]]:
+    """Turn parameters, (name, parameter) pairs, groups, or an iterator of them into groups.
+
+    Raises:
+        TypeError: `params` is one tensor, a module, or not iterable.
+        ValueError: There is nothing in it.
+    """
+    if isinstance(params, Tensor):
+        raise TypeError(f"{where} needs an iterable of parameters, got one tensor; pass [tensor].")
+    if isinstance(params, torch.nn.Module):
+        raise TypeError(f"{where} needs parameters, got a module; pass model.parameters().")
+    if not isinstance(params, Iterable):
+        raise TypeError(
+            f"{where} needs an iterable of parameters, (name, parameter) pairs or param groups, "
+            f"got {type(params).__name__}."
+        )
+    if isinstance(params, (set, frozenset)):
+        raise TypeError(_UNORDERED.format(where=where))
+    items = list(params)
+    if not items:
+        raise ValueError(
+            f"{where} got no parameters; was the iterator already used up, "
+            f"or is every parameter filtered out?"
+        )
+    if isinstance(items[0], Mapping):
+        return [dict(group) for group in items]
+    return [{"params": items}]
+
+
+def prepare_group(
+    group: Mapping[str, Any], defaults: Mapping[str, Any], owned: set[int], where: str
+) -> dict[str, Any]:
+    """Return one checked param group, complete with defaults and with a list of parameters.
+
+    Args:
+        group: As the user wrote it, with the key "params".
+        defaults: Options for those that the group leaves out.
+        owned: `id` of each parameter that an earlier group holds.
+        where: Named in errors.
+
+    Raises:
+        TypeError: Something in it is not a tensor, or an option is unknown or of a wrong type.
+        ValueError: A parameter is a duplicate, not a leaf, or of an unsupported dtype, or an
+            option is out of range.
+    """
+    if not isinstance(group, Mapping):
+        raise TypeError(f"{where} needs each param group to be a dict, got {type(group).__name__}.")
+    if "params" not in group:
+        raise ValueError(f"{where} got a param group without 'params'; it has {sorted(group)}.")
+    members = group["params"]
+    if isinstance(members, (set, frozenset)):
+        raise TypeError(_UNORDERED.format(where=where))
+    members = [members] if isinstance(members, Tensor) else list(members)
+    names: list[str] = []
+    tensors: list[Tensor] = []
+    for member in members:
+        if isinstance(member, tuple) and len(member) == 2 and isinstance(member[0], str):
+            names.append(member[0])
+            member = member[1]
+        if not isinstance(member, Tensor):
+            raise TypeError(
+                f"{where} can only optimize tensors, got {type(member).__name__} at position "
+                f"{len(tensors)} of a param group."
+            )
+        tensors.append(member)
+    if names and len(names) != len(tensors):
+        raise ValueError(
+            f"{where} got a param group in which {len(names)} of {len(tensors)} parameters are "
+            f"named; name all of them or none."
+        )
+    seen = set(owned)
+    for position, tensor in enumerate(tensors):
+        label = repr(names[position]) if names else f"number {position}"
+        if id(tensor) in seen:
+            raise ValueError(
+                f"{where} got parameter {label} (shape {tuple(tensor.shape)}) twice; "
+                f"list every parameter once."
+            )
+        seen.add(id(tensor))
+        if tensor.dtype not in SUPPORTED_DTYPES:
+            supported = ", ".join(str(dtype).removeprefix("torch.") for dtype in SUPPORTED_DTYPES)
+            raise ValueError(
+                f"{where} cannot optimize parameter {label} of dtype "
+                f"{str(tensor.dtype).removeprefix('torch.')}; supported: {supported}."
+            )
+        if not (tensor.is_leaf or tensor.retains_grad):
+            raise ValueError(
+                f"{where} cannot optimize parameter {label}: it is not a leaf, but the result of "
+                f"an operation. Pass the parameter that it was computed from."
+            )
+    prepared = {**defaults, **normalize_group_names(group, where)}
+    prepared["params"] = list(zip(names, tensors, strict=True)) if names else tensors
+    validate_options(prepared)
+    return prepared

@@ -1,0 +1,609 @@
+"""ShardedAdaBelief: each rank keeps 1/world_size of the optimizer's state (ZeRO-1).
+
+One training step, in the order of the files that do the work::
+
+    backward   a full bucket of gradients starts its reduction    collectives.start_reduce
+    step       the reductions end; one small message is summed    norm, collectives.sum_
+               every shard is updated by one fused pass           kernels.update_
+               and starts on its way to the other ranks           collectives.start_gather
+    forward    each layer waits for its own parameters            guard.ReadGuard
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from belief_dist import kernels
+from belief_dist.buffers import BucketBuffers
+from belief_dist.collectives import (
+    Collectives,
+    Handle,
+    Reduction,
+    compare_ranks,
+    connect,
+    raise_together,
+)
+from belief_dist.guard import ReadGuard
+from belief_dist.layout import Layout, ParamSpec, plan_layout
+from belief_dist.norm import NUM_WORDS, nonfinite_count, norm_from_bins
+from belief_dist.options import complete_options
+from belief_dist.params import as_groups, prepare_group
+from belief_dist.rule import step_scalars
+from belief_dist.state import (
+    SHARD_FORMAT,
+    check_sharding,
+    check_state_dict,
+    check_state_entry,
+)
+
+logger = logging.getLogger("belief_dist")
+
+
+class _Bucket:
+    """One bucket under way: its buffers, and how far this step has come."""
+
+    def __init__(self, buffers: BucketBuffers, indices: list[int]) -> None:
+        self.buffers = buffers
+        self.indices = indices  # of its parameters, into ShardedAdaBelief._params
+        self.waiting = len(indices)  # gradients that backward has not produced yet
+        self.reduction: Handle | None = None
+
+
+class ShardedAdaBelief(Optimizer):
+    """AdaBelief whose states and master weights are sharded over the ranks of a process group.
+
+    Use it on a bare module, without DistributedDataParallel: it gives all ranks the parameters of
+    the first rank when it is built, averages gradients over the ranks while backward runs, and
+    gathers updated parameters while the next forward begins.
+
+    With ``reduction="ordered"`` parameters and states are, bit for bit, those of one process that
+    adds the ranks' gradients in rank order, for any number of ranks and any bucket size.
+
+    Args:
+        params: As for `AdaBelief`, in the same order on every rank. All must require gradients and
+            lie on one device. Parameters and gradients become views of flat buffers.
+        lr, betas, eps, weight_decay, weight_decouple, fixed_decay, rectify, degenerated_to_sgd,
+            amsgrad, maximize: As for `AdaBelief`; each may differ per param group.
+        process_group: The ranks to shard over; None means all.
+        reduction: "ordered" sums gradients in rank order in float32; "native" uses the backend's
+            reduce-scatter; "auto" is "ordered".
+        bucket_bytes: Size of a communication bucket in bytes.
+        max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
+        overlap: Reduce during backward and gather behind the next forward. False does both inside
+            `step`, with the same bits.
+        timeout: After which a rank that does not answer becomes an error.
+
+    Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
+        parameters' dtype; master, exp_avg and exp_avg_sq are (n / world_size,), float32 (float64
+        for float64 parameters).
+
+    Raises:
+        TypeError: An argument has the wrong type, or an option is unknown.
+        ValueError: A value is out of range, a parameter is frozen, devices are mixed, or the ranks
+            disagree about the parameters or options.
+        RuntimeError: torch.distributed is needed but not initialized.
+
+    Source: AdaBelief, arXiv:2010.07468, Algorithm 2; ZeRO, arXiv:1910.02054, section 5.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-16,
+        weight_decay: float = 0.0,
+        *,
+        weight_decouple: bool = True,
+        fixed_decay: bool = False,
+        rectify: bool = False,
+        degenerated_to_sgd: bool = True,
+        amsgrad: bool = False,
+        maximize: bool = False,
+        process_group: dist.ProcessGroup | None = None,
+        reduction: Reduction = "auto",
+        bucket_bytes: int = 16 << 20,
+        max_grad_norm: float | None = None,
+        overlap: bool = True,
+        timeout: timedelta = timedelta(minutes=10),
+        **other_spellings: Any,
+    ) -> None:
+        """See the class."""
+        arguments = locals()
+        self._built = False
+        device, problem = torch.device("cpu"), None
+        try:
+            defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
+            _check_engine_options(bucket_bytes, max_grad_norm, reduction)
+            super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)
+            self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+            device = self._check_params()
+        except (TypeError, ValueError) as error:
+            problem = error
+        self._links: Collectives = connect(process_group, reduction, device, timeout)
+        raise_together(self._links, problem)
+
+        self._bucket_bytes = bucket_bytes
+        self._max_grad_norm = max_grad_norm
+        self._overlap = overlap
+        self._layout = plan_layout(self._specs(), self._links.world_size, bucket_bytes)
+        self._agree_on_everything()
+        self._buckets: list[_Bucket] = []
+        self._build(device)
+        self._built = True
+
+    # - Construction
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Check and add a group; the layout is fixed once the constructor has returned.
+
+        Raises:
+            RuntimeError: The optimizer is built already.
+        """
+        if self._built:
+            raise RuntimeError(
+                "ShardedAdaBelief cannot take further param groups once its shards are laid out; "
+                "pass all groups to the constructor."
+            )
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        super().add_param_group(
+            prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
+        )
+
+    def _check_params(self) -> torch.device:
+        frozen = [self._label(i) for i, p in enumerate(self._params) if not p.requires_grad]
+        if frozen:
+            raise ValueError(
+                f"ShardedAdaBelief got {len(frozen)} frozen parameters (requires_grad=False), the "
+                f"first is {frozen[0]}; pass [p for p in model.parameters() if p.requires_grad]."
+            )
+        devices = {param.device for param in self._params}
+        if len(devices) > 1:
+            raise ValueError(
+                f"ShardedAdaBelief needs all parameters on one device, got "
+                f"{', '.join(sorted(map(str, devices)))}; move the model before building it."
+            )
+        device = devices.pop()
+        if device.type == "meta":
+            raise ValueError("ShardedAdaBelief needs real parameters, got the meta device.")
+        return device
+
+    def _label(self, index: int) -> str:
+        for group in self.param_groups:
+            if index < len(group["params"]):
+                names = group.get("param_names")
+                shape = tuple(group["params"][index].shape)
+                return f"{names[index]!r}" if names else f"number {index} of shape {shape}"
+            index -= len(group["params"])
+        raise IndexError(index)
+
+    def _specs(self) -> list[ParamSpec]:
+        specs: list[ParamSpec] = []
+        for number, group in enumerate(self.param_groups):
+            for position, param in enumerate(group["params"]):
+                names = group.get("param_names")
+                specs.append(
+                    ParamSpec(
+                        name=names[position] if names else str(len(specs)),
+                        shape=tuple(param.shape),
+                        dtype=str(param.dtype).removeprefix("torch."),
+                        itemsize=param.element_size(),
+                        group=number,
+                    )
+                )
+        return specs
+
+    def _agree_on_everything(self) -> None:
+        """Compare model and options over the ranks: a mismatch is an error and not a hang."""
+        engine = (
+            self._bucket_bytes,
+            self._max_grad_norm,
+            self._overlap,
+            type(self._links).__name__,
+        )
+        compare_ranks(
+            self._links,
+            {
+                "number of parameters": [len(self._params)],
+                "parameter": list(self._layout.params),
+                "options of param group": [
+                    {key: group[key] for key in self.defaults} for group in self.param_groups
+                ],
+                "(bucket_bytes, max_grad_norm, overlap, reduction)": [engine],
+            },
+        )
+
+    def _build(self, device: torch.device) -> None:
+        rank = self._links.rank
+        for plan in self._layout.buckets:
+            indices = [slot.param for slot in plan.slots]
+            amsgrad = self.param_groups[plan.group]["amsgrad"]
+            buffers = BucketBuffers(plan, [self._params[i] for i in indices], rank, amsgrad=amsgrad)
+            self._links.broadcast_(buffers.flat_param)
+            if buffers.has_master:
+                buffers.refresh_master()
+            self._buckets.append(_Bucket(buffers, indices))
+
+        self._home = [self._layout.place(i)[0] for i in range(len(self._params))]
+        self._grad_views = [torch.empty(0)] * len(self._params)
+        for bucket in self._buckets:
+            for index, view in zip(bucket.indices, bucket.buffers.grad_views, strict=True):
+                self._grad_views[index] = view
+        for index, param in enumerate(self._params):
+            self.state[param] = self._fragments(index)
+        self._fired = [False] * len(self._params)
+        self._reduced_version: list[int | None] = [None] * len(self._params)
+        self._param_versions = [param._version for param in self._params]
+        self._next_bucket = 0  # reductions start in layout order on every rank
+        self._synchronize = True
+        self._guard = ReadGuard()
+        self._message = torch.zeros(NUM_WORDS + len(self._params), dtype=torch.int64, device=device)
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self._skipped = 0
+        self._verdict: tuple[Tensor, list[int]] | None = None
+        owner = weakref.ref(self)
+        for index, param in enumerate(self._params):
+            param.register_post_accumulate_grad_hook(_Hook(owner, index))
+
+    def _fragments(self, index: int) -> dict[str, Any]:
+        """Return the state of one parameter: views of the part that this rank owns."""
+        part = self._layout.fragment(index, self._links.rank)
+        buffers = self._buckets[part.bucket].buffers
+        window = slice(part.in_shard, part.in_shard + part.numel)
+        state: dict[str, Any] = {
+            "step": 0,
+            "exp_avg": buffers.exp_avg[window],
+            "exp_avg_sq": buffers.exp_avg_sq[window],
+        }
+        if buffers.max_exp_avg_sq is not None:
+            state["max_exp_avg_sq"] = buffers.max_exp_avg_sq[window]
+        if buffers.has_master:
+            state["master"] = buffers.master[window]
+        return state
+
+    # - Backward
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients locally: no communication in backward passes inside the context."""
+        before, self._synchronize = self._synchronize, False
+        try:
+            yield
+        finally:
+            self._synchronize = before
+
+    def _on_gradient(self, index: int) -> None:
+        """Take the gradient that backward has just accumulated for parameter `index`."""
+        param, view = self._params[index], self._grad_views[index]
+        assert param.grad is not None
+        reduced = self._reduced_version[index]
+        if param.grad is view:
+            # One in-place change since the reduction is this accumulation: onto a sum over ranks.
+            if reduced is not None and view._version == reduced + 1:
+                raise RuntimeError(
+                    f"backward reached parameter {self._label(index)} again after its gradient was "
+                    f"summed over the ranks: call zero_grad() after step(), and run all but the "
+                    f"last backward of a step under optimizer.no_sync()."
+                )
+        else:
+            self._adopt(index)
+        self._reduced_version[index] = None
+        bucket = self._buckets[self._home[index]]
+        if not self._synchronize:
+            return
+        if not self._fired[index]:
+            self._fired[index] = True
+            bucket.waiting -= 1
+        if self._overlap and bucket.waiting == 0:
+            self._launch(complete_only=True)
+
+    def _adopt(self, index: int) -> None:
+        """Move a gradient that autograd or the user has made into its place in the bucket."""
+        param, view = self._params[index], self._grad_views[index]
+        grad = param.grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"ShardedAdaBelief cannot use the sparse gradient of parameter "
+                f"{self._label(index)}; build the embedding with sparse=False."
+            )
+        view.copy_(grad)
+        param.grad = view
+
+    def _launch(self, *, complete_only: bool) -> None:
+        """Start the reductions that may start, in layout order."""
+        while self._next_bucket < len(self._buckets):
+            bucket = self._buckets[self._next_bucket]
+            if complete_only and bucket.waiting > 0:
+                return
+            for index in bucket.indices:
+                if self._params[index].grad is not self._grad_views[index]:
+                    self._grad_views[index].zero_()
+            buffers = bucket.buffers
+            bucket.reduction = self._links.start_reduce(buffers.flat_grad, buffers.grad_shard)
+            for index in bucket.indices:
+                self._reduced_version[index] = self._grad_views[index]._version
+            self._next_bucket += 1
+
+    # - Step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Average the gradients over the ranks and update the parameters; called by all ranks.
+
+        If a gradient is not finite on any rank, all ranks skip the step: parameters, states and
+        step counts stay as they are, and `skipped_steps` grows by one.
+
+        Args:
+            closure: Computes the loss again and returns it; runs with gradients enabled.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._resolve_verdict()
+        self._guard.settle_all()
+        self._reduce_rest()
+        used, scale, skip = self._agree()
+        updated = self._update(used, scale, skip)
+        self._verdict = (skip, updated)
+        if skip.device.type == "cpu":
+            self._resolve_verdict()
+        self._reset()
+        return loss
+
+    def _reduce_rest(self) -> None:
+        for index, param in enumerate(self._params):
+            if param.grad is not None and param.grad is not self._grad_views[index]:
+                if self._reduced_version[index] is not None:
+                    raise RuntimeError(
+                        f"the gradient of parameter {self._label(index)} was replaced after it was "
+                        f"summed over the ranks; change gradients before backward ends, or build "
+                        f"the optimizer with overlap=False."
+                    )
+                self._adopt(index)
+            if self._params[index]._version != self._param_versions[index]:
+                self._take_over(index)
+        self._launch(complete_only=False)
+        for bucket in self._buckets:
+            assert bucket.reduction is not None
+            bucket.reduction.wait()
+
+    def _take_over(self, index: int) -> None:
+        """Somebody has set a parameter (loaded weights, say): its master weights follow."""
+        self._param_versions[index] = self._params[index]._version
+        part = self._layout.fragment(index, self._links.rank)
+        buffers = self._buckets[part.bucket].buffers
+        if buffers.has_master:
+            window = slice(part.in_shard, part.in_shard + part.numel)
+            buffers.master[window].copy_(buffers.param_shard[window])
+
+    def _agree(self) -> tuple[list[bool], Tensor, Tensor]:
+        """Exchange the one small message of a step.
+
+        Returns:
+            Which parameters have a gradient on some rank; the factor on summed gradients (mean and
+            clipping, float64); and whether all ranks skip the step. The last two have one element.
+        """
+        message = self._message.zero_()
+        for bucket in self._buckets:
+            kernels.squared_norm_bins_(message[:NUM_WORDS], bucket.buffers.grad_shard)
+        local = [param.grad is not None for param in self._params]
+        if all(local):
+            message[NUM_WORDS:] = 1
+        else:
+            message[NUM_WORDS:] = torch.tensor(local, device=message.device)
+        self._links.sum_(message)
+        # A rank that has used every parameter need not wait for the answer of the others.
+        used = local if all(local) else (message[NUM_WORDS:] > 0).tolist()
+
+        mean = 1.0 / self._links.world_size
+        self.grad_norm = norm_from_bins(message[:NUM_WORDS]) * mean
+        scale = torch.full_like(self.grad_norm, mean)
+        if self._max_grad_norm is not None:
+            # The same formula as torch.nn.utils.clip_grad_norm_.
+            scale *= (self._max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        return used, scale, nonfinite_count(message[:NUM_WORDS]) > 0
+
+    def _update(self, used: list[bool], scale: Tensor, skip: Tensor) -> list[int]:
+        """Update every shard and send it on its way, in the order in which forward needs them."""
+        updated = [index for index, is_used in enumerate(used) if is_used]
+        for index in updated:
+            state = self.state[self._params[index]]
+            state["step"] = state["step"] + 1
+        for bucket in reversed(self._buckets):
+            for start, stop, step in self._runs(bucket, used):
+                self._update_run(bucket, slice(start, stop), step, scale, skip)
+            if self._links.world_size > 1:
+                handle = self._links.start_gather(bucket.buffers.flat_param)
+                self._guard.expect([self._params[i] for i in bucket.indices], handle.wait)
+        if self._overlap:
+            self._guard.arm()
+        else:
+            self._guard.settle_all()
+        return updated
+
+    def _runs(self, bucket: _Bucket, used: list[bool]) -> list[tuple[int, int, int]]:
+        """Return (start, stop, step) of what to update, in elements of this rank's shard.
+
+        Almost always that is the whole shard. Only parameters with another step count than their
+        neighbours, or without a gradient on any rank, break it up.
+        """
+        steps = [self.state[self._params[i]]["step"] if used[i] else 0 for i in bucket.indices]
+        if len(set(steps)) == 1:
+            return [(0, bucket.buffers.bucket.shard_numel, steps[0])] if steps[0] else []
+        runs: list[tuple[int, int, int]] = []
+        for index, step in zip(bucket.indices, steps, strict=True):
+            part = self._layout.fragment(index, self._links.rank)
+            if step and part.numel:
+                runs.append((part.in_shard, part.in_shard + part.numel, step))
+        return runs
+
+    def _update_run(
+        self, bucket: _Bucket, window: slice, step: int, scale: Tensor, skip: Tensor
+    ) -> None:
+        buffers = bucket.buffers
+        maximum = buffers.max_exp_avg_sq
+        kernels.update_(
+            buffers.master[window],
+            buffers.grad_shard[window],
+            buffers.exp_avg[window],
+            buffers.exp_avg_sq[window],
+            step_scalars(self.param_groups[buffers.bucket.group], step),
+            grad_scale=scale,
+            skip=skip,
+            max_exp_avg_sq=None if maximum is None else maximum[window],
+            param_out=buffers.param_shard[window] if buffers.has_master else None,
+        )
+
+    def _resolve_verdict(self) -> None:
+        """Read whether the last step was skipped, and count it back if so.
+
+        On a CUDA device this is left to the next step, when the answer has long arrived.
+        """
+        if self._verdict is None:
+            return
+        skip, updated = self._verdict
+        self._verdict = None
+        if not bool(skip):
+            return
+        self._skipped += 1
+        for index in updated:
+            state = self.state[self._params[index]]
+            state["step"] = state["step"] - 1
+        if self._links.rank == 0:
+            logger.warning(
+                "a gradient is not finite: step skipped on all ranks (%d so far)", self._skipped
+            )
+
+    def _reset(self) -> None:
+        self._next_bucket = 0
+        for bucket in self._buckets:
+            bucket.waiting = len(bucket.indices)
+            bucket.reduction = None
+        self._fired = [False] * len(self._params)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget all gradients; the flat buffers stay.
+
+        Args:
+            set_to_none: Let backward write the next gradients instead of adding to zeros.
+        """
+        for index, param in enumerate(self._params):
+            self._reduced_version[index] = None
+            if set_to_none:
+                param.grad = None
+        if not set_to_none:
+            for bucket in self._buckets:
+                bucket.buffers.flat_grad.zero_()
+
+    # - What a user may read
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped because a gradient was not finite."""
+        self._resolve_verdict()
+        return self._skipped
+
+    @property
+    def layout(self) -> Layout:
+        """Which rank owns which elements of which parameter."""
+        return self._layout
+
+    def bytes_per_rank(self) -> dict[str, int]:
+        """Return the bytes that this rank really holds, by kind."""
+        total: dict[str, int] = {}
+        for bucket in self._buckets:
+            for kind, nbytes in bucket.buffers.nbytes().items():
+                total[kind] = total.get(kind, 0) + nbytes
+        return total
+
+    # - Saving and loading of this rank's shard
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return this rank's shard in torch's form, with a description of the sharding.
+
+        Every rank saves its own; `load_state_dict` takes it back on the same rank of an equal
+        layout. Tensors are views of the live state: copy or save them before the next step.
+        """
+        self._resolve_verdict()
+        state_dict = super().state_dict()
+        state_dict["sharding"] = self._sharding()
+        return state_dict
+
+    def _sharding(self) -> dict[str, Any]:
+        return {
+            "format": SHARD_FORMAT,
+            "rank": self._links.rank,
+            "world_size": self._links.world_size,
+            "layout": self._layout.fingerprint(),
+            "skipped_steps": self._skipped,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` returned on the same rank of an equally built optimizer.
+
+        Called by all ranks.
+
+        Raises:
+            ValueError: On every rank, before anything is changed: some rank's is not a shard of
+                this optimizer, or of another rank, world size or layout.
+        """
+        problem, entries = None, []
+        try:
+            check_state_dict(state_dict, self.param_groups, "ShardedAdaBelief")
+            check_sharding(state_dict.get("sharding"), self._sharding())
+            for index, param in enumerate(self._params):
+                entry = state_dict["state"].get(index, {})
+                check_state_entry(self._label(index), entry, self.state[param])
+                entries.append(entry)
+        except ValueError as error:
+            problem = error
+        raise_together(self._links, problem)
+
+        self._resolve_verdict()
+        self._guard.settle_all()
+        for param, entry in zip(self._params, entries, strict=True):
+            own = self.state[param]
+            for key, value in own.items():
+                if isinstance(value, Tensor):
+                    value.copy_(entry[key])
+            own["step"] = int(entry["step"])
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
+        self._skipped = int(state_dict["sharding"]["skipped_steps"])
+        # Weights that were loaded before are not newer than the masters that were loaded now.
+        self._param_versions = [param._version for param in self._params]
+
+
+def _check_engine_options(bucket_bytes: Any, max_grad_norm: Any, reduction: Any) -> None:
+    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
+        raise ValueError(f"bucket_bytes must be an integer >= 1, got {bucket_bytes!r}.")
+    if max_grad_norm is not None and not max_grad_norm > 0.0:
+        raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm!r}.")
+    if reduction not in ("auto", "ordered", "native"):
+        raise ValueError(f"reduction must be 'auto', 'ordered' or 'native', got {reduction!r}.")
+
+
+class _Hook:
+    """Calls the optimizer back without keeping it alive."""
+
+    def __init__(self, owner: weakref.ref[ShardedAdaBelief], index: int) -> None:
+        self._owner, self._index = owner, index
+
+    def __call__(self, param: Tensor) -> None:
+        optimizer = self._owner()
+        if optimizer is not None:
+            with torch.no_grad():
+                optimizer._on_gradient(self._index)

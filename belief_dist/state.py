@@ -1,0 +1,101 @@
+"""The form of a state_dict that somebody wants to load: is it one of ours, for this model?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from belief_dist.options import OPTION_NAMES
+
+SHARD_FORMAT = 1  # of what ShardedAdaBelief.state_dict returns
+
+
+def check_state_dict(
+    state_dict: Any, param_groups: list[dict[str, Any]], where: str
+) -> list[dict[str, Any]]:
+    """Return the saved param groups after comparing their form with the optimizer's.
+
+    Raises:
+        ValueError: This is no optimizer's state_dict, or groups differ in number or length.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        keys = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else state_dict
+        raise ValueError(
+            f"{where}.load_state_dict needs a dict with 'state' and 'param_groups', "
+            f"got {keys!r:.200}."
+        )
+    saved: list[dict[str, Any]] = list(state_dict["param_groups"])
+    have = [len(group["params"]) for group in saved]
+    want = [len(group["params"]) for group in param_groups]
+    if have != want:
+        raise ValueError(
+            f"{where}.load_state_dict: the saved param groups hold {have} parameters, these hold "
+            f"{want}; build the optimizer with the same model and groups as when saving."
+        )
+    for index, group in enumerate(saved):
+        missing = [name for name in OPTION_NAMES if name not in group]
+        if missing:
+            raise ValueError(
+                f"{where}.load_state_dict: saved param group {index} has no {missing[0]!r}; "
+                f"this is the state_dict of another optimizer."
+            )
+    return saved
+
+
+def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse one parameter's loaded state unless it has the keys and shapes of its `own` state.
+
+    Args:
+        label: Names the parameter in the error.
+        entry: The loaded state.
+        own: The state that it would replace.
+
+    Raises:
+        ValueError: It does not fit; the sentence tells whose state it looks like.
+    """
+    if set(entry) != set(own):
+        origin = ""
+        if "exp_avg_var" in entry:
+            origin = " This is a state of adabelief-pytorch or timm, whose s is called exp_avg_var."
+        elif {"exp_avg", "exp_avg_sq"} <= set(entry):
+            origin = " Were amsgrad or the parameters' dtype different when it was saved?"
+        raise ValueError(
+            f"cannot load the state of parameter {label}: it has {sorted(entry)}, "
+            f"but {sorted(own)} are needed.{origin}"
+        )
+    for key, value in own.items():
+        if isinstance(value, Tensor) and entry[key].shape != value.shape:
+            raise ValueError(
+                f"cannot load {key} of parameter {label}: its shape is "
+                f"{tuple(entry[key].shape)}, {tuple(value.shape)} is needed."
+            )
+
+
+def check_sharding(saved: Any, own: Mapping[str, Any]) -> None:
+    """Refuse a shard that another rank, world size or layout has saved.
+
+    Args:
+        saved: The entry "sharding" of the loaded state_dict.
+        own: The same description of the optimizer that loads it.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    if not isinstance(saved, Mapping) or saved.get("format") != SHARD_FORMAT:
+        raise ValueError(
+            f"ShardedAdaBelief.load_state_dict needs its own shard with sharding format "
+            f"{SHARD_FORMAT}, got {saved!r:.100}."
+        )
+    if (saved["rank"], saved["world_size"]) != (own["rank"], own["world_size"]):
+        raise ValueError(
+            f"this is the shard of rank {saved['rank']} of {saved['world_size']}, but this process "
+            f"is rank {own['rank']} of {own['world_size']}; every rank loads the shard that the "
+            f"same rank saved."
+        )
+    if saved["layout"] != own["layout"]:
+        raise ValueError(
+            "this shard was saved with another layout; build the optimizer with the same "
+            "parameters, groups and bucket_bytes as when saving."
+        )

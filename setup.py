@@ -1,0 +1,5 @@
+"""Build steps beyond pyproject.toml."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,316 @@
+"""Bad input gets the one sentence that a user needs, on every rank, before any collective."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+
+from belief_dist import AdaBelief, ShardedAdaBelief
+
+
+def p(*shape: int, **kwargs: Any) -> nn.Parameter:
+    return nn.Parameter(torch.ones(*shape, **kwargs))
+
+
+def label(value: Any) -> str:
+    """Name a case by its sentence."""
+    return value[:40] if isinstance(value, str) else getattr(value, "__name__", "")
+
+
+OPTIONS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lr": -1.0}, ValueError, "lr must be finite and >= 0, got -1.0"),
+    ({"lr": float("nan")}, ValueError, "lr must be finite"),
+    (
+        {"lr": "1e-3"},
+        TypeError,
+        "lr must be a number, got '1e-3' of type str; write it without quotes",
+    ),
+    ({"lr": torch.ones(2)}, ValueError, "lr must be one number, got a tensor of shape (2,)"),
+    ({"lr": True}, TypeError, "lr must be a number, got True"),
+    ({"betas": (0.9,)}, TypeError, "betas must be a pair (beta1, beta2), got (0.9,)"),
+    ({"betas": (0.9, 1.0)}, ValueError, "betas[1] must be in [0, 1), got 1.0"),
+    ({"betas": (-0.1, 0.9)}, ValueError, "betas[0] must be in [0, 1), got -0.1"),
+    ({"eps": 0.0}, ValueError, "eps must be finite and > 0, got 0.0"),
+    ({"weight_decay": -0.1}, ValueError, "weight_decay must be finite and >= 0, got -0.1"),
+    ({"rectify": 1}, TypeError, "rectify must be True or False, got 1"),
+    (
+        {"rectify": True, "amsgrad": True},
+        ValueError,
+        "rectify=True cannot be combined with amsgrad",
+    ),
+    ({"fixed_decay": True, "weight_decouple": False}, ValueError, "fixed_decay=True needs"),
+    ({"weight_decoupled": True}, TypeError, "has no option 'weight_decoupled'. Did you mean"),
+    ({"learning_rate": 0.2}, TypeError, "got 'lr' in two spellings; keep one of them"),
+    ({"nonsense": 1}, TypeError, "has no option 'nonsense'. Allowed: amsgrad, betas"),
+]
+
+PARAMS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (list, ValueError, "got no parameters; was the iterator already used up"),
+    (lambda: p(2), TypeError, "got one tensor; pass [tensor]"),
+    (lambda: nn.Linear(2, 2), TypeError, "got a module; pass model.parameters()"),
+    (lambda: 3, TypeError, "got int"),
+    (lambda: [1.0], TypeError, "can only optimize tensors, got float at position 0"),
+    (lambda: {p(2)}, TypeError, "order differs"),
+    (lambda: [{"params": {p(2)}}], TypeError, "order differs"),
+    (lambda: [torch.ones(2, dtype=torch.int64)], ValueError, "int64; supported"),
+    (lambda: [p(2) * 2], ValueError, "it is not a leaf"),
+    (lambda: [("a", p(2)), p(2)], ValueError, "1 of 2 parameters are named"),
+    (lambda: [{"lr": 0.1}], ValueError, "without 'params'"),
+    (lambda: [{"params": [p(2)], "lrr": 0.1}], TypeError, "Did you mean 'lr'"),
+    (lambda: [{"params": [p(2)], "lr": -2.0}], ValueError, "lr must be finite and >= 0, got -2.0"),
+]
+
+
+def twice() -> list[nn.Parameter]:
+    same = p(2, 3)
+    return [same, p(1), same]
+
+
+PARAMS.append((twice, ValueError, "parameter number 2 (shape (2, 3)) twice"))
+
+
+@pytest.mark.parametrize("cls", [AdaBelief, ShardedAdaBelief])
+@pytest.mark.parametrize("options, error, sentence", OPTIONS, ids=label)
+def test_options(cls: type, options: dict[str, Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=re.escape(sentence)):
+        cls([p(2)], **{"lr": 0.1, **options})
+
+
+@pytest.mark.parametrize("cls", [AdaBelief, ShardedAdaBelief])
+@pytest.mark.parametrize("make, error, sentence", PARAMS, ids=label)
+def test_params(cls: type, make: Callable[[], Any], error: type[Exception], sentence: str) -> None:
+    with pytest.raises(error, match=re.escape(sentence)):
+        cls(make())
+
+
+ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
+    (
+        lambda: [p(2)],
+        {"bucket_bytes": 0},
+        ValueError,
+        "bucket_bytes must be an integer >= 1, got 0",
+    ),
+    (lambda: [p(2)], {"bucket_bytes": 2.5}, ValueError, "bucket_bytes must be an integer"),
+    (
+        lambda: [p(2)],
+        {"max_grad_norm": 0.0},
+        ValueError,
+        "max_grad_norm must be > 0 or None, got 0.0",
+    ),
+    (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'auto', 'ordered' or 'native'"),
+    (
+        lambda: [("a", p(2)), ("frozen.one", p(2).requires_grad_(False))],
+        {},
+        ValueError,
+        "1 frozen parameters (requires_grad=False), the first is 'frozen.one'; pass [p for p in",
+    ),
+    (lambda: [p(2), p(2, device="meta")], {}, ValueError, "on one device, got cpu, meta"),
+    (lambda: [p(2, device="meta")], {}, ValueError, "needs real parameters"),
+]
+
+
+@pytest.mark.parametrize("make, options, error, sentence", ENGINE, ids=label)
+def test_engine(
+    make: Callable[[], Any], options: dict[str, Any], error: type[Exception], sentence: str
+) -> None:
+    with pytest.raises(error, match=re.escape(sentence)):
+        ShardedAdaBelief(make(), **options)
+
+
+@pytest.mark.parametrize("cls", [AdaBelief, ShardedAdaBelief])
+def test_beta1_of_zero_warns(cls: type) -> None:
+    with pytest.warns(UserWarning, match="makes the gradient its own prediction"):
+        cls([p(2)], betas=(0.0, 0.9))
+
+
+@pytest.mark.parametrize("cls", [AdaBelief, ShardedAdaBelief])
+def test_other_spellings_are_accepted_with_a_warning(cls: type) -> None:
+    with pytest.warns(UserWarning, match="'decoupled_decay' is spelled 'weight_decouple'"):
+        optimizer = cls([p(2)], decoupled_decay=False)
+    assert optimizer.param_groups[0]["weight_decouple"] is False
+
+
+@pytest.mark.parametrize("cls", [AdaBelief, ShardedAdaBelief])
+def test_sparse_gradients(cls: type) -> None:
+    table = nn.Embedding(5, 3, sparse=True)
+    optimizer = cls(table.parameters())
+    with pytest.raises(RuntimeError, match="build the embedding with sparse=False"):
+        table(torch.tensor([1])).sum().backward()
+        optimizer.step()
+
+
+def test_sharding_needs_an_initialized_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match=r"WORLD_SIZE is 2; call torch.distributed.init_process"):
+        ShardedAdaBelief([p(2)])
+
+
+def test_no_new_groups_once_shards_are_laid_out() -> None:
+    optimizer = ShardedAdaBelief([p(2)])
+    with pytest.raises(RuntimeError, match="pass all groups to the constructor"):
+        optimizer.add_param_group({"params": [p(3)]})
+
+
+# - Loading
+
+
+def trained(cls: type, **options: Any) -> Any:
+    param = p(3)
+    optimizer = cls([param], **options)
+    param.grad = torch.ones(3)
+    optimizer.step()
+    return optimizer
+
+
+def no_groups(s: dict[str, Any]) -> Any:
+    return {"state": s["state"]}
+
+
+def two_params(s: dict[str, Any]) -> Any:
+    s["param_groups"][0]["params"] = [0, 1]
+    return s
+
+
+def of_adam(s: dict[str, Any]) -> Any:
+    del s["param_groups"][0]["weight_decouple"]
+    return s
+
+
+def official(s: dict[str, Any]) -> Any:
+    s["state"][0]["exp_avg_var"] = s["state"][0].pop("exp_avg_sq")
+    return s
+
+
+def other_shape(s: dict[str, Any]) -> Any:
+    s["state"][0]["exp_avg"] = torch.ones(4)
+    return s
+
+
+FOREIGN: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda s: None, "needs a dict with 'state' and 'param_groups', got None"),
+    (no_groups, "needs a dict with 'state' and 'param_groups', got ['state']"),
+    (two_params, "the saved param groups hold [2] parameters, these hold [1]"),
+    (of_adam, "has no 'weight_decouple'; this is the state_dict of another optimizer"),
+    (official, "a state of adabelief-pytorch or timm"),
+    (other_shape, "its shape is (4,)"),
+]
+FOREIGN_SHARDS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda s: {k: v for k, v in s.items() if k != "sharding"}, "needs its own shard"),
+    (lambda s: {**s, "sharding": {**s["sharding"], "rank": 1, "world_size": 2}}, "rank 1 of 2"),
+    (lambda s: {**s, "sharding": {**s["sharding"], "layout": "?"}}, "another layout"),
+]
+
+
+@pytest.mark.parametrize(
+    "cls, damage, sentence",
+    [
+        *((cls, *case) for cls in (AdaBelief, ShardedAdaBelief) for case in FOREIGN),
+        *((ShardedAdaBelief, *case) for case in FOREIGN_SHARDS),
+    ],
+    ids=label,
+)
+def test_foreign_state(cls: type, damage: Callable[[dict[str, Any]], Any], sentence: str) -> None:
+    optimizer = trained(cls)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        optimizer.load_state_dict(damage(copy.deepcopy(before)))
+    after = optimizer.state_dict()
+    for key, value in before["state"][0].items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][0][key])), key
+    assert after["param_groups"] == before["param_groups"]
+
+
+# - Ranks that differ
+
+
+def expect(sentence: str, make: Callable[[int], Any]) -> None:
+    """Every rank gets the sentence, although only the last one is different."""
+    odd = dist.get_rank() == dist.get_world_size() - 1
+    with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
+        make(odd)
+
+
+def build(odd: bool, params: Callable[[bool], Any], **options: Callable[[bool], Any]) -> None:
+    ShardedAdaBelief(params(odd), **{key: value(odd) for key, value in options.items()})
+
+
+def same(odd: bool) -> list[tuple[str, nn.Parameter]]:
+    return [("a", p(2)), ("b", p(3))]
+
+
+def test_ranks_that_disagree(tmp_path: Path) -> None:
+    def case(sentence: str, params: Callable[[bool], Any], **options: Any) -> Any:
+        return partial(expect, sentence, partial(build, params=params, **options))
+
+    run_ranks(
+        3,
+        tmp_path,
+        case("the number of parameters: the group's rank 0 has 2, rank 2 has 1", one_less),
+        case("disagree about the parameter", other_param_shape),
+        case("disagree about the parameter", other_order),
+        case("disagree about the parameter", other_dtype),
+        case("disagree about the options of param group", same, lr=other_lr),
+        case("bucket_bytes", same, bucket_bytes=other_bytes),
+        case("lr must be finite and >= 0, got -1.0", same, lr=bad_lr),
+        case("1 frozen parameters", frozen_here),
+        loads_together,
+    )
+
+
+def one_less(odd: bool) -> list[tuple[str, nn.Parameter]]:
+    return same(odd)[: 1 if odd else 2]
+
+
+def other_param_shape(odd: bool) -> list[tuple[str, nn.Parameter]]:
+    return [("a", p(2)), ("b", p(4 if odd else 3))]
+
+
+def other_order(odd: bool) -> list[tuple[str, nn.Parameter]]:
+    return same(odd)[:: -1 if odd else 1]
+
+
+def other_dtype(odd: bool) -> list[tuple[str, nn.Parameter]]:
+    return [("a", p(2, dtype=torch.bfloat16 if odd else torch.float32))]
+
+
+def frozen_here(odd: bool) -> list[tuple[str, nn.Parameter]]:
+    return [("a", p(2).requires_grad_(not odd))]
+
+
+def other_lr(odd: bool) -> float:
+    return 0.1 if odd else 0.2
+
+
+def bad_lr(odd: bool) -> float:
+    return -1.0 if odd else 0.2
+
+
+def other_bytes(odd: bool) -> int:
+    return 100 if odd else 200
+
+
+def loads_together() -> None:
+    """One rank's bad shard is refused by all, and nobody has changed anything."""
+    param = p(1000)
+    optimizer = ShardedAdaBelief([param])
+    param.grad = torch.ones(1000)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg"].zero_()
+    if dist.get_rank() == 1:
+        saved["sharding"]["layout"] = "?"
+    with pytest.raises(ValueError, match="another layout"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[param]["exp_avg"].count_nonzero() == len(
+        optimizer.state[param]["exp_avg"]
+    )

@@ -1,0 +1,408 @@
+"""ShardedAdaBelief on real gloo processes: equal, bit for bit, to one process.
+
+The reference sums the ranks' gradients in rank order and applies the rule to whole parameters.
+Two ranks would prove nothing about order (a + b commutes): every case runs on 1, 2, 3 and 4.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
+from ranks import run_ranks
+
+from belief_dist import ShardedAdaBelief
+from belief_dist.kernels import squared_norm_bins_
+from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.rule import compute_dtype, step_scalars, update_reference_
+
+DEFAULTS = {
+    "weight_decouple": True,
+    "fixed_decay": False,
+    "rectify": False,
+    "degenerated_to_sgd": True,
+    "amsgrad": False,
+    "maximize": False,
+}
+
+
+class Reference:
+    """One process that holds everything and adds the ranks' gradients in rank order."""
+
+    def __init__(self, params: list[torch.nn.Parameter], options: list[dict[str, Any]]) -> None:
+        self.options = options  # one for each parameter
+        self.low = [p.detach().clone() for p in params]
+        dtype = [compute_dtype(p.dtype) for p in params]
+        self.master = [p.detach().to(d) for p, d in zip(params, dtype, strict=True)]
+        self.exp_avg = [torch.zeros_like(p) for p in self.master]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.master]
+        self.maximum = [
+            torch.zeros_like(p) if o["amsgrad"] else None
+            for p, o in zip(self.master, options, strict=True)
+        ]
+        self.steps = [0] * len(params)
+        self.norm = torch.tensor(0.0)
+
+    def step(self, grads: list[list[torch.Tensor | None]], max_grad_norm: float | None) -> None:
+        """Apply one step to `grads[rank][param]`."""
+        world_size = len(grads)
+        sums: list[torch.Tensor | None] = []
+        bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
+        for index, master in enumerate(self.master):
+            pieces = [grads[rank][index] for rank in range(world_size)]
+            if all(piece is None for piece in pieces):
+                sums.append(None)
+                continue
+            zero = torch.zeros_like(master)
+            total = rank_order_sum([zero if piece is None else piece for piece in pieces])
+            sums.append(total)
+            squared_norm_bins_(bins, total.reshape(-1))
+        mean = 1.0 / world_size
+        self.norm = norm_from_bins(bins) * mean
+        scale = mean
+        if max_grad_norm is not None:
+            scale *= min(1.0, max_grad_norm / (self.norm.item() + 1e-6))
+        for i, total in enumerate(sums):
+            if total is None:
+                continue
+            self.steps[i] += 1
+            update_reference_(
+                self.master[i],
+                total,
+                self.exp_avg[i],
+                self.exp_avg_sq[i],
+                step_scalars(self.options[i], self.steps[i]),
+                grad_scale=scale,
+                max_exp_avg_sq=self.maximum[i],
+                param_out=self.low[i],
+            )
+
+
+def collect(optimizer: ShardedAdaBelief, key: str) -> list[torch.Tensor]:
+    """Put a state together from all ranks' fragments."""
+    whole = []
+    for param in (p for group in optimizer.param_groups for p in group["params"]):
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, optimizer.state[param][key])
+        whole.append(torch.cat(parts))
+    return whole
+
+
+def compare(optimizer: ShardedAdaBelief, reference: Reference, context: str) -> None:
+    """Assert equality of every bit: parameters, m, s, masters, steps."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, param in enumerate(params):
+        assert torch.equal(param, reference.low[i]), f"{context}: parameter {i}"
+        assert optimizer.state[param]["step"] == reference.steps[i], f"{context}: step of {i}"
+    states = {"exp_avg": reference.exp_avg, "exp_avg_sq": reference.exp_avg_sq}
+    if params[0].dtype == torch.bfloat16:
+        states["master"] = reference.master
+    if "max_exp_avg_sq" in optimizer.state[params[0]]:
+        states["max_exp_avg_sq"] = [m for m in reference.maximum if m is not None]
+    for key, expected in states.items():
+        for i, (ours, theirs) in enumerate(zip(collect(optimizer, key), expected, strict=True)):
+            assert torch.equal(ours, theirs.reshape(-1)), f"{context}: {key} of {i}"
+
+
+def backward(params: list[torch.nn.Parameter], grads: list[torch.Tensor | None]) -> None:
+    """Give every parameter its gradient through a real backward pass."""
+    terms = [(p * g).sum() for p, g in zip(params, grads, strict=True) if g is not None]
+    torch.stack([term.float() for term in terms]).sum().backward()
+
+
+def equals_reference(
+    bucket_bytes: int,
+    overlap: bool,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_grad_norm: float | None = None,
+    micro_batches: int = 1,
+    steps: int = 4,
+    options: dict[str, Any] | None = None,
+    unused: bool = False,
+) -> None:
+    """Train a few steps on all ranks and compare everything after each."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    hyper = {**HYPER, **(options or {})}
+    params = make_params(dtype, seed=rank)  # the constructor must spread rank 0's
+    first, second = params[:4], params[4:]
+    groups = [{"params": first}, {"params": second, "lr": 0.02, "weight_decay": 0.0}]
+    own = [{**DEFAULTS, **hyper}] * len(first)
+    own += [{**DEFAULTS, **hyper, "lr": 0.02, "weight_decay": 0.0}] * len(second)
+    reference = Reference(make_params(dtype, seed=0), own)
+    optimizer = ShardedAdaBelief(
+        groups, bucket_bytes=bucket_bytes, overlap=overlap, max_grad_norm=max_grad_norm, **hyper
+    )
+
+    def gradient(step: int, of: int, index: int, micro: int) -> torch.Tensor | None:
+        # Parameter 2 is used by the last rank only, parameter 4 by nobody in odd steps.
+        if unused and ((index == 2 and of != world_size - 1) or (index == 4 and step % 2)):
+            return None
+        return make_grad(SHAPES[index], step, of, index, micro).to(dtype)
+
+    for step in range(1, steps + 1):
+        everyone: list[list[torch.Tensor | None]] = []
+        for of in range(world_size):
+            summed: list[torch.Tensor | None] = []
+            for index in range(len(params)):
+                parts = [gradient(step, of, index, micro) for micro in range(micro_batches)]
+                kept = [part for part in parts if part is not None]
+                summed.append(sum(kept[1:], start=kept[0].clone()) if kept else None)
+            everyone.append(summed)
+        for micro in range(micro_batches):
+            mine = [gradient(step, rank, index, micro) for index in range(len(params))]
+            if micro + 1 < micro_batches:
+                with optimizer.no_sync():
+                    backward(params, mine)
+            else:
+                backward(params, mine)
+        optimizer.step()
+        reference.step(everyone, max_grad_norm)
+        context = f"W={world_size}, bucket {bucket_bytes}, overlap {overlap}, step {step}"
+        assert optimizer.grad_norm.item() == reference.norm.item(), context
+        exact = math.sqrt(
+            math.fsum(
+                math.fsum((rank_order_sum(present).double() ** 2).flatten().tolist())
+                for i in range(len(params))
+                if (present := [g[i] for g in everyone if g[i] is not None])
+            )
+        )
+        # float64 against exact arithmetic; a forgotten division by W would be far off.
+        assert math.isclose(reference.norm.item() * world_size, exact, rel_tol=1e-12), context
+        compare(optimizer, reference, context)
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None:
+    cases = [
+        partial(equals_reference, bucket_bytes, overlap)
+        for bucket_bytes in (1, 1500, 10**9)
+        for overlap in (True, False)
+    ]
+    cases += [
+        partial(equals_reference, 1500, overlap, **more)
+        for overlap in (True, False)
+        for more in (
+            {"dtype": torch.bfloat16},
+            {"dtype": torch.float64},
+            {"max_grad_norm": 1.0},
+            {"max_grad_norm": 1.0, "dtype": torch.bfloat16},
+            {"micro_batches": 3},
+            {"unused": True},
+            {"unused": True, "micro_batches": 2, "max_grad_norm": 0.5},
+            {"options": {"amsgrad": True}},
+            {"options": {"rectify": True}, "steps": 8},
+            {"options": {"weight_decouple": False}},
+            {"options": {"maximize": True}},
+        )
+    ]
+    run_ranks(world_size, tmp_path, *cases)
+
+
+# - Zero copy
+
+
+def storage_is_stable() -> None:
+    """Parameters and gradients stay views; later steps allocate nothing that grows with them."""
+    params = [torch.nn.Parameter(torch.randn(400, 250)) for _ in range(4)]
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600_000, **HYPER)
+    homes = [p.data_ptr() for p in params]
+    grads = None
+    for step in range(4):
+        sum((p * p).sum() for p in params).backward()
+        optimizer.step()
+        now = [p.grad.data_ptr() for p in params]
+        assert [p.data_ptr() for p in params] == homes, step
+        assert grads in (None, now), step
+        grads = now
+        for bucket in optimizer._buckets:
+            flat = bucket.buffers
+            for storage, members in (
+                (flat.flat_param, flat.params),
+                (flat.flat_grad, [p.grad for p in flat.params]),
+            ):
+                start = storage.data_ptr()
+                for member in members:
+                    assert start <= member.data_ptr() < start + storage.nbytes
+        optimizer.zero_grad()
+
+    # Backward itself must allocate gradients; the step may not. 400 kB would be one parameter.
+    sum((p * p).sum() for p in params).backward()
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        optimizer.step()
+        optimizer._guard.settle_all()
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert allocated < 20_000, f"{allocated} bytes allocated by a step after warm-up"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_step_copies_and_allocates_nothing(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, storage_is_stable)
+
+
+# - Saving and loading of the own shard
+
+
+def resumes_exactly() -> None:
+    """A run that is saved, rebuilt and loaded goes on with the bits of one that never stopped."""
+    rank = dist.get_rank()
+    for dtype in (torch.float32, torch.bfloat16):
+        straight = make_params(dtype)
+        optimizer = ShardedAdaBelief(straight, bucket_bytes=1500, **HYPER)
+        for step in (1, 2):
+            backward(
+                straight, [make_grad(s, step, rank, i).to(dtype) for i, s in enumerate(SHAPES)]
+            )
+            optimizer.step()
+            optimizer.zero_grad()
+        saved = copy.deepcopy(optimizer.state_dict())
+        weights = [p.detach().clone() for p in straight]
+
+        resumed = make_params(dtype, seed=7)
+        second = ShardedAdaBelief(resumed, bucket_bytes=1500, **{**HYPER, "lr": 1.0})
+        with torch.no_grad():
+            for param, weight in zip(resumed, weights, strict=True):
+                param.copy_(weight)
+        second.load_state_dict(saved)
+        assert second.param_groups[0]["lr"] == HYPER["lr"]
+        for step in (3, 4):
+            for run, params in ((optimizer, straight), (second, resumed)):
+                grads = [make_grad(s, step, rank, i).to(dtype) for i, s in enumerate(SHAPES)]
+                backward(params, grads)
+                run.step()
+                run.zero_grad()
+        for a, b in zip(straight, resumed, strict=True):
+            assert torch.equal(a, b)
+            for key, value in optimizer.state[a].items():
+                if isinstance(value, torch.Tensor):
+                    assert torch.equal(value, second.state[b][key]), key
+                else:
+                    assert value == second.state[b][key] == 4, key
+
+
+def loaded_weights_reach_the_masters() -> None:
+    """Weights that are set after construction are not overwritten by stale fp32 masters."""
+    params = make_params(torch.bfloat16)
+    optimizer = ShardedAdaBelief(params, bucket_bytes=1500, **{**HYPER, "lr": 0.0})
+    new = make_params(torch.bfloat16, seed=3)
+    with torch.no_grad():
+        for param, value in zip(params, new, strict=True):
+            param.copy_(value)
+    backward(params, [torch.ones(s, dtype=torch.bfloat16) for s in SHAPES])
+    optimizer.step()
+    for param, value in zip(params, new, strict=True):
+        assert torch.equal(param, value)
+
+
+def skips_together() -> None:
+    """A NaN on one rank skips the step on all, without a trace but the count."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=1500, **HYPER)
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    good = [make_grad(s, 1, rank, i) for i, s in enumerate(SHAPES)]
+    backward(params, good)
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in params]
+    states = copy.deepcopy(optimizer.state_dict()["state"])
+    bad = [g.clone() for g in good]
+    if rank == last:
+        bad[0][3, 1] = float("nan")
+    backward(params, bad)
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.skipped_steps == 1
+    for i, (param, value) in enumerate(zip(params, before, strict=True)):
+        assert torch.equal(param, value)
+        for key, state in optimizer.state[param].items():
+            if isinstance(state, torch.Tensor):
+                assert torch.equal(state, states[i][key])
+            else:
+                assert state == 1
+    backward(params, good)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+    assert not torch.equal(params[0], before[0])
+
+
+def schedulers_work() -> None:
+    """A torch scheduler drives lr as with any optimizer."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, **HYPER)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, max_lr=0.1, total_steps=5, cycle_momentum=True
+    )
+    rates = []
+    for step in range(4):
+        backward(params, [make_grad(s, step, 0, i) for i, s in enumerate(SHAPES)])
+        before = params[0].detach().clone()
+        optimizer.step()
+        rates.append((optimizer.param_groups[0]["lr"], float((params[0] - before).abs().max())))
+        scheduler.step()
+        optimizer.zero_grad()
+    assert len({rate for rate, _ in rates}) == 4
+    assert rates[0][1] < rates[1][1]  # a larger lr moves further
+
+
+def backward_twice_is_an_error() -> None:
+    """Adding to a gradient that was summed over the ranks would be silently wrong."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=1500, **HYPER)
+    grads = [make_grad(s, 1, dist.get_rank(), i) for i, s in enumerate(SHAPES)]
+    backward(params, grads)
+    with pytest.raises(RuntimeError, match=r"no_sync\(\)"):
+        backward(params, grads)
+    optimizer.step()
+    # zero_grad in place, through the model, is as good as the optimizer's own.
+    for param in params:
+        param.grad.zero_()
+    backward(params, grads)
+    optimizer.step()
+    assert optimizer.state[params[0]]["step"] == 2
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_training_loop_habits(world_size: int, tmp_path: Path) -> None:
+    run_ranks(
+        world_size,
+        tmp_path,
+        resumes_exactly,
+        loaded_weights_reach_the_masters,
+        skips_together,
+        schedulers_work,
+        backward_twice_is_an_error,
+    )
+
+
+# - Native reduction: right, though not in rank order
+
+
+def native_is_close() -> None:
+    """The backend's own reduce-scatter gives the same training within rounding."""
+    rank = dist.get_rank()
+    params, other = make_params(), make_params()
+    native = ShardedAdaBelief(params, bucket_bytes=1500, reduction="native", **HYPER)
+    ordered = ShardedAdaBelief(other, bucket_bytes=1500, reduction="ordered", **HYPER)
+    for step in (1, 2, 3):
+        for run, members in ((native, params), (ordered, other)):
+            backward(members, [make_grad(s, step, rank, i) for i, s in enumerate(SHAPES)])
+            run.step()
+            run.zero_grad()
+        # Norms in float64, of float32 sums in another order.
+        assert math.isclose(native.grad_norm.item(), ordered.grad_norm.item(), rel_tol=1e-6)
+    for a, b in zip(params, other, strict=True):
+        # Three float32 steps of size lr; another order of W addends is an ulp or two per step.
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_native_reduction(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, native_is_close)
