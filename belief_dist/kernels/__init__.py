@@ -1,16 +1,26 @@
-"""Fused updates, and which of them is used where."""
+"""The fused updates, and which of them serves which tensors.
+
+The compiled C++ kernel serves CPU tensors where it is usable; chunked plain torch serves the rest.
+All give the same bits as `belief_dist.rule.update_reference_`. One log line says which is used;
+the environment variable BELIEF_DIST_BACKEND ("auto", "cpp" or "eager") forces one.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
+from belief_dist import norm
 from belief_dist.kernels import eager
+from belief_dist.kernels.build import Unavailable
+from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
-from belief_dist.norm import add_squares_
-from belief_dist.rule import StepScalars
+from belief_dist.rule import StepScalars, compute_dtype
 
 __all__ = [
     "backends",
@@ -22,21 +32,64 @@ __all__ = [
     "update_",
 ]
 
+logger = logging.getLogger("belief_dist")
+
+_CHOICES = ("auto", "cpp", "eager")
+
+
+@lru_cache(maxsize=1)
+def _cpp() -> CppKernel | Unavailable:
+    """Return the compiled kernel or the reason why there is none; say once which it is."""
+    choice = os.environ.get("BELIEF_DIST_BACKEND", "auto")
+    if choice not in _CHOICES:
+        raise ValueError(
+            f"BELIEF_DIST_BACKEND must be one of {', '.join(_CHOICES)}, got {choice!r}."
+        )
+    if choice == "eager":
+        logger.info("CPU updates run in chunked plain torch, as BELIEF_DIST_BACKEND asks")
+        return Unavailable("BELIEF_DIST_BACKEND=eager forbids it")
+    try:
+        kernel = CppKernel()
+    except Unavailable as reason:
+        if choice == "cpp":
+            raise RuntimeError(
+                f"BELIEF_DIST_BACKEND=cpp, but {reason}. Install g++ (apt install g++) or unset it."
+            ) from reason
+        logger.warning(
+            "CPU updates run in chunked plain torch, 5 to 8 times slower than C++, because %s; "
+            "install g++ (apt install g++) to end this",
+            reason,
+        )
+        return reason
+    logger.info("CPU updates run in %s", kernel.description)
+    return kernel
+
 
 def backends() -> list[tuple[str, bool, str]]:
-    """Return (name, usable, reason) of every backend."""
-    return [("eager", True, "plain torch in cache-sized pieces")]
+    """Return (name, usable, description or reason) of every update backend."""
+    kernel = _cpp()
+    usable = isinstance(kernel, CppKernel)
+    return [
+        ("cpp", usable, kernel.description if isinstance(kernel, CppKernel) else str(kernel)),
+        ("eager", True, "chunked plain torch, on every device"),
+    ]
 
 
 def require_fused() -> None:
-    """Raise unless a compiled kernel is usable."""
-    raise RuntimeError("fused=True needs a compiled kernel, and none is usable here.")
+    """Check that a compiled kernel is usable.
+
+    Raises:
+        RuntimeError: It is not; says why.
+    """
+    kernel = _cpp()
+    if isinstance(kernel, Unavailable):
+        raise RuntimeError(f"fused=True needs the compiled kernel, but {kernel}.")
 
 
 def prefers_foreach(
     work: Sequence[Mapping[str, Any]], foreach: bool | None, fused: bool | None
 ) -> bool:
-    """Tell whether a group's tensors are best updated together."""
+    """Tell whether a group's tensors are best updated together by multi-tensor operations."""
     if foreach is not None or not work:
         return bool(foreach)
     return not fused and work[0]["param"].device.type != "cpu"
@@ -55,7 +108,40 @@ def update_(
     param_out: Tensor | None = None,
     fused: bool | None = None,
 ) -> None:
-    """Apply one step in place to contiguous tensors; see `rule.update_reference_`."""
+    """Apply one step in place to contiguous tensors by the fastest usable backend.
+
+    Args:
+        param: As all that is not described here, see `rule.update_reference_`.
+        grad: Likewise.
+        exp_avg: Likewise.
+        exp_avg_sq: Likewise.
+        scalars: Likewise.
+        grad_scale: Likewise.
+        max_exp_avg_sq: Likewise.
+        param_out: Likewise.
+        skip: One element on the tensors' device; unless it is zero, everything stays as it is.
+        fused: True insists on a compiled kernel, False refuses it, None takes it if it is usable.
+
+    Raises:
+        RuntimeError: `fused` is True and no compiled kernel serves these tensors.
+    """
+    tensors = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out)
+    kernel = None if fused is False else _cpp()
+    if (
+        isinstance(kernel, CppKernel)
+        and kernel.supports(*tensors)
+        and exp_avg.dtype == compute_dtype(param.dtype)
+    ):
+        if skip is None or not bool(skip):
+            scale = float(grad_scale)
+            kernel.update_(
+                param, grad, exp_avg, exp_avg_sq, scalars, scale, max_exp_avg_sq, param_out
+            )
+        return
+    if fused:
+        raise RuntimeError(
+            f"fused=True, but no compiled kernel serves {param.dtype} tensors on {param.device}."
+        )
     eager.update_(
         param,
         grad,
@@ -70,10 +156,23 @@ def update_(
 
 
 def ordered_sum_(out: Tensor, pieces: Sequence[Tensor]) -> None:
-    """Add `pieces` in their order into `out`, every addition rounded on its own."""
-    eager.ordered_sum_(out, pieces)
+    """Add tensors in their order, every addition rounded on its own.
+
+    Args:
+        out: (n,), float32 or float64; may be one of `pieces`.
+        pieces: Tensors (n,) of one dtype, widened to that of `out` before they are added.
+    """
+    kernel = _cpp()
+    if isinstance(kernel, CppKernel) and kernel.supports(out, *pieces):
+        kernel.ordered_sum_(out, pieces)
+    else:
+        eager.ordered_sum_(out, pieces)
 
 
 def squared_norm_bins_(bins: Tensor, values: Tensor) -> None:
-    """See `norm.add_squares_`."""
-    add_squares_(bins, values)
+    """Add the squares of `values` to `bins`, exactly; see `norm.add_squares_`."""
+    kernel = _cpp()
+    if isinstance(kernel, CppKernel) and kernel.supports(values):
+        kernel.add_squares_(bins, values)
+    else:
+        norm.add_squares_(bins, values)

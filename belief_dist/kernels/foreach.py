@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.rule import Direction, StepScalars
+from belief_dist.rule import Direction, StepScalars, correctly_rounded_sqrt
 
 
 def foreach_update_(work: Sequence[Mapping[str, Any]], scalars: StepScalars) -> None:
@@ -58,7 +58,7 @@ def _update(work: Sequence[Mapping[str, Any]], scalars: StepScalars, compute: to
     if scalars.decay != 1.0:
         torch._foreach_mul_(params, scalars.decay)
     if scalars.direction == Direction.ADAPTIVE:
-        denom = torch._foreach_sqrt(second)
+        denom = [correctly_rounded_sqrt(entry) for entry in second]
         torch._foreach_mul_(denom, scalars.denom_scale)
         torch._foreach_add_(denom, scalars.eps)
         change = torch._foreach_div(exp_avg, denom)

@@ -1,0 +1,172 @@
+"""Finds the compiled CPU kernel, or compiles it: about a second, once for each user and machine.
+
+A library that came with the installation is taken if it was built from this very source. Otherwise
+the compiler writes to a temporary file that is renamed into a cache folder, so that a killed job
+leaves nothing behind that others could trip over; ranks that start together take turns by a file
+lock, which the kernel releases when its holder dies. Nothing here waits without a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+FLAGS = (
+    "-O3 -std=c++17 -shared -fPIC -fopenmp "
+    # The bits: see the head of the source. The last two let loops with roots and divisions
+    # vectorize; they change no result.
+    "-ffp-contract=off -fno-math-errno -fno-trapping-math"
+).split()
+_COMPILE_SECONDS = 120
+_LOCK_SECONDS = 60
+
+
+class Unavailable(Exception):
+    """There is no compiled kernel here; the message says why."""
+
+
+def source_hash() -> str:
+    """Return what identifies the source and the way in which it is compiled."""
+    return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+
+
+def find_library() -> tuple[ctypes.CDLL, str]:
+    """Return the compiled kernel and where it came from.
+
+    Raises:
+        Unavailable: It is not installed and cannot be compiled here.
+    """
+    for path in sorted(SOURCE.parent.glob("_cpu_kernel*.so")):
+        library = _open(path)
+        if library is not None:
+            return library, "built at installation"
+    command = compiler()
+    with _cache_folder() as folder:
+        name = f"cpu_kernel-{source_hash()}-{_fingerprint(command)}.so"
+        path = folder / name
+        library = _open(path) if path.exists() else None
+        if library is not None:
+            return library, "compiled before"
+        with _lock(folder / f"{name}.lock"):
+            library = _open(path) if path.exists() else None  # by another rank, in the meantime
+            if library is None:
+                compile_library(command, path)
+                library = _open(path)
+    if library is None:
+        raise Unavailable(f"the library that {command[0]} made cannot be loaded")
+    return library, "compiled now"
+
+
+def compiler() -> list[str]:
+    """Return the command of the C++ compiler: $CXX, else g++.
+
+    Raises:
+        Unavailable: There is no such program.
+    """
+    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    if shutil.which(command[0]) is None:
+        raise Unavailable(f"there is no C++ compiler ({command[0]} is not on PATH)")
+    return command
+
+
+def compile_library(command: list[str], path: Path) -> None:
+    """Compile the source to `path`; either all of it is there afterwards or nothing.
+
+    Raises:
+        Unavailable: The compiler fails; with the first line of what it says.
+    """
+    descriptor, temporary = tempfile.mkstemp(suffix=".so.tmp", dir=path.parent)
+    os.close(descriptor)
+    define = f'-DBELIEF_SOURCE_HASH="{source_hash()}"'
+    arguments = [*FLAGS, define, "-o", temporary, str(SOURCE)]
+    try:
+        done = subprocess.run(
+            [*command, *arguments], capture_output=True, text=True, timeout=_COMPILE_SECONDS
+        )
+        if done.returncode != 0:
+            errors = [line for line in done.stderr.splitlines() if "error" in line]
+            said = (errors or done.stderr.splitlines() or ["no message"])[0]
+            raise Unavailable(f"{command[0]} failed: {said}")
+        os.chmod(temporary, 0o755)  # an installation serves all users
+        os.replace(temporary, path)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} failed: {error}") from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _open(path: Path) -> ctypes.CDLL | None:
+    """Load a library unless it is damaged or built from another source."""
+    try:
+        library = ctypes.CDLL(str(path))
+        library.belief_source_hash.restype = ctypes.c_char_p
+        same = library.belief_source_hash() == source_hash().encode()
+    except (OSError, AttributeError):
+        return None
+    return library if same else None
+
+
+def _fingerprint(command: list[str]) -> str:
+    """Return what tells compilers and machines apart that share a home folder."""
+    try:
+        version = subprocess.run(
+            [*command, "--version"], capture_output=True, timeout=_COMPILE_SECONDS
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"{command[0]} failed: {error}") from error
+    return hashlib.sha256(version + platform.machine().encode()).hexdigest()[:8]
+
+
+@contextlib.contextmanager
+def _cache_folder() -> Iterator[Path]:
+    """Yield a folder that only this user writes to: the cache, or a temporary one."""
+    chosen = os.environ.get("BELIEF_DIST_CACHE")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = Path(chosen) if chosen else Path(home) / "belief_dist"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        about = folder.stat()
+        # A library that somebody else could have put there is not to be loaded.
+        private = about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        usable = private and os.access(folder, os.W_OK | os.X_OK)
+    except OSError:
+        usable = False
+    if usable:
+        yield folder
+    else:
+        # A loaded library stays usable after its file is gone.
+        with tempfile.TemporaryDirectory(prefix="belief_dist-") as temporary:
+            yield Path(temporary)
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold a lock that vanishes with its holder; go on without it after a deadline.
+
+    Without it two processes would merely compile the same thing.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > deadline:
+                    break
+                time.sleep(0.05)
+        yield

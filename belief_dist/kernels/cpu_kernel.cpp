@@ -1,0 +1,444 @@
+// The CPU kernels: fused AdaBelief update, sum in rank order, reproducible squared norm.
+//
+// Plain C++ without torch or Python headers: compiled in a second, called through ctypes, and one
+// binary serves every torch version. Each formula is written once, as a loop that the compiler
+// vectorizes, so that vector body and scalar tail are the same arithmetic. Every operation must
+// round on its own to equal belief_dist/rule.py bit for bit: build with -ffp-contract=off and
+// without -ffast-math.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include <omp.h>
+
+// One binary for old and new processors: the loader picks the widest version that runs here.
+#if defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 12
+#define PORTABLE 1
+#define PORTABLE_SIMD __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define PORTABLE 0
+#define PORTABLE_SIMD
+#endif
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64 };  // cpp.py: _DTYPES
+enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direction
+
+// 16-bit values are widened and narrowed through buffers of this many elements, which stay in L1.
+constexpr int64_t kBlock = 1024;
+// Below this, waking other threads costs more than it gains.
+constexpr int64_t kSerial = 1 << 15;
+
+template <class To, class From>
+INLINE To bit_cast(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// Runs body(begin, end) over [0, n) on torch's own threads (libgomp is shared with it).
+template <class Body>
+void in_parallel(int64_t n, int threads, Body body) {
+  if (threads <= 1 || n < kSerial) return body(int64_t{0}, n);
+#pragma omp parallel num_threads(threads)
+  {
+    const int64_t blocks = (n + kBlock - 1) / kBlock, team = omp_get_num_threads();
+    const int64_t begin = blocks * omp_get_thread_num() / team * kBlock;
+    const int64_t end = std::min(n, blocks * (omp_get_thread_num() + 1) / team * kBlock);
+    if (begin < end) body(begin, end);
+  }
+}
+
+// ---------------------------------------------------------------- 16-bit types
+
+INLINE float from_bfloat16(uint16_t half) { return bit_cast<float>(uint32_t{half} << 16); }
+
+INLINE uint16_t to_bfloat16(float value) {  // to nearest, ties to even
+  const uint32_t bits = bit_cast<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return value != value ? uint16_t{0x7fc0} : static_cast<uint16_t>(rounded);
+}
+
+// The two conversions below are those of Fabian Giesen (public domain, "half_to_float_fast" and
+// "float_to_half_fast3_rtne"), with selections instead of branches.
+INLINE float from_float16(uint16_t half) {
+  constexpr uint32_t kExponent = 0x7c00 << 13;
+  const uint32_t sign = (uint32_t{half} & 0x8000) << 16;
+  const uint32_t shifted = (uint32_t{half} & 0x7fff) << 13;
+  const uint32_t exponent = shifted & kExponent;
+  const uint32_t normal = shifted + ((127 - 15) << 23);
+  const uint32_t special = normal + ((128 - 16) << 23);  // infinity and NaN
+  const float magic = bit_cast<float>(uint32_t{113 << 23});
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(normal + (1 << 23)) - magic);
+  const uint32_t bits = exponent == kExponent ? special : exponent == 0 ? subnormal : normal;
+  return bit_cast<float>(bits | sign);
+}
+
+INLINE uint16_t to_float16(float value) {  // to nearest, ties to even
+  const uint32_t all = bit_cast<uint32_t>(value), sign = all & 0x80000000u, bits = all ^ sign;
+  const uint32_t special = bits > 0x7f800000u ? 0x7e00 : 0x7c00;
+  // Adding 0.5 leaves a subnormal's rounded mantissa in the lowest bits.
+  const uint32_t half = 126 << 23;
+  const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(bits) + bit_cast<float>(half)) - half;
+  const uint32_t normal = (bits - ((127 - 15) << 23) + 0xfff + ((bits >> 13) & 1)) >> 13;
+  const uint32_t result =
+      bits >= ((127 + 16) << 23) ? special : bits < (113 << 23) ? subnormal : normal;
+  return static_cast<uint16_t>(result | (sign >> 16));
+}
+
+PORTABLE_SIMD void widen_bfloat16(int64_t n, const uint16_t* from, float* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = from_bfloat16(from[i]);
+}
+
+PORTABLE_SIMD void widen_float16(int64_t n, const uint16_t* from, float* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = from_float16(from[i]);
+}
+
+PORTABLE_SIMD void narrow_bfloat16(int64_t n, const float* from, uint16_t* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = to_bfloat16(from[i]);
+}
+
+PORTABLE_SIMD void narrow_float16(int64_t n, const float* from, uint16_t* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float16(from[i]);
+}
+
+// Memory of a type that is known at run time only.
+struct Array {
+  void* data;
+  int type;
+
+  bool is_16_bit() const { return type == kBFloat16 || type == kFloat16; }
+  template <class T>
+  T* at(int64_t i) const { return static_cast<T*>(data) + i; }
+
+  // Returns the n values from number i on: in place, or widened into `buffer`.
+  template <class T>
+  T* read(int64_t i, int64_t n, float* buffer) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (type == kBFloat16) return widen_bfloat16(n, at<uint16_t>(i), buffer), buffer;
+      if (type == kFloat16) return widen_float16(n, at<uint16_t>(i), buffer), buffer;
+    }
+    return at<T>(i);
+  }
+
+  // Rounds n values into the place from number i on; for 16-bit types only.
+  void write(int64_t i, int64_t n, const float* values) const {
+    if (type == kBFloat16) narrow_bfloat16(n, values, at<uint16_t>(i));
+    if (type == kFloat16) narrow_float16(n, values, at<uint16_t>(i));
+  }
+};
+
+// ---------------------------------------------------------------- update
+
+template <class T>
+struct Scalars {  // cpp.py passes them in this order, as doubles
+  T grad_scale, coupled_decay, weight1, beta2, weight2, eps, decay, step_size, denom_scale;
+
+  explicit Scalars(const double* from)
+      : grad_scale(from[0]), coupled_decay(from[1]), weight1(from[2]), beta2(from[3]),
+        weight2(from[4]), eps(from[5]), decay(from[6]), step_size(from[7]), denom_scale(from[8]) {}
+};
+
+// rule.update_reference_, operation by operation.
+template <bool kCoupled, bool kAmsgrad, int kDirection, class T>
+INLINE void update_loop(int64_t n, T* p, const T* g, T* m, T* s, T* largest, const Scalars<T> k) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    T grad = g[i] * k.grad_scale;
+    if constexpr (kCoupled) grad = grad + p[i] * k.coupled_decay;
+
+    const T avg = m[i] + (grad - m[i]) * k.weight1;
+    m[i] = avg;
+
+    const T surprise = grad - avg;
+    T second = s[i] * k.beta2 + (surprise * k.weight2) * surprise + k.eps;
+    s[i] = second;
+    if constexpr (kAmsgrad) {  // as torch.maximum: NaN wins on either side
+      const T before = largest[i];
+      second = before != before || before > second ? before : second;
+      largest[i] = second;
+    }
+
+    const T param = p[i] * k.decay;
+    if constexpr (kDirection == kAdaptive)
+      p[i] = param - avg / (std::sqrt(second) * k.denom_scale + k.eps) * k.step_size;
+    else if constexpr (kDirection == kMomentum)
+      p[i] = param - avg * k.step_size;
+    else
+      p[i] = param;
+  }
+}
+
+template <bool kCoupled, bool kAmsgrad, class T, class... Rest>
+INLINE void choose_direction(int direction, Rest... rest) {
+  switch (direction) {
+    case kAdaptive: return update_loop<kCoupled, kAmsgrad, kAdaptive, T>(rest...);
+    case kMomentum: return update_loop<kCoupled, kAmsgrad, kMomentum, T>(rest...);
+    default: return update_loop<kCoupled, kAmsgrad, kNone, T>(rest...);
+  }
+}
+
+template <class T>
+INLINE void choose_loop(int64_t n, T* p, const T* g, T* m, T* s, T* largest, const Scalars<T>& k,
+                        int direction) {
+  const bool coupled = k.coupled_decay != 0;
+  if (largest && coupled) choose_direction<true, true, T>(direction, n, p, g, m, s, largest, k);
+  else if (largest) choose_direction<false, true, T>(direction, n, p, g, m, s, largest, k);
+  else if (coupled) choose_direction<true, false, T>(direction, n, p, g, m, s, largest, k);
+  else choose_direction<false, false, T>(direction, n, p, g, m, s, largest, k);
+}
+
+PORTABLE_SIMD void update(int64_t n, float* p, const float* g, float* m, float* s, float* largest,
+                          const Scalars<float>& k, int direction) {
+  choose_loop(n, p, g, m, s, largest, k, direction);
+}
+
+PORTABLE_SIMD void update(int64_t n, double* p, const double* g, double* m, double* s,
+                          double* largest, const Scalars<double>& k, int direction) {
+  choose_loop(n, p, g, m, s, largest, k, direction);
+}
+
+template <class T>
+void update_all(int64_t n, Array param, Array grad, T* m, T* s, T* largest, Array out,
+                const double* scalars, int direction, int threads) {
+  const Scalars<T> k(scalars);
+  const bool direct = !param.is_16_bit() && !grad.is_16_bit() && !out.data;
+  in_parallel(n, threads, [=](int64_t begin, int64_t end) {
+    float wide_param[kBlock], wide_grad[kBlock];
+    const int64_t step = direct ? end - begin : kBlock;
+    for (int64_t i = begin; i < end; i += step) {
+      const int64_t count = std::min(step, end - i);
+      T* p = param.read<T>(i, count, wide_param);
+      const T* g = grad.read<T>(i, count, wide_grad);
+      update(count, p, g, m + i, s + i, largest ? largest + i : nullptr, k, direction);
+      if constexpr (sizeof(T) == sizeof(float)) {
+        param.write(i, count, p);
+        out.write(i, count, p);
+      }
+    }
+  });
+}
+
+// ---------------------------------------------------------------- sum in rank order
+
+template <class T, int kPieces>
+INLINE void sum_fixed(int64_t n, T* out, const T* const* pieces) {
+  const T *a = pieces[0], *b = pieces[kPieces > 1 ? 1 : 0], *c = pieces[kPieces > 2 ? 2 : 0],
+          *d = pieces[kPieces > 3 ? 3 : 0];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    T total = a[i];
+    if constexpr (kPieces > 1) total = total + b[i];
+    if constexpr (kPieces > 2) total = total + c[i];
+    if constexpr (kPieces > 3) total = total + d[i];
+    out[i] = total;
+  }
+}
+
+template <class T>
+INLINE void choose_sum(int64_t n, T* out, const T* const* pieces, int count) {
+  switch (count) {
+    case 1: return sum_fixed<T, 1>(n, out, pieces);
+    case 2: return sum_fixed<T, 2>(n, out, pieces);
+    case 3: return sum_fixed<T, 3>(n, out, pieces);
+    default: return sum_fixed<T, 4>(n, out, pieces);
+  }
+}
+
+// Sums of up to four pieces.
+PORTABLE_SIMD void sum(int64_t n, float* out, const float* const* pieces, int count) {
+  choose_sum(n, out, pieces, count);
+}
+
+PORTABLE_SIMD void sum(int64_t n, double* out, const double* const* pieces, int count) {
+  choose_sum(n, out, pieces, count);
+}
+
+template <class T>
+void sum_all(int64_t n, T* out, void* const* data, int type, int count, int threads) {
+  in_parallel(n, threads, [=](int64_t begin, int64_t end) {
+    // `out` may be any of the pieces, so a block is complete before it is stored.
+    T total[kBlock];
+    float wide[4][kBlock];
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t size = std::min(kBlock, end - i);
+      const T* next[4];
+      for (int done = 0; done < count;) {
+        int taken = 0;
+        if (done > 0) next[taken++] = total;
+        for (float* buffer = wide[0]; taken < 4 && done < count; ++done, buffer += kBlock)
+          next[taken++] = Array{data[done], type}.read<T>(i, size, buffer);
+        sum(size, done == count ? out + i : total, next, taken);
+      }
+    }
+  });
+}
+
+// ---------------------------------------------------------------- squared norm
+
+// See norm.py, where the bins are explained.
+constexpr int kBinBits = 32, kLowBin = -10, kHighBin = 8, kBins = kHighBin + 2 - kLowBin;
+constexpr int64_t kMask = (int64_t{1} << kBinBits) - 1;
+constexpr int64_t kChunk = 4096;
+
+struct Bins {
+  int64_t words[2 * kBins + 1];  // (low, high) of every bin, then the number of non-finite values
+
+  void add(int bin, int64_t count) {
+    words[2 * (bin - kLowBin)] += count & kMask;
+    words[2 * (bin - kLowBin) + 1] += count >> kBinBits;
+  }
+};
+
+template <class T> struct Float;
+template <> struct Float<float> {
+  using Bits = int32_t;
+  static constexpr Bits kTooLarge = 0x7f800000;  // infinity
+};
+template <> struct Float<double> {
+  using Bits = int64_t;
+  static constexpr Bits kTooLarge = int64_t{1023 + 144} << 52;  // its square is 2^288
+};
+
+template <class T>
+INLINE typename Float<T>::Bits magnitude(T value) {  // ordered as |value|, NaN above infinity
+  using Bits = typename Float<T>::Bits;
+  return bit_cast<Bits>(value) & static_cast<Bits>(~(uint64_t{1} << (8 * sizeof(T) - 1)));
+}
+
+// Splits n squares over `kParts` bins from `top` down.
+template <int kParts, class T>
+INLINE void split(int64_t n, const T* x, int top, Bins& bins) {
+  double unit[4], rounder[4];
+  for (int j = 0; j < 4; ++j) {
+    unit[j] = std::ldexp(1.0, kBinBits * std::max(top - j, kLowBin));
+    rounder[j] = 1.5 * 4503599627370496.0 * unit[j];  // adding it rounds to a multiple of the unit
+  }
+  const double r0 = rounder[0], r1 = rounder[1], r2 = rounder[2], r3 = rounder[3];
+  double sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;  // exact: at most kChunk multiples of the unit
+#pragma omp simd reduction(+ : sum0, sum1, sum2, sum3)
+  for (int64_t i = 0; i < n; ++i) {
+    double rest = x[i];
+    rest *= rest;
+    double part = (rest + r0) - r0;
+    sum0 += part;
+    rest -= part;
+    part = (rest + r1) - r1;
+    sum1 += part;
+    rest -= part;
+    part = (rest + r2) - r2;
+    sum2 += part;
+    if constexpr (kParts > 3) {
+      rest -= part;
+      sum3 += (rest + r3) - r3;
+    }
+  }
+  const double sums[] = {sum0, sum1, sum2, sum3};
+  for (int j = 0; j < kParts; ++j)
+    bins.add(std::max(top - j, kLowBin), static_cast<int64_t>(sums[j] / unit[j]));
+}
+
+template <class T>
+INLINE void bin_chunk(int64_t n, const T* x, Bins& bins) {
+  using Bits = typename Float<T>::Bits;
+  Bits largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < n; ++i) largest = std::max(largest, magnitude(x[i]));
+  if (largest == 0) return;
+
+  T finite[kChunk];
+  if (largest >= Float<T>::kTooLarge) {
+    largest = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool counted = magnitude(x[i]) < Float<T>::kTooLarge;
+      finite[i] = counted ? x[i] : T{0};
+      largest = std::max(largest, magnitude(finite[i]));
+      bins.words[2 * kBins] += !counted;
+    }
+    x = finite;
+  }
+
+  double square = bit_cast<T>(largest);
+  square *= square;
+  const int exponent = square == 0 ? -(1 << 20) : std::ilogb(square);
+  const int top = std::clamp(exponent >> 5, kLowBin, kHighBin);
+  // Only a square in the upper half of its bin's range rounds up into the bin above.
+  if (square > std::ldexp(0.5, kBinBits * (top + 1))) split<4>(n, x, top + 1, bins);
+  else split<3>(n, x, top, bins);
+}
+
+PORTABLE_SIMD void bin(int64_t n, const float* x, Bins& bins) { bin_chunk(n, x, bins); }
+
+PORTABLE_SIMD void bin(int64_t n, const double* x, Bins& bins) { bin_chunk(n, x, bins); }
+
+template <class T>
+void bin_all(int64_t n, Array values, Bins& bins, int threads) {
+  in_parallel(n, threads, [&](int64_t begin, int64_t end) {
+    Bins own = {};
+    float wide[kChunk];
+    for (int64_t i = begin; i < end; i += kChunk) {
+      const int64_t count = std::min(kChunk, end - i);
+      bin(count, values.read<T>(i, count, wide), own);
+    }
+#pragma omp critical
+    for (int j = 0; j < 2 * kBins + 1; ++j) bins.words[j] += own.words[j];
+  });
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- what cpp.py calls
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+// Which instructions the loader picked.
+EXPORT const char* belief_isa() {
+#if PORTABLE
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return "AVX-512";
+  if (__builtin_cpu_supports("x86-64-v3")) return "AVX2";
+#endif
+  return "the compiler's default instructions";
+}
+
+// Which source this was built from: a stale binary is not used.
+EXPORT const char* belief_source_hash() { return BELIEF_SOURCE_HASH; }
+
+EXPORT void belief_update(int64_t n, void* param, int param_type, void* grad, int grad_type,
+                               void* m, void* s, void* largest, void* out, int out_type,
+                               const double* scalars, int direction, int threads) {
+  const Array p{param, param_type}, g{grad, grad_type}, o{out, out_type};
+  if (param_type == kFloat64)
+    update_all(n, p, g, static_cast<double*>(m), static_cast<double*>(s),
+               static_cast<double*>(largest), o, scalars, direction, threads);
+  else
+    update_all(n, p, g, static_cast<float*>(m), static_cast<float*>(s),
+               static_cast<float*>(largest), o, scalars, direction, threads);
+}
+
+EXPORT void belief_sum(int64_t n, void* out, void* const* pieces, int type, int count,
+                                    int threads) {
+  if (type == kFloat64) sum_all(n, static_cast<double*>(out), pieces, type, count, threads);
+  else sum_all(n, static_cast<float*>(out), pieces, type, count, threads);
+}
+
+EXPORT void belief_squares(int64_t n, void* values, int type, int64_t* words,
+                                    int threads) {
+  Bins bins = {};
+  if (type == kFloat64) bin_all<double>(n, {values, type}, bins, threads);
+  else bin_all<float>(n, {values, type}, bins, threads);
+  for (int j = 0; j < 2 * kBins + 1; ++j) words[j] += bins.words[j];
+  for (int j = 0; j < 2 * kBins; j += 2) {
+    words[j + 1] += words[j] >> kBinBits;
+    words[j] &= kMask;
+  }
+}
