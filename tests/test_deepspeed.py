@@ -19,10 +19,10 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed_job import ROWS, STEPS, WORLD_SIZE, make_batch, make_model, param_groups
 from torch import nn
 
 import belief_dist
+from deepspeed_job import ROWS, STEPS, WORLD_SIZE, make_batch, make_model, param_groups
 
 JOB = Path(__file__).with_name("deepspeed_job.py")
 STAGES = (0, 1, 2, 3)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import run_ranks
 from torch import nn
 
 from belief_dist import AdaBelief, ShardedAdaBelief
+from ranks import run_ranks
 
 
 def p(*shape: int, **kwargs: Any) -> nn.Parameter:

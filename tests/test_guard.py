@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from models import HYPER
-from ranks import run_ranks
 from torch import nn
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.guard import ReadGuard
+from models import HYPER
+from ranks import run_ranks
 
 
 class Late:

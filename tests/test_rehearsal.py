@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from models import HYPER
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 
 from belief_dist import AdaBelief
+from models import HYPER
 
 
 def make_trained(steps: int) -> tuple[torch.nn.Linear, AdaBelief]:

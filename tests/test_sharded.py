@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
-from ranks import run_ranks
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.rule import compute_dtype, step_scalars, update_reference_
+from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
+from ranks import run_ranks
 
 DEFAULTS = {
     "weight_decouple": True,

@@ -1,0 +1,208 @@
+"""Two ways to train: with ShardedAdaBelief, and with DeepSpeed's engine.
+
+Both are used alike::
+
+    loss = engine.step(micro_batches)      # of this rank; grad_norm and lr tell about the step
+    engine.save(folder); engine.load(folder)
+    engine.bytes_per_rank()                # measured on the tensors that are really held
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from gpt.model import GPT, next_byte_loss
+from gpt.settings import Settings
+
+
+class Engine(Protocol):
+    """What the training loop needs."""
+
+    model: torch.nn.Module
+    grad_norm: float  # of the mean gradient of the last step, before clipping
+    lr: float  # of the last step
+
+    def step(self, micro_batches: list[Tensor]) -> Tensor:
+        """Train on this rank's micro-batches, each (n, context + 1); return their mean loss."""
+
+    def save(self, folder: Path) -> None:
+        """Write everything that continues the run into an existing folder. For all ranks."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote. For all ranks."""
+
+    def bytes_per_rank(self) -> dict[str, int]:
+        """Return the bytes of parameters, gradients, masters, exp_avg and exp_avg_sq here."""
+
+
+def build_engine(model: GPT, settings: Settings, device: torch.device) -> Engine:
+    """Return the engine that the settings ask for."""
+    schedule = lr_factor(settings.warmup, settings.steps)
+    if settings.engine == "sharded":
+        dtype = getattr(torch, settings.dtype)
+        return ShardedEngine(model.to(device, dtype), schedule, settings.optimizer)
+    return DeepSpeedEngine(model, schedule, settings)
+
+
+def lr_factor(warmup: int, steps: int) -> Callable[[int], float]:
+    """Return the share of the full learning rate at a step, counted from 0."""
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+class ShardedEngine:
+    """Plain PyTorch and `belief_dist.ShardedAdaBelief`."""
+
+    def __init__(
+        self, model: GPT, schedule: Callable[[int], float], options: dict[str, Any]
+    ) -> None:
+        from belief_dist import ShardedAdaBelief
+
+        self.model = model
+        try:
+            self.optimizer = ShardedAdaBelief(model.param_groups(), **options)
+        except TypeError as error:
+            raise ValueError(f"in the setting optimizer: {error}") from error
+        self.scheduler = LambdaLR(self.optimizer, schedule)
+        self.lr = 0.0
+
+    def step(self, micro_batches: list[Tensor]) -> Tensor:
+        self.optimizer.zero_grad()
+        losses = []
+        for number, batch in enumerate(micro_batches, start=1):
+            last = number == len(micro_batches)
+            # Only the last backward of a step averages gradients over the ranks.
+            with nullcontext() if last else self.optimizer.no_sync():
+                loss = next_byte_loss(self.model(batch[:, :-1]), batch[:, 1:])
+                (loss / len(micro_batches)).backward()
+            losses.append(loss.detach())
+        self.optimizer.step()
+        self.lr = self.scheduler.get_last_lr()[0]
+        self.scheduler.step()
+        return torch.stack(losses).mean()
+
+    @property
+    def grad_norm(self) -> float:
+        return float(self.optimizer.grad_norm)
+
+    def save(self, folder: Path) -> None:
+        rank = dist.get_rank()
+        if rank == 0:
+            torch.save(self.model.state_dict(), folder / "model.pt")
+        rest = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        torch.save(rest, folder / f"optimizer_rank{rank}.pt")
+
+    def load(self, folder: Path) -> None:
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        saved = len(list(folder.glob("optimizer_rank*.pt")))
+        if saved != world_size:
+            raise ValueError(
+                f"{folder} was saved by {saved} ranks, and this job has {world_size}: each rank "
+                f"continues with its own shard, so start {saved} ranks."
+            )
+        self.model.load_state_dict(torch.load(folder / "model.pt"))
+        rest = torch.load(folder / f"optimizer_rank{rank}.pt")
+        self.optimizer.load_state_dict(rest["optimizer"])
+        self.scheduler.load_state_dict(rest["scheduler"])
+
+    def bytes_per_rank(self) -> dict[str, int]:
+        return self.optimizer.bytes_per_rank()
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's own loop; belief_dist comes in by "type": "AdaBelief" in the JSON alone."""
+
+    def __init__(self, model: GPT, schedule: Callable[[int], float], settings: Settings) -> None:
+        import deepspeed
+
+        if not torch.accelerator.is_available():
+            # An operation that training does not use, and that takes a minute to compile.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        assert settings.deepspeed_config is not None
+        config = json.loads(settings.deepspeed_config.read_text())
+        config |= {
+            "train_batch_size": settings.batch,
+            "gradient_accumulation_steps": settings.accumulate,
+            "bf16": {"enabled": settings.dtype == "bfloat16"},
+        }
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=model.param_groups(),
+            config=config,
+            lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
+        )
+        self.model = self.engine.module
+        self.lr = self.grad_norm = 0.0
+        self._gradients = 0
+
+    def step(self, micro_batches: list[Tensor]) -> Tensor:
+        losses = []
+        for number, batch in enumerate(micro_batches, start=1):
+            loss = next_byte_loss(self.engine(batch[:, :-1]), batch[:, 1:])
+            self.engine.backward(loss)
+            if number == len(micro_batches):
+                self.lr = self.engine.get_lr()[0]
+                self._gradients = max(self._gradients, self._gradient_bytes())
+                if self.engine.zero_optimization_stage() == 0:  # clips without telling the norm
+                    norm = torch.nn.utils.get_total_norm(self._local_gradients())
+            self.engine.step()
+            losses.append(loss.detach())
+        if self.engine.zero_optimization_stage() > 0:
+            norm = self.engine.get_global_grad_norm()
+        self.grad_norm = float(norm)
+        return torch.stack(losses).mean()
+
+    def save(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
+        if path is None:
+            raise ValueError(f"DeepSpeed found no checkpoint of its own in {folder}.")
+
+    def _local_gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _gradient_bytes(self) -> int:
+        """Count gradients between backward and step, wherever this stage keeps them."""
+        held = self._local_gradients()
+        for averaged in getattr(self.engine.optimizer, "averaged_gradients", {}).values():
+            held += averaged or []
+        return nbytes(held)
+
+    def bytes_per_rank(self) -> dict[str, int]:
+        optimizer = self.engine.optimizer
+        masters = getattr(optimizer, "single_partition_of_fp32_groups", [])
+        states = self.engine.basic_optimizer.state.values()
+        return {
+            "parameters": nbytes(self.model.parameters()),
+            "gradients": self._gradients,
+            "masters": nbytes(masters),
+            "exp_avg": nbytes(state["exp_avg"] for state in states),
+            "exp_avg_sq": nbytes(state["exp_avg_sq"] for state in states),
+        }
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors; what lies in the same memory counts once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())

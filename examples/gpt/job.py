@@ -1,0 +1,114 @@
+"""One process of a job: its place among the others, its device, and the folder of the run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=5)
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Join the ranks of torchrun, deepspeed or mpirun; without a launcher be the only one.
+
+    Yields:
+        The device of this rank.
+    """
+    device = torch.device("cpu")
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+        accelerator = torch.accelerator.current_accelerator()
+        assert accelerator is not None
+        device = torch.device(accelerator.type, torch.accelerator.current_device_index())
+    backend = dist.get_default_backend_for_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
+        os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        yield device
+        dist.barrier()  # nobody leaves while another still talks to it
+    finally:
+        dist.destroy_process_group()
+
+
+def run_folder(out: Path | None, resume: Path | None) -> Path:
+    """Return the folder of this run, the same on all ranks.
+
+    Raises:
+        ValueError: There is no run to resume, or another one is in the way.
+    """
+    found: list[Path | ValueError | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            found = [_run_folder(out, resume)]
+        except ValueError as error:
+            found = [error]
+    dist.broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    assert found[0] is not None
+    return found[0]
+
+
+def _run_folder(out: Path | None, resume: Path | None) -> Path:
+    if resume is not None:
+        if last_checkpoint(resume) is None:
+            raise ValueError(f"there is no checkpoint under {resume}; resume needs a run's folder.")
+        return resume.resolve()
+    folder = out or Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty: continue it by --resume, or choose another --out."
+        )
+    return folder.resolve()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """Return the newest checkpoint of a run; only complete ones bear this name."""
+    return max(folder.glob("step-????????"), default=None)
+
+
+def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> None:
+    """Let all ranks write into one new folder, which gets its name when it is complete.
+
+    A job that dies on the way leaves the previous checkpoint, which is removed last.
+    """
+    final = run / f"step-{step:08d}"
+    temporary = final.with_suffix(".incomplete")
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+    dist.barrier()
+    write(temporary)
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            _sync(file)
+    dist.barrier()
+    if first:
+        previous = last_checkpoint(run)
+        os.replace(temporary, final)
+        _sync(run)
+        if previous is not None:
+            shutil.rmtree(previous)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

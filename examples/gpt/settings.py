@@ -1,0 +1,83 @@
+"""The settings of a run. The command line and --help are made from this class."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class Settings:
+    """Train a small GPT on the text of Python's own documentation, on any number of ranks.
+
+    Args:
+        engine: "sharded" trains with belief_dist.ShardedAdaBelief, "deepspeed" with the engine
+            that deepspeed_config describes.
+        optimizer: Arguments of ShardedAdaBelief. The deepspeed engine takes them from its own file.
+        deepspeed_config: DeepSpeed's JSON. This script fills in batch sizes and bf16.
+        layers: Transformer blocks.
+        width: Size of a token's vector.
+        heads: Attention heads; must divide width into even parts.
+        context: Length of a sequence in bytes, which are the tokens.
+        dtype: Of parameters and gradients. With bfloat16 the optimizer keeps float32 masters.
+        batch: Sequences per step, over all ranks.
+        accumulate: Micro-batches that each rank splits its share into.
+        steps: Optimizer steps of the whole run.
+        warmup: Steps in which the learning rate rises; afterwards it falls by a cosine to a tenth.
+        seed: Of weights and data.
+        eval_every: Steps between evaluations on the held-out text.
+        save_every: Steps between checkpoints. The last step is always saved.
+        stop_at: End after this step, saved, as if the job's time were over.
+        out: Folder of the run; default: a new one under runs/.
+        resume: Folder of a run to continue from its last checkpoint.
+        prompt: What the sample begins with.
+        sample_bytes: Length of the sample.
+        local_rank: Ignored; the deepspeed launcher passes it.
+    """
+
+    engine: Literal["sharded", "deepspeed"] = "sharded"
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    deepspeed_config: Path | None = None
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    context: int = 128
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch: int = 32
+    accumulate: int = 1
+    steps: int = 500
+    warmup: int = 50
+    seed: int = 1
+    eval_every: int = 100
+    save_every: int = 250
+    stop_at: int | None = None
+    out: Path | None = None
+    resume: Path | None = None
+    prompt: str = "The "
+    sample_bytes: int = 300
+    local_rank: int = -1
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "context", "batch", "accumulate", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width must be a multiple of twice the heads, got width {self.width} and "
+                f"{self.heads} heads."
+            )
+        if self.stop_at is not None and self.stop_at < 1:
+            raise ValueError(f"stop_at must be at least 1, got {self.stop_at}.")
+        if not 0 <= self.warmup <= self.steps:
+            raise ValueError(f"warmup must be in 0..steps ({self.steps}), got {self.warmup}.")
+        if (self.engine == "deepspeed") != (self.deepspeed_config is not None):
+            raise ValueError(
+                "engine=deepspeed and deepspeed_config go together: for example --engine deepspeed "
+                "--deepspeed_config configs/deepspeed_zero1.json."
+            )
+        if self.out is not None and self.resume is not None:
+            raise ValueError("resume continues in the folder of its run: leave out away.")

@@ -1,0 +1,150 @@
+"""Trains a small GPT, sharded over all ranks: `train_gpt.py --help` lists the settings.
+
+deepspeed --num_accelerators 2 examples/train_gpt.py --config configs/gpt.yaml
+torchrun --nproc-per-node 2 examples/train_gpt.py --config configs/gpt.yaml
+python examples/train_gpt.py --config configs/gpt.yaml
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from jsonargparse import auto_cli
+
+from gpt.data import global_batch, load_corpus, unigram_entropy
+from gpt.engines import Engine, build_engine
+from gpt.evaluate import held_out_loss, sample
+from gpt.job import last_checkpoint, process_group, run_folder, write_checkpoint
+from gpt.model import GPT
+from gpt.report import Log, draw_losses, print_table, progress_bar, unsharded_bytes
+from gpt.settings import Settings
+
+# A resumed run may differ in these alone.
+_FREE = {"stop_at", "out", "resume", "prompt", "sample_bytes", "local_rank", "eval_every"}
+
+
+def main() -> None:
+    try:
+        settings = auto_cli(Settings, as_positional=False)
+        with process_group() as device:
+            train(settings, device)
+    except ValueError as error:
+        # Every rank comes here with the same sentence.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"train_gpt.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(settings: Settings, device: torch.device) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if settings.batch % (world_size * settings.accumulate):
+        raise ValueError(
+            f"batch must be a multiple of ranks x accumulate ({world_size} x "
+            f"{settings.accumulate}), got {settings.batch}."
+        )
+    run = run_folder(settings.out, settings.resume)
+    corpus = load_corpus()
+    unigram = unigram_entropy(corpus.held_out)
+
+    torch.manual_seed(settings.seed)
+    model = GPT(settings.layers, settings.width, settings.heads, settings.context)
+    num_params = sum(p.numel() for p in model.parameters())
+    engine = build_engine(model, settings, device)
+    done = resume(engine, settings, run) if settings.resume else 0
+    if rank == 0:
+        print(
+            f"{num_params:,} parameters, {world_size} ranks on {device.type}, engine "
+            f"{settings.engine}, {len(corpus.train):,} bytes of text, writing to {run}"
+        )
+        log = Log(run / "log.jsonl", done)
+        bar = progress_bar(done, settings.steps)
+
+    share = settings.batch // world_size
+    last = min(settings.steps, settings.stop_at or settings.steps)
+    for step in range(done + 1, last + 1):
+        started = time.perf_counter()
+        batch = global_batch(corpus.train, settings.batch, settings.context, settings.seed, step)
+        mine = batch[rank * share : (rank + 1) * share].to(device)
+        loss = engine.step(list(mine.chunk(settings.accumulate)))
+        dist.all_reduce(loss)
+        row = {
+            "step": step,
+            "loss": loss.item() / world_size,
+            "grad_norm": engine.grad_norm,
+            "lr": engine.lr,
+            "tokens_per_second": batch[:, 1:].numel() / (time.perf_counter() - started),
+        }
+        if step % settings.eval_every == 0 or step == last:
+            row["held_out_loss"] = held_out_loss(
+                engine.model, corpus.held_out, settings.context, device
+            )
+        if rank == 0:
+            log.add(row)
+            bar.set_postfix_str(
+                f"loss {row['loss']:.3f}, {row['tokens_per_second']:,.0f} tokens/s, "
+                f"lr {row['lr']:.1e}, grad norm {row['grad_norm']:.2f}",
+                refresh=False,
+            )
+            bar.update()
+        if step % settings.save_every == 0 or step == last:
+            save(engine, settings, run, step)
+    if rank == 0:
+        bar.close()
+
+    fullest = torch.tensor(list(engine.bytes_per_rank().values()), device=device)
+    dist.all_reduce(fullest, dist.ReduceOp.MAX)
+    if rank == 0:
+        draw_losses(log.rows, unigram, run / "loss.png")
+        text = sample(
+            engine.model, settings.prompt, settings.sample_bytes, settings.context, device
+        )
+        print(f"\nA sample:\n{text}\n")
+        unsharded = unsharded_bytes(num_params, getattr(torch, settings.dtype).itemsize)
+        held = dict(zip(unsharded, fullest.tolist(), strict=True))
+        print_table(held, unsharded, world_size, settings.engine)
+        print(
+            f"held-out loss {log.rows[-1]['held_out_loss']:.3f} nats per byte; unigram entropy of "
+            f"the held-out text {unigram:.3f}\nlog, plot and checkpoint: {run}"
+        )
+
+
+def save(engine: Engine, settings: Settings, run: Path, step: int) -> None:
+    """Write a checkpoint that `resume` continues from; all ranks."""
+
+    def write(folder: Path) -> None:
+        if dist.get_rank() == 0:
+            kept = {k: v for k, v in asdict(settings).items() if k not in _FREE}
+            (folder / "progress.json").write_text(
+                json.dumps({"step": step, "settings": kept}, default=str, indent=1)
+            )
+        engine.save(folder)
+
+    write_checkpoint(run, step, write)
+
+
+def resume(engine: Engine, settings: Settings, run: Path) -> int:
+    """Load the last checkpoint of a run and return its step; all ranks."""
+    folder = last_checkpoint(run)
+    assert folder is not None
+    progress = json.loads((folder / "progress.json").read_text())
+    here = json.loads(json.dumps(asdict(settings), default=str))
+    for name, value in progress["settings"].items():
+        if here[name] != value:
+            raise ValueError(
+                f"{name} is {here[name]!r} here, and the run in {run} has {value!r}; resume it "
+                f"with the settings it was started with."
+            )
+    engine.load(folder)
+    step: int = progress["step"]
+    return step
+
+
+if __name__ == "__main__":
+    main()
