@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from belief_dist.rule import correctly_rounded_sqrt
+
 BIN_BITS = 32
 LOW_BIN = -10  # squares of the smallest float32 numbers are about 2**-298
 HIGH_BIN = 8  # those of the largest are below 2**256
@@ -105,4 +107,4 @@ def norm_from_bins(bins: Tensor) -> Tensor:
     for digit in (digit3, digit2, digit1, digit0):
         value = value * 2.0**BIN_BITS + digit
     # The lowest of the three bins is `top - 4` among the real ones, so its unit may lie below all.
-    return (value * _units(bins.device)[top - 2] * 2.0 ** (-2 * BIN_BITS)).sqrt()
+    return correctly_rounded_sqrt(value * _units(bins.device)[top - 2] * 2.0 ** (-2 * BIN_BITS))

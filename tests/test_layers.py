@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "belief_dist"
 
 # A module imports only from rows above its own.
 ROWS = [
-    {"rule", "layout", "options", "norm"},
+    {"rule", "layout", "options"},
+    {"norm"},
     {"kernels", "params", "state", "buffers", "guard"},
     {"collectives"},
     {"integrations"},

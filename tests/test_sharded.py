@@ -248,6 +248,42 @@ def test_step_copies_and_allocates_nothing(world_size: int, tmp_path: Path) -> N
     run_ranks(world_size, tmp_path, storage_is_stable)
 
 
+def memory_is_as_documented() -> None:
+    """README's bytes per parameter, counted on the storages that the optimizer really holds."""
+    world_size, count = dist.get_world_size(), 3 * 128 * 1000
+    per_param = {
+        torch.float32: {"parameters": 4, "gradients": 4, "masters": 0, "states": 8 / world_size},
+        torch.bfloat16: {
+            "parameters": 2,
+            "gradients": 2 + 4 / world_size,
+            "masters": 4 / world_size,
+            "states": 8 / world_size,
+        },
+    }
+    for dtype, expected in per_param.items():
+        params = [torch.nn.Parameter(torch.zeros(128, 1000, dtype=dtype)) for _ in range(3)]
+        optimizer = ShardedAdaBelief(params, bucket_bytes=600_000)
+        held = optimizer.bytes_per_rank()
+        held["states"] = held.pop("exp_avg") + held.pop("exp_avg_sq")
+        buckets = len(optimizer.layout.buckets)
+        for kind, bytes_per_param in expected.items():
+            # A bucket is padded until every rank's piece is a multiple of 128 bytes.
+            padding = buckets * world_size * 128 * 2
+            assert 0 <= held[kind] - bytes_per_param * count <= padding, (dtype, kind)
+        storages = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for bucket in optimizer._buckets
+            for tensor in vars(bucket.buffers).values()
+            if isinstance(tensor, torch.Tensor)
+        }
+        assert sum(storages.values()) == sum(optimizer.bytes_per_rank().values())
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_memory_is_as_documented(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, memory_is_as_documented)
+
+
 # - Saving and loading of the own shard
 
 

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
+INSTALLED = SOURCE.parent  # where an installation puts the library that it has built
 FLAGS = (
     "-O3 -std=c++17 -shared -fPIC -fopenmp "
     # The bits: see the head of the source. The last two let loops with roots and divisions
@@ -49,7 +50,7 @@ def find_library() -> tuple[ctypes.CDLL, str]:
     Raises:
         Unavailable: It is not installed and cannot be compiled here.
     """
-    for path in sorted(SOURCE.parent.glob("_cpu_kernel*.so")):
+    for path in sorted(INSTALLED.glob("_cpu_kernel*.so")):
         library = _open(path)
         if library is not None:
             return library, "built at installation"
