@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from belief_dist.kernels import ordered_sum_
+from belief_dist.kernels import ordered_sum_, squared_norm_bins_
 
 Reduction = Literal["auto", "ordered", "native"]
 
@@ -74,13 +74,14 @@ class Collectives(ABC):
         self.world_size = dist.get_world_size(group) if group is not None else 1
 
     @abstractmethod
-    def start_reduce(self, flat: Tensor, shard: Tensor) -> Handle:
-        """Sum `flat` over the ranks into `shard`.
+    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
+        """Sum `flat` over the ranks into `shard`, and its squares into `bins`.
 
         Args:
             flat: (world_size * shard_numel,), this rank's addends; must not change before the
                 returned handle was waited for.
             shard: (shard_numel,), the sum of this rank's piece; may be that piece of `flat`.
+            bins: (norm.NUM_WORDS,), int64; the squares of `shard` are added when it is complete.
         """
 
     def start_gather(self, flat: Tensor) -> Handle:
@@ -111,31 +112,33 @@ class Collectives(ABC):
 class Alone(Collectives):
     """One rank: its gradients are the sum."""
 
-    def start_reduce(self, flat: Tensor, shard: Tensor) -> Handle:
+    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
         """Copy the piece, widened, where it is not in place already."""
         if flat.data_ptr() != shard.data_ptr():
             shard.copy_(flat)
+        squared_norm_bins_(bins, shard)
         return Done()
 
 
 class Native(Collectives):
     """The backend's reduce-scatter."""
 
-    def start_reduce(self, flat: Tensor, shard: Tensor) -> Handle:
+    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
         """See `Collectives.start_reduce`; 16-bit gradients are summed as the backend likes."""
         mine = flat.view(self.world_size, -1)[self.rank]
         work = _reduce_scatter(mine, flat, group=self._group, async_op=True)
-        return _Widened(work, mine, shard)
+        return _Widened(work, mine, shard, bins)
 
 
 class _Widened:
-    def __init__(self, work: dist.Work, piece: Tensor, shard: Tensor) -> None:
-        self._work, self._piece, self._shard = work, piece, shard
+    def __init__(self, work: dist.Work, piece: Tensor, shard: Tensor, bins: Tensor) -> None:
+        self._work, self._piece, self._shard, self._bins = work, piece, shard, bins
 
     def wait(self) -> None:
         self._work.wait()
         if self._piece.data_ptr() != self._shard.data_ptr():
             self._shard.copy_(self._piece)
+        squared_norm_bins_(self._bins, self._shard)
 
 
 class _Staging:
@@ -193,7 +196,7 @@ class DirectExchange(Collectives):
         self._peers = dist.get_process_group_ranks(group)
         self._staging = _Staging()
 
-    def start_reduce(self, flat: Tensor, shard: Tensor) -> Handle:
+    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of `shard`."""
         pieces = flat.view(self.world_size, -1)
         piece_bytes = pieces[0].nbytes
@@ -201,7 +204,7 @@ class DirectExchange(Collectives):
         inbox = buffer[: (self.world_size - 1) * piece_bytes].view(flat.dtype)
         arriving = list(inbox.view(self.world_size - 1, -1))
         arriving.insert(self.rank, pieces[self.rank])
-        return _DirectReduce(self, pieces, arriving, shard, self._staging, buffer)
+        return _DirectReduce(self, pieces, arriving, shard, bins, self._staging, buffer)
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`."""
@@ -241,12 +244,14 @@ class _DirectReduce(_OrderedReduce):
         outgoing: Tensor,  # (world_size, shard_numel)
         arriving: Sequence[Tensor],  # world_size times (shard_numel,), own piece included
         shard: Tensor,
+        bins: Tensor,
         staging: _Staging,
         buffer: Tensor,
     ) -> None:
         super().__init__(staging, buffer)
         self._arriving = arriving
         self._shard = shard
+        self._bins = bins
         self._received: list[tuple[int, int, list[dist.Work]]] = []
         self._sent: list[dist.Work] = []
         for start, stop in link._chunks(outgoing[0]):
@@ -261,7 +266,8 @@ class _DirectReduce(_OrderedReduce):
             for work in works:
                 work.wait()
             # While the chunk is still in cache.
-            ordered_sum_(self._shard[start:stop], [piece[start:stop] for piece in self._arriving])
+            pieces = [piece[start:stop] for piece in self._arriving]
+            ordered_sum_(self._shard[start:stop], pieces, self._bins)
         for work in self._sent:
             work.wait()
 
@@ -273,27 +279,33 @@ class OrderedAllToAll(Collectives):
         super().__init__(group)
         self._staging = _Staging()
 
-    def start_reduce(self, flat: Tensor, shard: Tensor) -> Handle:
+    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of `shard`."""
         buffer = self._staging.take(flat.nbytes, flat.device)
         arriving = buffer[: flat.nbytes].view(flat.dtype)
         work = dist.all_to_all_single(arriving, flat, group=self._group, async_op=True)
         assert work is not None
         return _AllToAllReduce(
-            work, arriving.view(self.world_size, -1), shard, self._staging, buffer
+            work, arriving.view(self.world_size, -1), shard, bins, self._staging, buffer
         )
 
 
 class _AllToAllReduce(_OrderedReduce):
     def __init__(
-        self, work: dist.Work, arriving: Tensor, shard: Tensor, staging: _Staging, buffer: Tensor
+        self,
+        work: dist.Work,
+        arriving: Tensor,  # (world_size, shard_numel)
+        shard: Tensor,
+        bins: Tensor,
+        staging: _Staging,
+        buffer: Tensor,
     ) -> None:
         super().__init__(staging, buffer)
-        self._work, self._arriving, self._shard = work, arriving, shard
+        self._work, self._arriving, self._shard, self._bins = work, arriving, shard, bins
 
     def _finish(self) -> None:
         self._work.wait()
-        ordered_sum_(self._shard, list(self._arriving))
+        ordered_sum_(self._shard, list(self._arriving), self._bins)
 
 
 def raise_together(links: Collectives, problem: Exception | None) -> None:

@@ -112,7 +112,7 @@ class ShardedAdaBelief(Optimizer):
         maximize: bool = False,
         process_group: dist.ProcessGroup | None = None,
         reduction: Reduction = "auto",
-        bucket_bytes: int = 16 << 20,
+        bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
         overlap: bool = True,
         timeout: timedelta = timedelta(minutes=10),
@@ -330,7 +330,11 @@ class ShardedAdaBelief(Optimizer):
                 if self._params[index].grad is not self._grad_views[index]:
                     self._grad_views[index].zero_()
             buffers = bucket.buffers
-            bucket.reduction = self._links.start_reduce(buffers.flat_grad, buffers.grad_shard)
+            if self._next_bucket == 0:
+                self._message.zero_()
+            bucket.reduction = self._links.start_reduce(
+                buffers.flat_grad, buffers.grad_shard, self._message[:NUM_WORDS]
+            )
             for index in bucket.indices:
                 self._reduced_version[index] = self._grad_views[index]._version
             self._next_bucket += 1
@@ -395,9 +399,7 @@ class ShardedAdaBelief(Optimizer):
             Which parameters have a gradient on some rank; the factor on summed gradients (mean and
             clipping, float64); and whether all ranks skip the step. The last two have one element.
         """
-        message = self._message.zero_()
-        for bucket in self._buckets:
-            kernels.squared_norm_bins_(message[:NUM_WORDS], bucket.buffers.grad_shard)
+        message = self._message  # the norm is in it already
         local = [param.grad is not None for param in self._params]
         if all(local):
             message[NUM_WORDS:] = 1

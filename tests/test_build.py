@@ -102,12 +102,27 @@ def test_who_insists_on_the_kernel_gets_an_error(cache: Path) -> None:
     assert "apt install g++" in said
 
 
-def test_a_damaged_library_is_replaced(cache: Path) -> None:
-    says(start(cache))
-    (library,) = libraries(cache)
-    library.write_bytes(library.read_bytes()[:100])
+@pytest.mark.parametrize("kept", [0, 100, 50_000])
+def test_a_damaged_library_is_replaced(cache: Path, kept: int) -> None:
+    """A crash or a full disk has cut it off; to load what is left would kill the process."""
+    command = build.compiler()
+    damaged = cache / f"cpu_kernel-{build.source_hash()}-{build._fingerprint(command)}-0123.so"
+    build.compile_library(command, damaged)
+    damaged.write_bytes(damaged.read_bytes()[:kept])
     assert "compiled now" in says(start(cache))
     assert "compiled before" in says(start(cache))
+    assert not damaged.exists()
+
+
+def test_a_full_disk_is_no_reason_to_stop(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(build, "INSTALLED", cache)
+    monkeypatch.setenv("BELIEF_DIST_CACHE", str(cache))
+    monkeypatch.setattr(build.tempfile, "mkstemp", full)
+    with pytest.raises(build.Unavailable, match="No space left on device"):
+        build.find_library()
 
 
 def test_a_killed_build_leaves_nothing_that_blocks(cache: Path) -> None:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from belief_dist import kernels
 from belief_dist.kernels import eager
 from belief_dist.kernels.cpp import CppKernel
+from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.rule import (
     StepScalars,
     compute_dtype,
@@ -92,8 +93,10 @@ def values(n: int, offset: int, dtype: torch.dtype, generator: torch.Generator) 
     largest = 4 if dtype == F16 else 30
     exponent = torch.empty(n + offset, dtype=F64).uniform_(-30, largest, generator=generator)
     made = torch.randn(n + offset, dtype=F64, generator=generator) * 10**exponent
-    for place, value in enumerate(SPECIAL):
-        made[offset + 5 * place : offset + 5 * place + 1] = value
+    # At places of its own in each tensor, so that every special number meets ordinary ones.
+    special = torch.rand(n + offset, generator=generator) < 0.1
+    which = torch.randint(len(SPECIAL), (n + offset,), generator=generator)
+    made = torch.where(special, torch.tensor(SPECIAL, dtype=F64)[which], made)
     return made.to(dtype)[offset:]
 
 
@@ -161,6 +164,13 @@ def test_a_million_elements_on_several_threads(
 def test_the_fallback_works_through_many_pieces() -> None:
     for dtypes in ((F32, F32, None), (F32, BF16, BF16)):
         check(chunked, 3 * eager._LEAN_PIECE + 7, {}, dtypes)
+
+
+@pytest.mark.parametrize("param_dtype", [F32, F64, BF16, F16])
+def test_any_mixture_of_dtypes(param_dtype: torch.dtype) -> None:
+    """The kernel knows one arithmetic at a time; what mixes two is left to plain torch."""
+    for grad_dtype, out_dtype in itertools.product((F32, F64, BF16, F16), (None, F32, BF16, F16)):
+        check(kernels.update_, 100, {}, (param_dtype, grad_dtype, out_dtype))
 
 
 @given(
@@ -258,7 +268,6 @@ def test_sums_in_order(
     dtype: torch.dtype, total: torch.dtype, backend: str, threads: int, kernel: CppKernel
 ) -> None:
     """Equal to adding one piece after the other, whichever piece the result overwrites."""
-    run = kernel.ordered_sum_ if backend == "cpp" else eager.ordered_sum_
     for world_size, n in itertools.product((1, 2, 3, 4, 5, 9), (0, 1, 17, 70_001)):
         generator = torch.Generator().manual_seed(world_size)
         pieces = [values(n, 1, dtype, generator) for _ in range(world_size)]
@@ -268,8 +277,27 @@ def test_sums_in_order(
         for own in range(world_size) if dtype == total else [None]:
             given_pieces = [piece.clone() for piece in pieces]
             out = torch.empty(n, dtype=total) if own is None else given_pieces[own]
-            run(out, given_pieces)
+            squares, expected_squares = (torch.zeros(NUM_WORDS, dtype=torch.int64) for _ in "12")
+            if backend == "cpp":
+                kernels.ordered_sum_(out, given_pieces, squares)
+                kernels.squared_norm_bins_(expected_squares, expected)
+            else:
+                eager.ordered_sum_(out, given_pieces)
             assert torch.equal(bits(out), bits(expected)), (world_size, n, own)
+            # What two calls add to the bins may be carried differently, but is one number.
+            assert torch.equal(
+                bits(norm_from_bins(squares)), bits(norm_from_bins(expected_squares))
+            )
+
+
+@pytest.mark.parametrize("total", [F32, F64])
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+def test_sums_into_another_dtype(dtype: torch.dtype, total: torch.dtype) -> None:
+    pieces = [values(100, 1, dtype, torch.Generator().manual_seed(i)) for i in range(3)]
+    out = torch.empty(100, dtype=total)
+    kernels.ordered_sum_(out, pieces)
+    first, second, third = (piece.to(total) for piece in pieces)
+    assert torch.equal(bits(out), bits(first + second + third))
 
 
 # - The choice of a backend

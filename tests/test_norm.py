@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -37,6 +38,14 @@ def bins_of(pieces: list[Tensor], add: Callable[[Tensor, Tensor], None]) -> Tens
     return total
 
 
+def leading(bins: Tensor) -> tuple[int, ...]:
+    """Return the highest bin in use, and what it and the two below count: all that is read."""
+    low, high = bins[: 2 * norm.NUM_BINS : 2].tolist(), bins[1 : 2 * norm.NUM_BINS : 2].tolist()
+    counts = [0, 0, *(first + (second << 32) for first, second in zip(low, high, strict=True))]
+    top = max((place for place, count in enumerate(counts) if count), default=2)
+    return top, *counts[top - 2 : top + 1]
+
+
 def exact_norm(values: Tensor) -> float:
     """Return the root of the sum of squares in rational arithmetic, rounded at the end."""
     total = sum((Fraction(v) ** 2 for v in values.double().tolist()), Fraction(0))
@@ -61,12 +70,53 @@ def test_order_cuts_and_backend_do_not_matter(
     values = numbers(n, decades, dtype, seed)
     places = sorted(int(cut * n) for cut in cuts)
     shuffled = values[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
-    norms = {
-        norm.norm_from_bins(bins_of(pieces, add)).item()
+    bins = [
+        bins_of(pieces, add)
         for add in BACKENDS
         for pieces in ([values], [shuffled], list(torch.tensor_split(shuffled, places)))
-    }
+    ]
+    assert len({norm.norm_from_bins(sums).item() for sums in bins}) == 1
+    # Rounding would hide most differences.
+    assert len({leading(sums) for sums in bins}) == 1
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
+def test_threads_do_not_matter(dtype: torch.dtype) -> None:
+    """Long enough that threads share the work and plain torch takes several chunks."""
+    values = numbers(2 * norm._CHUNK + 5, (-45, 38) if dtype != F16 else (-8, 4), dtype, seed=8)
+    before = torch.get_num_threads()
+    norms = set()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            for add in BACKENDS:
+                bins = bins_of([values], add)
+                norms.add((norm.norm_from_bins(bins).item(), norm.nonfinite_count(bins).item()))
+    finally:
+        torch.set_num_threads(before)
     assert len(norms) == 1
+
+
+@pytest.mark.parametrize("add", BACKENDS)
+@pytest.mark.parametrize("bin_", range(norm.LOW_BIN + 1, norm.HIGH_BIN + 1))
+def test_where_squares_round_into_the_bin_above(
+    add: Callable[[Tensor, Tensor], None], bin_: int
+) -> None:
+    """Both sides of half a unit, next to numbers far below: none is lost or counted twice."""
+    edge = 2.0 ** (16 * bin_) * math.sqrt(0.5)
+    around = [math.nextafter(edge, 0.0), edge, math.nextafter(edge, math.inf)]
+    for value, more in itertools.product(around, (0, 1, 1000)):
+        values = torch.tensor([value] + [edge * 2.0**-9] * more, dtype=F64)
+        got = norm.norm_from_bins(bins_of(list(values.split(7)), add)).item()
+        assert math.isclose(got, exact_norm(values), rel_tol=2 * 2**-52)
+
+
+def test_the_largest_number_that_counts() -> None:
+    """Both backends draw the line at the same number."""
+    for add in BACKENDS:
+        for value, count in ((2.0**144, 1), (math.nextafter(2.0**144, 0.0), 0)):
+            bins = bins_of([torch.tensor([value, -value], dtype=F64)], add)
+            assert norm.nonfinite_count(bins) == 2 * count
 
 
 @pytest.mark.parametrize("add", BACKENDS)

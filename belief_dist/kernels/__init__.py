@@ -130,7 +130,8 @@ def update_(
     if (
         isinstance(kernel, CppKernel)
         and kernel.supports(*tensors)
-        and exp_avg.dtype == compute_dtype(param.dtype)
+        and exp_avg.dtype == compute_dtype(param.dtype) == compute_dtype(grad.dtype)
+        and (param_out is None or (param_out.itemsize == 2 and exp_avg.itemsize == 4))
     ):
         if skip is None or not bool(skip):
             scale = float(grad_scale)
@@ -155,18 +156,25 @@ def update_(
     )
 
 
-def ordered_sum_(out: Tensor, pieces: Sequence[Tensor]) -> None:
+def ordered_sum_(out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None = None) -> None:
     """Add tensors in their order, every addition rounded on its own.
 
     Args:
         out: (n,), float32 or float64; may be one of `pieces`.
         pieces: Tensors (n,) of one dtype, widened to that of `out` before they are added.
+        bins: Receives the squares of the sums, as from `squared_norm_bins_`, or None.
     """
     kernel = _cpp()
-    if isinstance(kernel, CppKernel) and kernel.supports(out, *pieces):
-        kernel.ordered_sum_(out, pieces)
-    else:
-        eager.ordered_sum_(out, pieces)
+    if (
+        isinstance(kernel, CppKernel)
+        and kernel.supports(out, *pieces)
+        and out.dtype == compute_dtype(pieces[0].dtype)
+    ):
+        kernel.ordered_sum_(out, pieces, bins)
+        return
+    eager.ordered_sum_(out, pieces)
+    if bins is not None:
+        norm.add_squares_(bins, out)
 
 
 def squared_norm_bins_(bins: Tensor, values: Tensor) -> None:

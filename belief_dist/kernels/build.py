@@ -55,20 +55,46 @@ def find_library() -> tuple[ctypes.CDLL, str]:
         if library is not None:
             return library, "built at installation"
     command = compiler()
+    try:
+        return _from_cache(command)
+    except OSError as error:  # a full disk, say
+        raise Unavailable(f"the compiled library cannot be stored: {error}") from error
+
+
+def _from_cache(command: list[str]) -> tuple[ctypes.CDLL, str]:
     with _cache_folder() as folder:
-        name = f"cpu_kernel-{source_hash()}-{_fingerprint(command)}.so"
-        path = folder / name
-        library = _open(path) if path.exists() else None
+        stem = f"cpu_kernel-{source_hash()}-{_fingerprint(command)}"
+        library = _load_cached(folder, stem)
         if library is not None:
             return library, "compiled before"
-        with _lock(folder / f"{name}.lock"):
-            library = _open(path) if path.exists() else None  # by another rank, in the meantime
+        with _lock(folder / f"{stem}.lock"):
+            library = _load_cached(folder, stem)  # by another rank, in the meantime
             if library is None:
-                compile_library(command, path)
-                library = _open(path)
+                fresh = folder / f"{stem}.{os.getpid()}.tmp"
+                compile_library(command, fresh)
+                os.replace(fresh, folder / f"{stem}-{_digest(fresh)}.so")
+                library = _load_cached(folder, stem)
     if library is None:
         raise Unavailable(f"the library that {command[0]} made cannot be loaded")
     return library, "compiled now"
+
+
+def _load_cached(folder: Path, stem: str) -> ctypes.CDLL | None:
+    """Load a library from the cache if it is whole.
+
+    Its name ends in a digest of its content: what a crash has truncated must not be loaded, since
+    that ends the process with a bus error.
+    """
+    for path in folder.glob(f"{stem}-*.so"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stem.endswith(_digest(path)):
+                return _open(path)
+            path.unlink()
+    return None
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def compiler() -> list[str]:

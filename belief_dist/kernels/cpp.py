@@ -31,7 +31,7 @@ class CppKernel:
             "belief_update": [
                 size, *[pointer, code] * 2, *[pointer] * 4, code, pointer, code, code
             ],
-            "belief_sum": [size, pointer, pointer, code, code, code],
+            "belief_sum": [size, pointer, pointer, code, code, pointer, code],
             "belief_squares": [size, pointer, code, pointer, code],
         }  # fmt: skip
         for name, arguments in signatures.items():
@@ -89,8 +89,8 @@ class CppKernel:
             torch.get_num_threads(),
         )
 
-    def ordered_sum_(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
-        """Add `pieces` in their order into `out`, which may be one of them."""
+    def ordered_sum_(self, out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None) -> None:
+        """Add `pieces` in their order into `out`, and the squares of the sums to `bins`."""
         addresses = (ctypes.c_void_p * len(pieces))(*(piece.data_ptr() for piece in pieces))
         self._library.belief_sum(
             out.numel(),
@@ -98,6 +98,7 @@ class CppKernel:
             addresses,
             _DTYPES[pieces[0].dtype],
             len(pieces),
+            None if bins is None else bins.data_ptr(),
             torch.get_num_threads(),
         )
 

@@ -228,61 +228,6 @@ void update_all(int64_t n, Array param, Array grad, T* m, T* s, T* largest, Arra
   });
 }
 
-// ---------------------------------------------------------------- sum in rank order
-
-template <class T, int kPieces>
-INLINE void sum_fixed(int64_t n, T* out, const T* const* pieces) {
-  const T *a = pieces[0], *b = pieces[kPieces > 1 ? 1 : 0], *c = pieces[kPieces > 2 ? 2 : 0],
-          *d = pieces[kPieces > 3 ? 3 : 0];
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    T total = a[i];
-    if constexpr (kPieces > 1) total = total + b[i];
-    if constexpr (kPieces > 2) total = total + c[i];
-    if constexpr (kPieces > 3) total = total + d[i];
-    out[i] = total;
-  }
-}
-
-template <class T>
-INLINE void choose_sum(int64_t n, T* out, const T* const* pieces, int count) {
-  switch (count) {
-    case 1: return sum_fixed<T, 1>(n, out, pieces);
-    case 2: return sum_fixed<T, 2>(n, out, pieces);
-    case 3: return sum_fixed<T, 3>(n, out, pieces);
-    default: return sum_fixed<T, 4>(n, out, pieces);
-  }
-}
-
-// Sums of up to four pieces.
-PORTABLE_SIMD void sum(int64_t n, float* out, const float* const* pieces, int count) {
-  choose_sum(n, out, pieces, count);
-}
-
-PORTABLE_SIMD void sum(int64_t n, double* out, const double* const* pieces, int count) {
-  choose_sum(n, out, pieces, count);
-}
-
-template <class T>
-void sum_all(int64_t n, T* out, void* const* data, int type, int count, int threads) {
-  in_parallel(n, threads, [=](int64_t begin, int64_t end) {
-    // `out` may be any of the pieces, so a block is complete before it is stored.
-    T total[kBlock];
-    float wide[4][kBlock];
-    for (int64_t i = begin; i < end; i += kBlock) {
-      const int64_t size = std::min(kBlock, end - i);
-      const T* next[4];
-      for (int done = 0; done < count;) {
-        int taken = 0;
-        if (done > 0) next[taken++] = total;
-        for (float* buffer = wide[0]; taken < 4 && done < count; ++done, buffer += kBlock)
-          next[taken++] = Array{data[done], type}.read<T>(i, size, buffer);
-        sum(size, done == count ? out + i : total, next, taken);
-      }
-    }
-  });
-}
-
 // ---------------------------------------------------------------- squared norm
 
 // See norm.py, where the bins are explained.
@@ -380,6 +325,11 @@ PORTABLE_SIMD void bin(int64_t n, const float* x, Bins& bins) { bin_chunk(n, x, 
 
 PORTABLE_SIMD void bin(int64_t n, const double* x, Bins& bins) { bin_chunk(n, x, bins); }
 
+void merge(const Bins& from, Bins& into) {
+#pragma omp critical
+  for (int j = 0; j < 2 * kBins + 1; ++j) into.words[j] += from.words[j];
+}
+
 template <class T>
 void bin_all(int64_t n, Array values, Bins& bins, int threads) {
   in_parallel(n, threads, [&](int64_t begin, int64_t end) {
@@ -389,8 +339,76 @@ void bin_all(int64_t n, Array values, Bins& bins, int threads) {
       const int64_t count = std::min(kChunk, end - i);
       bin(count, values.read<T>(i, count, wide), own);
     }
-#pragma omp critical
-    for (int j = 0; j < 2 * kBins + 1; ++j) bins.words[j] += own.words[j];
+    merge(own, bins);
+  });
+}
+
+// Adds the bins to those of the caller, with the low words carried into the high ones.
+void store(const Bins& bins, int64_t* words) {
+  for (int j = 0; j < 2 * kBins + 1; ++j) words[j] += bins.words[j];
+  for (int j = 0; j < 2 * kBins; j += 2) {
+    words[j + 1] += words[j] >> kBinBits;
+    words[j] &= kMask;
+  }
+}
+
+
+// ---------------------------------------------------------------- sum in rank order
+
+template <class T, int kPieces>
+INLINE void sum_fixed(int64_t n, T* out, const T* const* pieces) {
+  const T *a = pieces[0], *b = pieces[kPieces > 1 ? 1 : 0], *c = pieces[kPieces > 2 ? 2 : 0],
+          *d = pieces[kPieces > 3 ? 3 : 0];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    T total = a[i];
+    if constexpr (kPieces > 1) total = total + b[i];
+    if constexpr (kPieces > 2) total = total + c[i];
+    if constexpr (kPieces > 3) total = total + d[i];
+    out[i] = total;
+  }
+}
+
+template <class T>
+INLINE void choose_sum(int64_t n, T* out, const T* const* pieces, int count) {
+  switch (count) {
+    case 1: return sum_fixed<T, 1>(n, out, pieces);
+    case 2: return sum_fixed<T, 2>(n, out, pieces);
+    case 3: return sum_fixed<T, 3>(n, out, pieces);
+    default: return sum_fixed<T, 4>(n, out, pieces);
+  }
+}
+
+// Sums of up to four pieces.
+PORTABLE_SIMD void sum(int64_t n, float* out, const float* const* pieces, int count) {
+  choose_sum(n, out, pieces, count);
+}
+
+PORTABLE_SIMD void sum(int64_t n, double* out, const double* const* pieces, int count) {
+  choose_sum(n, out, pieces, count);
+}
+
+// Also bins the squares of the sums, while they are in cache, unless `bins` is null.
+template <class T>
+void sum_all(int64_t n, T* out, void* const* data, int type, int count, Bins* bins, int threads) {
+  in_parallel(n, threads, [=](int64_t begin, int64_t end) {
+    Bins own = {};
+    // `out` may be any of the pieces, so a block is complete before it is stored.
+    T total[kBlock];
+    float wide[4][kBlock];
+    for (int64_t i = begin; i < end; i += kBlock) {
+      const int64_t size = std::min(kBlock, end - i);
+      const T* next[4];
+      for (int done = 0; done < count;) {
+        int taken = 0;
+        if (done > 0) next[taken++] = total;
+        for (float* buffer = wide[0]; taken < 4 && done < count; ++done, buffer += kBlock)
+          next[taken++] = Array{data[done], type}.read<T>(i, size, buffer);
+        sum(size, done == count ? out + i : total, next, taken);
+      }
+      if (bins) bin(size, out + i, own);
+    }
+    if (bins) merge(own, *bins);
   });
 }
 
@@ -426,19 +444,19 @@ EXPORT void belief_update(int64_t n, void* param, int param_type, void* grad, in
 }
 
 EXPORT void belief_sum(int64_t n, void* out, void* const* pieces, int type, int count,
-                                    int threads) {
-  if (type == kFloat64) sum_all(n, static_cast<double*>(out), pieces, type, count, threads);
-  else sum_all(n, static_cast<float*>(out), pieces, type, count, threads);
+                       int64_t* words, int threads) {
+  Bins bins = {};
+  Bins* wanted = words ? &bins : nullptr;
+  if (type == kFloat64)
+    sum_all(n, static_cast<double*>(out), pieces, type, count, wanted, threads);
+  else
+    sum_all(n, static_cast<float*>(out), pieces, type, count, wanted, threads);
+  if (words) store(bins, words);
 }
 
-EXPORT void belief_squares(int64_t n, void* values, int type, int64_t* words,
-                                    int threads) {
+EXPORT void belief_squares(int64_t n, void* values, int type, int64_t* words, int threads) {
   Bins bins = {};
   if (type == kFloat64) bin_all<double>(n, {values, type}, bins, threads);
   else bin_all<float>(n, {values, type}, bins, threads);
-  for (int j = 0; j < 2 * kBins + 1; ++j) words[j] += bins.words[j];
-  for (int j = 0; j < 2 * kBins; j += 2) {
-    words[j + 1] += words[j] >> kBinBits;
-    words[j] &= kMask;
-  }
+  store(bins, words);
 }

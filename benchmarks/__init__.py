@@ -1,0 +1,1 @@
+"""Timings next to the closest alternatives: run `python -m benchmarks --help`."""
