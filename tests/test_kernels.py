@@ -18,6 +18,7 @@ from belief_dist import kernels
 from belief_dist.kernels import eager
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.options import DEFAULTS
 from belief_dist.rule import (
     StepScalars,
     compute_dtype,
@@ -27,18 +28,7 @@ from belief_dist.rule import (
 )
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-OPTIONS = {
-    "lr": 0.01,
-    "betas": (0.9, 0.999),
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "weight_decouple": True,
-    "fixed_decay": False,
-    "rectify": False,
-    "degenerated_to_sgd": True,
-    "amsgrad": False,
-    "maximize": False,
-}
+OPTIONS = {**DEFAULTS, "lr": 0.01, "eps": 1e-8, "weight_decay": 0.1}
 SWITCHES = [
     {},
     {"weight_decay": 0.0},

@@ -19,18 +19,10 @@ import torch.distributed as dist
 from belief_dist import ShardedAdaBelief
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.options import DEFAULTS
 from belief_dist.rule import compute_dtype, step_scalars, update_reference_
 from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from ranks import run_ranks
-
-DEFAULTS = {
-    "weight_decouple": True,
-    "fixed_decay": False,
-    "rectify": False,
-    "degenerated_to_sgd": True,
-    "amsgrad": False,
-    "maximize": False,
-}
 
 
 class Reference:
