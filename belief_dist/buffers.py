@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from belief_dist.layout import Bucket, Slot
+from belief_dist.layout import Bucket
 from belief_dist.rule import compute_dtype
 
 
@@ -34,10 +34,12 @@ class BucketBuffers:
 
     Attributes:
         flat_param: (bucket.numel,) in the parameters' dtype; all parameters are views of it.
-        flat_grad: (bucket.numel,) likewise, for the gradients.
+        flat_grad: (bucket.numel,) likewise, for the gradients; None if only the shard is kept.
+        grad_views: The place of each parameter's gradient in `flat_grad`.
+        gaps: Ranges [start, stop) of the bucket that are padding.
         param_shard: (bucket.shard_numel,), this rank's piece of `flat_param`.
         grad_shard: (bucket.shard_numel,) in the compute dtype: where reduced gradients arrive. It
-            is this rank's piece of `flat_grad` unless parameters are 16 bits wide.
+            is this rank's piece of `flat_grad` if there is one in that dtype.
         master: (bucket.shard_numel,) in the compute dtype: the parameters that are updated. It is
             `param_shard` itself unless parameters are 16 bits wide.
         exp_avg, exp_avg_sq, max_exp_avg_sq: (bucket.shard_numel,) in the compute dtype; the last
@@ -45,7 +47,13 @@ class BucketBuffers:
     """
 
     def __init__(
-        self, bucket: Bucket, params: Sequence[Tensor], rank: int, *, amsgrad: bool
+        self,
+        bucket: Bucket,
+        params: Sequence[Tensor],
+        rank: int,
+        *,
+        amsgrad: bool,
+        keep_grad: bool,
     ) -> None:
         """Move `params` (one for each slot) into flat storage; their values stay."""
         first = params[0]
@@ -53,33 +61,39 @@ class BucketBuffers:
         start, stop = bucket.shard_range(rank)
         self.bucket = bucket
         self.params = list(params)
+        self._strides = [_dense_stride(param) for param in params]
         self.flat_param = torch.zeros(bucket.numel, dtype=first.dtype, device=first.device)
-        self.flat_grad = torch.zeros_like(self.flat_param)
+        self.flat_grad = torch.zeros_like(self.flat_param) if keep_grad else None
         self.grad_views: list[Tensor] = []
-        for slot, param in zip(bucket.slots, params, strict=True):
-            stride = _dense_stride(param)
-            view = self._view(self.flat_param, slot, param.shape, stride)
+        for position, param in enumerate(params):
+            view = self.view(self.flat_param, position)
             view.copy_(param.detach())
             param.data = view
-            # `.data` gives every view a version counter of its own, so that in-place changes of
-            # one gradient can be told from those of its neighbours.
-            self.grad_views.append(self._view(self.flat_grad, slot, param.shape, stride).data)
+            if self.flat_grad is not None:
+                # `.data` gives every view a version counter of its own, so that in-place changes
+                # of one gradient can be told from those of its neighbours.
+                self.grad_views.append(self.view(self.flat_grad, position).data)
+        ends = [0, *(slot.stop for slot in bucket.slots)]
+        starts = [*(slot.start for slot in bucket.slots), bucket.numel]
+        self.gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
         self.param_shard = self.flat_param[start:stop]
-        if first.dtype == compute:
-            self.master = self.param_shard
+        self.master = self.param_shard
+        if first.dtype != compute:
+            self.master = self.param_shard.to(compute)
+        if self.flat_grad is not None and first.dtype == compute:
             self.grad_shard = self.flat_grad[start:stop]
         else:
-            self.master = self.param_shard.to(compute)
             self.grad_shard = torch.zeros_like(self.master)
         self.exp_avg = torch.zeros_like(self.master)
         self.exp_avg_sq = torch.zeros_like(self.master)
         self.max_exp_avg_sq = torch.zeros_like(self.master) if amsgrad else None
 
-    @staticmethod
-    def _view(flat: Tensor, slot: Slot, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    def view(self, flat: Tensor, position: int) -> Tensor:
+        """Return the place of the parameter at `position` in a flat buffer of this bucket."""
+        slot, shape = self.bucket.slots[position], self.params[position].shape
         if slot.start == slot.stop:
-            return flat[slot.start : slot.stop].view(tuple(shape))
-        return flat.as_strided(tuple(shape), tuple(stride), flat.storage_offset() + slot.start)
+            return flat[slot.start : slot.stop].view(shape)
+        return flat.as_strided(shape, self._strides[position], flat.storage_offset() + slot.start)
 
     @property
     def has_master(self) -> bool:
@@ -90,10 +104,15 @@ class BucketBuffers:
         """Take the master weights from the parameters, whose values somebody has set."""
         self.master.copy_(self.param_shard)
 
+    def wire_nbytes(self, wire_dtype: torch.dtype | None) -> int:
+        """Return the bytes of all gradients of this bucket, in the wider of the two dtypes."""
+        own = self.flat_param.itemsize
+        return self.bucket.numel * max(own, wire_dtype.itemsize if wire_dtype else 0)
+
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that are really allocated, by kind."""
-        grads = self.flat_grad.nbytes
-        if self.has_master:
+        grads = 0 if self.flat_grad is None else self.flat_grad.nbytes
+        if self.flat_grad is None or self.has_master:
             grads += self.grad_shard.nbytes
         maximum = self.max_exp_avg_sq
         return {
@@ -103,3 +122,35 @@ class BucketBuffers:
             "exp_avg": self.exp_avg.nbytes,
             "exp_avg_sq": self.exp_avg_sq.nbytes + (maximum.nbytes if maximum is not None else 0),
         }
+
+
+class Recycler:
+    """Buffers of one size that are used again and again."""
+
+    def __init__(self, size: int) -> None:
+        """Hand out buffers of `size` bytes."""
+        self._size = max(size, 1)
+        self._free: list[Tensor] = []  # uint8
+        self._lent: dict[int, Tensor] = {}  # likewise, by address
+
+    @property
+    def lent(self) -> int:
+        """How many buffers are in use."""
+        return len(self._lent)
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a flat buffer whose contents are undefined."""
+        whole = self._free.pop() if self._free else None
+        if whole is None:
+            whole = torch.empty(self._size, dtype=torch.uint8, device=device)
+        self._lent[whole.untyped_storage().data_ptr()] = whole
+        return whole[: numel * dtype.itemsize].view(dtype)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Take back what `take` has returned."""
+        # By storage: a slice of no elements has no address of its own.
+        self._free.append(self._lent.pop(buffer.untyped_storage().data_ptr()))
+
+    def nbytes(self) -> int:
+        """Return the bytes of all buffers, in use or not."""
+        return self._size * (len(self._free) + len(self._lent))

@@ -74,7 +74,9 @@ class Collectives(ABC):
         self.world_size = dist.get_world_size(group) if group is not None else 1
 
     @abstractmethod
-    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
+    def start_reduce(
+        self, flat: Tensor, shard: Tensor, bins: Tensor, *, accumulate: bool = False
+    ) -> Handle:
         """Sum `flat` over the ranks into `shard`, and its squares into `bins`.
 
         Args:
@@ -82,6 +84,7 @@ class Collectives(ABC):
                 returned handle was waited for.
             shard: (shard_numel,), the sum of this rank's piece; may be that piece of `flat`.
             bins: (norm.NUM_WORDS,), int64; the squares of `shard` are added when it is complete.
+            accumulate: Start from what is in `shard`, as if it came from a rank before the first.
         """
 
     def start_gather(self, flat: Tensor) -> Handle:
@@ -112,33 +115,42 @@ class Collectives(ABC):
 class Alone(Collectives):
     """One rank: its gradients are the sum."""
 
-    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
+    def start_reduce(
+        self, flat: Tensor, shard: Tensor, bins: Tensor, *, accumulate: bool = False
+    ) -> Handle:
         """Copy the piece, widened, where it is not in place already."""
-        if flat.data_ptr() != shard.data_ptr():
-            shard.copy_(flat)
-        squared_norm_bins_(bins, shard)
+        if flat.data_ptr() == shard.data_ptr():
+            squared_norm_bins_(bins, shard)
+        else:
+            ordered_sum_(shard, [flat], bins, accumulate=accumulate)
         return Done()
 
 
 class Native(Collectives):
     """The backend's reduce-scatter."""
 
-    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
+    def start_reduce(
+        self, flat: Tensor, shard: Tensor, bins: Tensor, *, accumulate: bool = False
+    ) -> Handle:
         """See `Collectives.start_reduce`; 16-bit gradients are summed as the backend likes."""
         mine = flat.view(self.world_size, -1)[self.rank]
         work = _reduce_scatter(mine, flat, group=self._group, async_op=True)
-        return _Widened(work, mine, shard, bins)
+        return _Widened(work, mine, shard, bins, accumulate)
 
 
 class _Widened:
-    def __init__(self, work: dist.Work, piece: Tensor, shard: Tensor, bins: Tensor) -> None:
+    def __init__(
+        self, work: dist.Work, piece: Tensor, shard: Tensor, bins: Tensor, accumulate: bool
+    ) -> None:
         self._work, self._piece, self._shard, self._bins = work, piece, shard, bins
+        self._accumulate = accumulate
 
     def wait(self) -> None:
         self._work.wait()
-        if self._piece.data_ptr() != self._shard.data_ptr():
-            self._shard.copy_(self._piece)
-        squared_norm_bins_(self._bins, self._shard)
+        if self._piece.data_ptr() == self._shard.data_ptr():
+            squared_norm_bins_(self._bins, self._shard)
+        else:
+            ordered_sum_(self._shard, [self._piece], self._bins, accumulate=self._accumulate)
 
 
 class _Staging:
@@ -196,7 +208,9 @@ class DirectExchange(Collectives):
         self._peers = dist.get_process_group_ranks(group)
         self._staging = _Staging()
 
-    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
+    def start_reduce(
+        self, flat: Tensor, shard: Tensor, bins: Tensor, *, accumulate: bool = False
+    ) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of `shard`."""
         pieces = flat.view(self.world_size, -1)
         piece_bytes = pieces[0].nbytes
@@ -204,7 +218,7 @@ class DirectExchange(Collectives):
         inbox = buffer[: (self.world_size - 1) * piece_bytes].view(flat.dtype)
         arriving = list(inbox.view(self.world_size - 1, -1))
         arriving.insert(self.rank, pieces[self.rank])
-        return _DirectReduce(self, pieces, arriving, shard, bins, self._staging, buffer)
+        return _DirectReduce(self, pieces, arriving, shard, bins, accumulate, self._staging, buffer)
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`."""
@@ -245,6 +259,7 @@ class _DirectReduce(_OrderedReduce):
         arriving: Sequence[Tensor],  # world_size times (shard_numel,), own piece included
         shard: Tensor,
         bins: Tensor,
+        accumulate: bool,
         staging: _Staging,
         buffer: Tensor,
     ) -> None:
@@ -252,6 +267,7 @@ class _DirectReduce(_OrderedReduce):
         self._arriving = arriving
         self._shard = shard
         self._bins = bins
+        self._accumulate = accumulate
         self._received: list[tuple[int, int, list[dist.Work]]] = []
         self._sent: list[dist.Work] = []
         for start, stop in link._chunks(outgoing[0]):
@@ -267,7 +283,7 @@ class _DirectReduce(_OrderedReduce):
                 work.wait()
             # While the chunk is still in cache.
             pieces = [piece[start:stop] for piece in self._arriving]
-            ordered_sum_(self._shard[start:stop], pieces, self._bins)
+            ordered_sum_(self._shard[start:stop], pieces, self._bins, accumulate=self._accumulate)
         for work in self._sent:
             work.wait()
 
@@ -279,14 +295,16 @@ class OrderedAllToAll(Collectives):
         super().__init__(group)
         self._staging = _Staging()
 
-    def start_reduce(self, flat: Tensor, shard: Tensor, bins: Tensor) -> Handle:
+    def start_reduce(
+        self, flat: Tensor, shard: Tensor, bins: Tensor, *, accumulate: bool = False
+    ) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of `shard`."""
         buffer = self._staging.take(flat.nbytes, flat.device)
         arriving = buffer[: flat.nbytes].view(flat.dtype)
         work = dist.all_to_all_single(arriving, flat, group=self._group, async_op=True)
         assert work is not None
         return _AllToAllReduce(
-            work, arriving.view(self.world_size, -1), shard, bins, self._staging, buffer
+            work, arriving.view(self.world_size, -1), shard, bins, accumulate, self._staging, buffer
         )
 
 
@@ -297,15 +315,17 @@ class _AllToAllReduce(_OrderedReduce):
         arriving: Tensor,  # (world_size, shard_numel)
         shard: Tensor,
         bins: Tensor,
+        accumulate: bool,
         staging: _Staging,
         buffer: Tensor,
     ) -> None:
         super().__init__(staging, buffer)
         self._work, self._arriving, self._shard, self._bins = work, arriving, shard, bins
+        self._accumulate = accumulate
 
     def _finish(self) -> None:
         self._work.wait()
-        ordered_sum_(self._shard, list(self._arriving), self._bins)
+        ordered_sum_(self._shard, list(self._arriving), self._bins, accumulate=self._accumulate)
 
 
 def raise_together(links: Collectives, problem: Exception | None) -> None:

@@ -1,8 +1,9 @@
-"""ShardedAdaBelief: each rank keeps 1/world_size of the optimizer's state (ZeRO-1).
+"""ShardedAdaBelief: each rank keeps 1/world_size of the optimizer's state (ZeRO-1 and 2).
 
 One training step, in the order of the files that do the work::
 
-    backward   a full bucket of gradients starts its reduction    collectives.start_reduce
+    backward   a full bucket of gradients starts its reduction    gradients.on_gradient
+                                                                  collectives.start_reduce
     step       the reductions end; one small message is summed    norm, collectives.sum_
                every shard is updated by one fused pass           kernels.update_
                and starts on its way to the other ranks           collectives.start_gather
@@ -12,11 +13,10 @@ One training step, in the order of the files that do the work::
 from __future__ import annotations
 
 import logging
-import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,12 +27,12 @@ from belief_dist import kernels
 from belief_dist.buffers import BucketBuffers
 from belief_dist.collectives import (
     Collectives,
-    Handle,
     Reduction,
     compare_ranks,
     connect,
     raise_together,
 )
+from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
 from belief_dist.layout import Layout, ParamSpec, plan_layout
 from belief_dist.norm import NUM_WORDS, nonfinite_count, norm_from_bins
@@ -47,16 +47,6 @@ from belief_dist.state import (
 )
 
 logger = logging.getLogger("belief_dist")
-
-
-class _Bucket:
-    """One bucket under way: its buffers, and how far this step has come."""
-
-    def __init__(self, buffers: BucketBuffers, indices: list[int]) -> None:
-        self.buffers = buffers
-        self.indices = indices  # of its parameters, into ShardedAdaBelief._params
-        self.waiting = len(indices)  # gradients that backward has not produced yet
-        self.reduction: Handle | None = None
 
 
 class ShardedAdaBelief(Optimizer):
@@ -75,8 +65,13 @@ class ShardedAdaBelief(Optimizer):
         lr, betas, eps, weight_decay, weight_decouple, fixed_decay, rectify, degenerated_to_sgd,
             amsgrad, maximize: As for `AdaBelief`; each may differ per param group.
         process_group: The ranks to shard over; None means all.
+        stage: 1 shards states and masters over the ranks. 2 shards the gradients too: after
+            backward `param.grad` is None, and `step` uses the gradients up. Each of several
+            backward passes of a step is then reduced at once, so all ranks must run equally many.
         reduction: "ordered" sums gradients in rank order in float32; "native" uses the backend's
             reduce-scatter; "auto" is "ordered".
+        reduce_dtype: Gradients are rounded to this dtype (torch.float32 or torch.bfloat16) before
+            they travel, and summed in float32; None sends them as they are.
         bucket_bytes: Size of a communication bucket in bytes.
         max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
         overlap: Reduce during backward and gather behind the next forward. False does both inside
@@ -84,8 +79,8 @@ class ShardedAdaBelief(Optimizer):
         timeout: After which a rank that does not answer becomes an error.
 
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
-        parameters' dtype; master, exp_avg and exp_avg_sq are (n / world_size,), float32 (float64
-        for float64 parameters).
+        parameters' dtype (no flat gradients at stage 2); master, exp_avg and exp_avg_sq are
+        (n / world_size,), float32 (float64 for float64 parameters).
 
     Raises:
         TypeError: An argument has the wrong type, or an option is unknown.
@@ -111,7 +106,9 @@ class ShardedAdaBelief(Optimizer):
         amsgrad: bool = False,
         maximize: bool = False,
         process_group: dist.ProcessGroup | None = None,
+        stage: Literal[1, 2] = 1,
         reduction: Reduction = "auto",
+        reduce_dtype: torch.dtype | None = None,
         bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
         overlap: bool = True,
@@ -121,10 +118,11 @@ class ShardedAdaBelief(Optimizer):
         """See the class."""
         arguments = locals()
         self._built = False
+        self._reduce_dtype = reduce_dtype
         device, problem = torch.device("cpu"), None
         try:
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
-            _check_engine_options(bucket_bytes, max_grad_norm, reduction)
+            _check_engine_options(bucket_bytes, max_grad_norm, reduction, stage, reduce_dtype)
             super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)
             self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
             device = self._check_params()
@@ -136,9 +134,10 @@ class ShardedAdaBelief(Optimizer):
         self._bucket_bytes = bucket_bytes
         self._max_grad_norm = max_grad_norm
         self._overlap = overlap
+        self._stage = stage
         self._layout = plan_layout(self._specs(), self._links.world_size, bucket_bytes)
         self._agree_on_everything()
-        self._buckets: list[_Bucket] = []
+        self._buckets: list[BucketBuffers] = []
         self._build(device)
         self._built = True
 
@@ -176,6 +175,13 @@ class ShardedAdaBelief(Optimizer):
         device = devices.pop()
         if device.type == "meta":
             raise ValueError("ShardedAdaBelief needs real parameters, got the meta device.")
+        if self._reduce_dtype is not None:
+            for index, param in enumerate(self._params):
+                if param.dtype == torch.float64:
+                    raise ValueError(
+                        f"reduce_dtype={self._reduce_dtype} would narrow the gradient of float64 "
+                        f"parameter {self._label(index)}; leave it None, or use float32 parameters."
+                    )
         return device
 
     def _label(self, index: int) -> str:
@@ -210,6 +216,8 @@ class ShardedAdaBelief(Optimizer):
             self._max_grad_norm,
             self._overlap,
             type(self._links).__name__,
+            self._stage,
+            self._reduce_dtype,
         )
         compare_ranks(
             self._links,
@@ -219,46 +227,46 @@ class ShardedAdaBelief(Optimizer):
                 "options of param group": [
                     {key: group[key] for key in self.defaults} for group in self.param_groups
                 ],
-                "(bucket_bytes, max_grad_norm, overlap, reduction)": [engine],
+                "(bucket_bytes, max_grad_norm, overlap, reduction, stage, reduce_dtype)": [engine],
             },
         )
 
     def _build(self, device: torch.device) -> None:
         rank = self._links.rank
         for plan in self._layout.buckets:
-            indices = [slot.param for slot in plan.slots]
-            amsgrad = self.param_groups[plan.group]["amsgrad"]
-            buffers = BucketBuffers(plan, [self._params[i] for i in indices], rank, amsgrad=amsgrad)
-            self._links.broadcast_(buffers.flat_param)
-            if buffers.has_master:
-                buffers.refresh_master()
-            self._buckets.append(_Bucket(buffers, indices))
-
-        self._home = [self._layout.place(i)[0] for i in range(len(self._params))]
-        self._grad_views = [torch.empty(0)] * len(self._params)
-        for bucket in self._buckets:
-            for index, view in zip(bucket.indices, bucket.buffers.grad_views, strict=True):
-                self._grad_views[index] = view
+            bucket = BucketBuffers(
+                plan,
+                [self._params[slot.param] for slot in plan.slots],
+                rank,
+                amsgrad=self.param_groups[plan.group]["amsgrad"],
+                keep_grad=self._stage == 1,
+            )
+            self._links.broadcast_(bucket.flat_param)
+            if bucket.has_master:
+                bucket.refresh_master()
+            self._buckets.append(bucket)
         for index, param in enumerate(self._params):
             self.state[param] = self._fragments(index)
-        self._fired = [False] * len(self._params)
-        self._reduced_version: list[int | None] = [None] * len(self._params)
         self._param_versions = [param._version for param in self._params]
-        self._next_bucket = 0  # reductions start in layout order on every rank
-        self._synchronize = True
         self._guard = ReadGuard()
         self._message = torch.zeros(NUM_WORDS + len(self._params), dtype=torch.int64, device=device)
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._skipped = 0
         self._verdict: tuple[Tensor, list[int]] | None = None
-        owner = weakref.ref(self)
-        for index, param in enumerate(self._params):
-            param.register_post_accumulate_grad_hook(_Hook(owner, index))
+        gradients = FullGradients if self._stage == 1 else ShardedGradients
+        self._gradients: Gradients = gradients(
+            self._params,
+            self._buckets,
+            self._links,
+            overlap=self._overlap,
+            wire_dtype=self._reduce_dtype,
+            label=self._label,
+        )
 
     def _fragments(self, index: int) -> dict[str, Any]:
         """Return the state of one parameter: views of the part that this rank owns."""
         part = self._layout.fragment(index, self._links.rank)
-        buffers = self._buckets[part.bucket].buffers
+        buffers = self._buckets[part.bucket]
         window = slice(part.in_shard, part.in_shard + part.numel)
         state: dict[str, Any] = {
             "step": 0,
@@ -271,75 +279,14 @@ class ShardedAdaBelief(Optimizer):
             state["master"] = buffers.master[window]
         return state
 
-    # - Backward
-
-    @contextmanager
-    def no_sync(self) -> Iterator[None]:
-        """Accumulate gradients locally: no communication in backward passes inside the context."""
-        before, self._synchronize = self._synchronize, False
-        try:
-            yield
-        finally:
-            self._synchronize = before
-
-    def _on_gradient(self, index: int) -> None:
-        """Take the gradient that backward has just accumulated for parameter `index`."""
-        param, view = self._params[index], self._grad_views[index]
-        assert param.grad is not None
-        reduced = self._reduced_version[index]
-        if param.grad is view:
-            # One in-place change since the reduction is this accumulation: onto a sum over ranks.
-            if reduced is not None and view._version == reduced + 1:
-                raise RuntimeError(
-                    f"backward reached parameter {self._label(index)} again after its gradient was "
-                    f"summed over the ranks: call zero_grad() after step(), and run all but the "
-                    f"last backward of a step under optimizer.no_sync()."
-                )
-        else:
-            self._adopt(index)
-        self._reduced_version[index] = None
-        bucket = self._buckets[self._home[index]]
-        if not self._synchronize:
-            return
-        if not self._fired[index]:
-            self._fired[index] = True
-            bucket.waiting -= 1
-        if self._overlap and bucket.waiting == 0:
-            self._launch(complete_only=True)
-
-    def _adopt(self, index: int) -> None:
-        """Move a gradient that autograd or the user has made into its place in the bucket."""
-        param, view = self._params[index], self._grad_views[index]
-        grad = param.grad
-        assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"ShardedAdaBelief cannot use the sparse gradient of parameter "
-                f"{self._label(index)}; build the embedding with sparse=False."
-            )
-        view.copy_(grad)
-        param.grad = view
-
-    def _launch(self, *, complete_only: bool) -> None:
-        """Start the reductions that may start, in layout order."""
-        while self._next_bucket < len(self._buckets):
-            bucket = self._buckets[self._next_bucket]
-            if complete_only and bucket.waiting > 0:
-                return
-            for index in bucket.indices:
-                if self._params[index].grad is not self._grad_views[index]:
-                    self._grad_views[index].zero_()
-            buffers = bucket.buffers
-            if self._next_bucket == 0:
-                self._message.zero_()
-            bucket.reduction = self._links.start_reduce(
-                buffers.flat_grad, buffers.grad_shard, self._message[:NUM_WORDS]
-            )
-            for index in bucket.indices:
-                self._reduced_version[index] = self._grad_views[index]._version
-            self._next_bucket += 1
-
     # - Step
+
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Accumulate gradients locally: no communication in backward passes inside the context.
+
+        At stage 2 it changes nothing: keeping a full gradient is what that stage avoids.
+        """
+        return self._gradients.no_sync()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -357,37 +304,23 @@ class ShardedAdaBelief(Optimizer):
                 loss = closure()
         self._resolve_verdict()
         self._guard.settle_all()
-        self._reduce_rest()
+        for index, param in enumerate(self._params):
+            if param._version != self._param_versions[index]:
+                self._take_over(index)
+        self._gradients.finish()
         used, scale, skip = self._agree()
         updated = self._update(used, scale, skip)
         self._verdict = (skip, updated)
         if skip.device.type == "cpu":
             self._resolve_verdict()
-        self._reset()
+        self._gradients.end_step()
         return loss
-
-    def _reduce_rest(self) -> None:
-        for index, param in enumerate(self._params):
-            if param.grad is not None and param.grad is not self._grad_views[index]:
-                if self._reduced_version[index] is not None:
-                    raise RuntimeError(
-                        f"the gradient of parameter {self._label(index)} was replaced after it was "
-                        f"summed over the ranks; change gradients before backward ends, or build "
-                        f"the optimizer with overlap=False."
-                    )
-                self._adopt(index)
-            if self._params[index]._version != self._param_versions[index]:
-                self._take_over(index)
-        self._launch(complete_only=False)
-        for bucket in self._buckets:
-            assert bucket.reduction is not None
-            bucket.reduction.wait()
 
     def _take_over(self, index: int) -> None:
         """Somebody has set a parameter (loaded weights, say): its master weights follow."""
         self._param_versions[index] = self._params[index]._version
         part = self._layout.fragment(index, self._links.rank)
-        buffers = self._buckets[part.bucket].buffers
+        buffers = self._buckets[part.bucket]
         if buffers.has_master:
             window = slice(part.in_shard, part.in_shard + part.numel)
             buffers.master[window].copy_(buffers.param_shard[window])
@@ -399,8 +332,9 @@ class ShardedAdaBelief(Optimizer):
             Which parameters have a gradient on some rank; the factor on summed gradients (mean and
             clipping, float64); and whether all ranks skip the step. The last two have one element.
         """
-        message = self._message  # the norm is in it already
-        local = [param.grad is not None for param in self._params]
+        message = self._message
+        message[:NUM_WORDS] = self._gradients.bins
+        local = self._gradients.used()
         if all(local):
             message[NUM_WORDS:] = 1
         else:
@@ -427,45 +361,45 @@ class ShardedAdaBelief(Optimizer):
             for start, stop, step in self._runs(bucket, used):
                 self._update_run(bucket, slice(start, stop), step, scale, skip)
             if self._links.world_size > 1:
-                handle = self._links.start_gather(bucket.buffers.flat_param)
-                self._guard.expect([self._params[i] for i in bucket.indices], handle.wait)
+                handle = self._links.start_gather(bucket.flat_param)
+                self._guard.expect(bucket.params, handle.wait)
         if self._overlap:
             self._guard.arm()
         else:
             self._guard.settle_all()
         return updated
 
-    def _runs(self, bucket: _Bucket, used: list[bool]) -> list[tuple[int, int, int]]:
+    def _runs(self, bucket: BucketBuffers, used: list[bool]) -> list[tuple[int, int, int]]:
         """Return (start, stop, step) of what to update, in elements of this rank's shard.
 
         Almost always that is the whole shard. Only parameters with another step count than their
         neighbours, or without a gradient on any rank, break it up.
         """
-        steps = [self.state[self._params[i]]["step"] if used[i] else 0 for i in bucket.indices]
+        indices = [slot.param for slot in bucket.bucket.slots]
+        steps = [self.state[self._params[i]]["step"] if used[i] else 0 for i in indices]
         if len(set(steps)) == 1:
-            return [(0, bucket.buffers.bucket.shard_numel, steps[0])] if steps[0] else []
+            return [(0, bucket.bucket.shard_numel, steps[0])] if steps[0] else []
         runs: list[tuple[int, int, int]] = []
-        for index, step in zip(bucket.indices, steps, strict=True):
+        for index, step in zip(indices, steps, strict=True):
             part = self._layout.fragment(index, self._links.rank)
             if step and part.numel:
                 runs.append((part.in_shard, part.in_shard + part.numel, step))
         return runs
 
     def _update_run(
-        self, bucket: _Bucket, window: slice, step: int, scale: Tensor, skip: Tensor
+        self, bucket: BucketBuffers, window: slice, step: int, scale: Tensor, skip: Tensor
     ) -> None:
-        buffers = bucket.buffers
-        maximum = buffers.max_exp_avg_sq
+        maximum = bucket.max_exp_avg_sq
         kernels.update_(
-            buffers.master[window],
-            buffers.grad_shard[window],
-            buffers.exp_avg[window],
-            buffers.exp_avg_sq[window],
-            step_scalars(self.param_groups[buffers.bucket.group], step),
+            bucket.master[window],
+            bucket.grad_shard[window],
+            bucket.exp_avg[window],
+            bucket.exp_avg_sq[window],
+            step_scalars(self.param_groups[bucket.bucket.group], step),
             grad_scale=scale,
             skip=skip,
             max_exp_avg_sq=None if maximum is None else maximum[window],
-            param_out=buffers.param_shard[window] if buffers.has_master else None,
+            param_out=bucket.param_shard[window] if bucket.has_master else None,
         )
 
     def _resolve_verdict(self) -> None:
@@ -488,26 +422,14 @@ class ShardedAdaBelief(Optimizer):
                 "a gradient is not finite: step skipped on all ranks (%d so far)", self._skipped
             )
 
-    def _reset(self) -> None:
-        self._next_bucket = 0
-        for bucket in self._buckets:
-            bucket.waiting = len(bucket.indices)
-            bucket.reduction = None
-        self._fired = [False] * len(self._params)
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; the flat buffers stay.
 
         Args:
-            set_to_none: Let backward write the next gradients instead of adding to zeros.
+            set_to_none: Let backward write the next gradients instead of adding to zeros. At stage
+                2 it makes no difference.
         """
-        for index, param in enumerate(self._params):
-            self._reduced_version[index] = None
-            if set_to_none:
-                param.grad = None
-        if not set_to_none:
-            for bucket in self._buckets:
-                bucket.buffers.flat_grad.zero_()
+        self._gradients.zero_grad(set_to_none=set_to_none)
 
     # - What a user may read
 
@@ -526,8 +448,9 @@ class ShardedAdaBelief(Optimizer):
         """Return the bytes that this rank really holds, by kind."""
         total: dict[str, int] = {}
         for bucket in self._buckets:
-            for kind, nbytes in bucket.buffers.nbytes().items():
+            for kind, nbytes in bucket.nbytes().items():
                 total[kind] = total.get(kind, 0) + nbytes
+        total["gradients"] += self._gradients.nbytes()
         return total
 
     # - Saving and loading of this rank's shard
@@ -589,23 +512,21 @@ class ShardedAdaBelief(Optimizer):
         self._param_versions = [param._version for param in self._params]
 
 
-def _check_engine_options(bucket_bytes: Any, max_grad_norm: Any, reduction: Any) -> None:
+def _check_engine_options(
+    bucket_bytes: Any, max_grad_norm: Any, reduction: Any, stage: Any, reduce_dtype: Any
+) -> None:
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be an integer >= 1, got {bucket_bytes!r}.")
     if max_grad_norm is not None and not max_grad_norm > 0.0:
         raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm!r}.")
     if reduction not in ("auto", "ordered", "native"):
         raise ValueError(f"reduction must be 'auto', 'ordered' or 'native', got {reduction!r}.")
-
-
-class _Hook:
-    """Calls the optimizer back without keeping it alive."""
-
-    def __init__(self, owner: weakref.ref[ShardedAdaBelief], index: int) -> None:
-        self._owner, self._index = owner, index
-
-    def __call__(self, param: Tensor) -> None:
-        optimizer = self._owner()
-        if optimizer is not None:
-            with torch.no_grad():
-                optimizer._on_gradient(self._index)
+    if isinstance(stage, bool) or stage not in (1, 2):
+        raise ValueError(
+            f"stage must be 1 or 2, got {stage!r}; for sharded parameters (stage 3) use AdaBelief "
+            f"with FSDP2 or DeepSpeed."
+        )
+    if reduce_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"reduce_dtype must be None, torch.float32 or torch.bfloat16, got {reduce_dtype!r}."
+        )

@@ -107,6 +107,7 @@ ENGINES: dict[str, Builder] = {
     COMPUTE: _compute_only,
     "ShardedAdaBelief ordered": partial(_sharded, reduction="ordered"),
     "ShardedAdaBelief ordered, no overlap": partial(_sharded, overlap=False),
+    "ShardedAdaBelief ZeRO-2": partial(_sharded, stage=2),
     "ShardedAdaBelief native": partial(_sharded, reduction="native"),
     BASELINE: partial(_ddp, make_optimizer=partial(AdamW, fused=True)),
     "DDP + official AdaBelief": partial(_ddp, make_optimizer=official_adabelief),

@@ -107,6 +107,20 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         ValueError,
         "max_grad_norm must be > 0 or None, got 0.0",
     ),
+    (lambda: [p(2)], {"stage": 3}, ValueError, "stage must be 1 or 2, got 3"),
+    (lambda: [p(2)], {"stage": True}, ValueError, "stage must be 1 or 2, got True"),
+    (
+        lambda: [p(2)],
+        {"reduce_dtype": torch.float16},
+        ValueError,
+        "must be None, torch.float32 or torch.bfloat16, got torch.float16",
+    ),
+    (
+        lambda: [p(2, dtype=torch.float64)],
+        {"reduce_dtype": torch.bfloat16},
+        ValueError,
+        "would narrow the gradient of float64 parameter",
+    ),
     (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'auto', 'ordered' or 'native'"),
     (
         lambda: [("a", p(2)), ("frozen.one", p(2).requires_grad_(False))],

@@ -264,6 +264,12 @@ def test_sums_in_order(
         expected = pieces[0].to(total, copy=True)
         for piece in pieces[1:]:
             expected += piece.to(total)
+        # A sum may go on from what is in the result, as if that were another first piece.
+        out = pieces[0].to(total, copy=True)
+        if world_size > 1:
+            ordered_sum_ = kernels.ordered_sum_ if backend == "cpp" else eager.ordered_sum_
+            ordered_sum_(out, pieces[1:], accumulate=True)
+        assert torch.equal(bits(out), bits(expected)), (world_size, n)
         for own in range(world_size) if dtype == total else [None]:
             given_pieces = [piece.clone() for piece in pieces]
             out = torch.empty(n, dtype=total) if own is None else given_pieces[own]

@@ -17,6 +17,7 @@ ROWS = [
     {"norm"},
     {"kernels", "params", "state", "buffers", "guard"},
     {"collectives"},
+    {"gradients"},
     {"integrations"},
     {"optimizer"},
     {"sharded"},

@@ -7,14 +7,16 @@ Two ranks would prove nothing about order (a + b commutes): every case runs on 1
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.kernels import squared_norm_bins_
@@ -42,13 +44,17 @@ class Reference:
         self.steps = [0] * len(params)
         self.norm = torch.tensor(0.0)
 
-    def step(self, grads: list[list[torch.Tensor | None]], max_grad_norm: float | None) -> None:
-        """Apply one step to `grads[rank][param]`."""
-        world_size = len(grads)
+    def step(
+        self,
+        grads: list[list[torch.Tensor | None]],
+        max_grad_norm: float | None,
+        world_size: int,
+    ) -> None:
+        """Apply one step to `grads[addend][param]`, added in this order."""
         sums: list[torch.Tensor | None] = []
         bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
         for index, master in enumerate(self.master):
-            pieces = [grads[rank][index] for rank in range(world_size)]
+            pieces = [addend[index] for addend in grads]
             if all(piece is None for piece in pieces):
                 sums.append(None)
                 continue
@@ -119,6 +125,8 @@ def equals_reference(
     steps: int = 4,
     options: dict[str, Any] | None = None,
     unused: bool = False,
+    stage: Literal[1, 2] = 1,
+    reduce_dtype: torch.dtype | None = None,
 ) -> None:
     """Train a few steps on all ranks and compare everything after each."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -130,8 +138,15 @@ def equals_reference(
     own += [{**DEFAULTS, **hyper, "lr": 0.02, "weight_decay": 0.0}] * len(second)
     reference = Reference(make_params(dtype, seed=0), own)
     optimizer = ShardedAdaBelief(
-        groups, bucket_bytes=bucket_bytes, overlap=overlap, max_grad_norm=max_grad_norm, **hyper
+        groups,
+        bucket_bytes=bucket_bytes,
+        overlap=overlap,
+        max_grad_norm=max_grad_norm,
+        stage=stage,
+        reduce_dtype=reduce_dtype,
+        **hyper,
     )
+    wire = reduce_dtype or dtype
 
     def gradient(step: int, of: int, index: int, micro: int) -> torch.Tensor | None:
         # Parameter 2 is used by the last rank only, parameter 4 by nobody in odd steps.
@@ -140,23 +155,30 @@ def equals_reference(
         return make_grad(SHAPES[index], step, of, index, micro).to(dtype)
 
     for step in range(1, steps + 1):
+        # What is added, in this order: at stage 1 one sum of micro-batches for each rank, at stage
+        # 2 every micro-batch of every rank.
         everyone: list[list[torch.Tensor | None]] = []
-        for of in range(world_size):
-            summed: list[torch.Tensor | None] = []
-            for index in range(len(params)):
-                parts = [gradient(step, of, index, micro) for micro in range(micro_batches)]
-                kept = [part for part in parts if part is not None]
-                summed.append(sum(kept[1:], start=kept[0].clone()) if kept else None)
-            everyone.append(summed)
+        if stage == 1:
+            for of in range(world_size):
+                summed: list[torch.Tensor | None] = []
+                for index in range(len(params)):
+                    parts = [gradient(step, of, index, micro) for micro in range(micro_batches)]
+                    kept = [part for part in parts if part is not None]
+                    summed.append(sum(kept[1:], start=kept[0].clone()) if kept else None)
+                everyone.append(summed)
+        else:
+            for micro, of in itertools.product(range(micro_batches), range(world_size)):
+                everyone.append([gradient(step, of, i, micro) for i in range(len(params))])
+        everyone = [[None if g is None else g.to(wire) for g in addend] for addend in everyone]
         for micro in range(micro_batches):
             mine = [gradient(step, rank, index, micro) for index in range(len(params))]
-            if micro + 1 < micro_batches:
+            if stage == 1 and micro + 1 < micro_batches:
                 with optimizer.no_sync():
                     backward(params, mine)
             else:
                 backward(params, mine)
         optimizer.step()
-        reference.step(everyone, max_grad_norm)
+        reference.step(everyone, max_grad_norm, world_size)
         context = f"W={world_size}, bucket {bucket_bytes}, overlap {overlap}, step {step}"
         assert optimizer.grad_norm.item() == reference.norm.item(), context
         exact = math.sqrt(
@@ -194,7 +216,22 @@ def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None
             {"options": {"rectify": True}, "steps": 8},
             {"options": {"weight_decouple": False}},
             {"options": {"maximize": True}},
+            {"reduce_dtype": torch.bfloat16},
+            {"reduce_dtype": torch.float32, "dtype": torch.bfloat16, "micro_batches": 2},
         )
+    ]
+    cases += [
+        partial(equals_reference, 1500, True, stage=2, **more)
+        for more in (
+            {"dtype": torch.bfloat16, "micro_batches": 3},
+            {"dtype": torch.float64},
+            {"unused": True, "micro_batches": 2, "max_grad_norm": 0.5},
+            {"reduce_dtype": torch.bfloat16, "micro_batches": 2},
+        )
+    ]
+    cases += [
+        partial(equals_reference, *schedule, stage=2, micro_batches=3, max_grad_norm=1.0)
+        for schedule in ((1, True), (1500, True), (1500, False), (10**9, True))
     ]
     run_ranks(world_size, tmp_path, *cases)
 
@@ -216,7 +253,7 @@ def storage_is_stable() -> None:
         assert grads in (None, now), step
         grads = now
         for bucket in optimizer._buckets:
-            flat = bucket.buffers
+            flat = bucket
             for storage, members in (
                 (flat.flat_param, flat.params),
                 (flat.flat_grad, [p.grad for p in flat.params]),
@@ -265,7 +302,7 @@ def memory_is_as_documented() -> None:
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for bucket in optimizer._buckets
-            for tensor in vars(bucket.buffers).values()
+            for tensor in vars(bucket).values()
             if isinstance(tensor, torch.Tensor)
         }
         assert sum(storages.values()) == sum(optimizer.bytes_per_rank().values())
@@ -274,6 +311,100 @@ def memory_is_as_documented() -> None:
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_memory_is_as_documented(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, tmp_path, memory_is_as_documented)
+
+
+# - ZeRO-2
+
+
+def gradients_are_sharded() -> None:
+    """README's bytes at stage 2, during backward too: two recycled buckets, no full gradient."""
+    world_size, count = dist.get_world_size(), 12 * 128 * 1000
+    for dtype, wire in (
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        (torch.float32, torch.bfloat16),
+    ):
+        params = [torch.nn.Parameter(torch.ones(128, 1000, dtype=dtype)) for _ in range(12)]
+        optimizer = ShardedAdaBelief(params, bucket_bytes=600_000, stage=2, reduce_dtype=wire)
+        for _ in range(2):
+            for _ in range(2):
+                # One after the other, as layers are: the last parameter's gradient comes first.
+                value = torch.ones((), dtype=dtype)
+                for param in params:
+                    value = value * param.mean()
+                value.backward()
+                assert all(param.grad is None for param in params)
+            optimizer.step()
+        buckets = optimizer.layout.buckets
+        assert len(buckets) >= 6
+        largest = max(bucket.numel * bucket.itemsize for bucket in buckets)
+        held = optimizer.bytes_per_rank()["gradients"]
+        padding = len(buckets) * world_size * 128 * 2
+        assert 0 <= held - 4 * count / world_size - 2 * largest <= padding, (dtype, wire)
+
+
+def odd_users_of_stage_2() -> None:
+    """Gradients by hand, no gradient at all, no_sync, zero_grad: each as torch's users expect."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    params, other = make_params(), make_params()
+    sharded = ShardedAdaBelief(params, bucket_bytes=1500, stage=2, **HYPER)
+    full = ShardedAdaBelief(other, bucket_bytes=1500, **HYPER)
+    grads = [make_grad(s, 1, rank, i) for i, s in enumerate(SHAPES)]
+
+    backward(params, [g * 100 for g in grads])
+    sharded.zero_grad()  # forgets what is reduced already
+    with sharded.no_sync():
+        backward(params, grads)
+    backward(other, grads)
+    sharded.step()
+    full.step()
+    # By hand, on some ranks only, and on one rank not at all.
+    for run, members in ((sharded, params), (full, other)):
+        run.zero_grad()
+        if rank != world_size - 1 or world_size == 1:
+            members[0].grad = grads[0].clone()
+        run.step()
+        run.zero_grad()
+        run.step()  # nobody has a gradient
+    for index, (a, b) in enumerate(zip(params, other, strict=True)):
+        assert torch.equal(a, b), index
+        assert sharded.state[a]["step"] == full.state[b]["step"] == (2 if index == 0 else 1)
+
+
+def nested_backward() -> None:
+    """Re-entrant checkpoints give a shared layer one gradient for each of its uses."""
+    rank = dist.get_rank()
+    for stage in (1, 2):
+        results = []
+        for reentrant in (True, None):
+            torch.manual_seed(11)
+            layers = torch.nn.ModuleList(torch.nn.Linear(6, 6) for _ in range(4))
+            optimizer = ShardedAdaBelief(layers.parameters(), bucket_bytes=1, stage=stage, **HYPER)
+            for step in range(3):
+                torch.manual_seed(100 * step + rank)
+                x = torch.randn(5, 6, requires_grad=True)
+                for turn in range(3):
+                    for layer in layers[1:]:
+                        block = torch.nn.Sequential(layer, torch.nn.Tanh())
+                        x = (
+                            block(x)
+                            if reentrant is None
+                            else checkpoint(block, x, use_reentrant=True)
+                        )
+                    if turn == 0:
+                        x = layers[0](x)
+                x.square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            results.append([p.detach().clone() for p in layers.parameters()])
+        for a, b in zip(*results, strict=True):
+            # Three gradients of a shared layer are added in another order.
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_stage_2(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, gradients_are_sharded, odd_users_of_stage_2, nested_backward)
 
 
 # - Saving and loading of the own shard

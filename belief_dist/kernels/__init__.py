@@ -156,13 +156,16 @@ def update_(
     )
 
 
-def ordered_sum_(out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None = None) -> None:
+def ordered_sum_(
+    out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None = None, *, accumulate: bool = False
+) -> None:
     """Add tensors in their order, every addition rounded on its own.
 
     Args:
         out: (n,), float32 or float64; may be one of `pieces`.
         pieces: Tensors (n,) of one dtype, widened to that of `out` before they are added.
         bins: Receives the squares of the sums, as from `squared_norm_bins_`, or None.
+        accumulate: Start from what is in `out`, as if it were the first piece.
     """
     kernel = _cpp()
     if (
@@ -170,9 +173,9 @@ def ordered_sum_(out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None = No
         and kernel.supports(out, *pieces)
         and out.dtype == compute_dtype(pieces[0].dtype)
     ):
-        kernel.ordered_sum_(out, pieces, bins)
+        kernel.ordered_sum_(out, pieces, bins, accumulate=accumulate)
         return
-    eager.ordered_sum_(out, pieces)
+    eager.ordered_sum_(out, pieces, accumulate=accumulate)
     if bins is not None:
         norm.add_squares_(bins, out)
 

@@ -31,7 +31,7 @@ class CppKernel:
             "belief_update": [
                 size, *[pointer, code] * 2, *[pointer] * 4, code, pointer, code, code
             ],
-            "belief_sum": [size, pointer, pointer, code, code, pointer, code],
+            "belief_sum": [size, pointer, pointer, code, code, code, pointer, code],
             "belief_squares": [size, pointer, code, pointer, code],
         }  # fmt: skip
         for name, arguments in signatures.items():
@@ -89,7 +89,9 @@ class CppKernel:
             torch.get_num_threads(),
         )
 
-    def ordered_sum_(self, out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None) -> None:
+    def ordered_sum_(
+        self, out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None, *, accumulate: bool
+    ) -> None:
         """Add `pieces` in their order into `out`, and the squares of the sums to `bins`."""
         addresses = (ctypes.c_void_p * len(pieces))(*(piece.data_ptr() for piece in pieces))
         self._library.belief_sum(
@@ -98,6 +100,7 @@ class CppKernel:
             addresses,
             _DTYPES[pieces[0].dtype],
             len(pieces),
+            accumulate,
             None if bins is None else bins.data_ptr(),
             torch.get_num_threads(),
         )

@@ -390,7 +390,8 @@ PORTABLE_SIMD void sum(int64_t n, double* out, const double* const* pieces, int 
 
 // Also bins the squares of the sums, while they are in cache, unless `bins` is null.
 template <class T>
-void sum_all(int64_t n, T* out, void* const* data, int type, int count, Bins* bins, int threads) {
+void sum_all(int64_t n, T* out, void* const* data, int type, int count, bool accumulate,
+             Bins* bins, int threads) {
   in_parallel(n, threads, [=](int64_t begin, int64_t end) {
     Bins own = {};
     // `out` may be any of the pieces, so a block is complete before it is stored.
@@ -402,6 +403,7 @@ void sum_all(int64_t n, T* out, void* const* data, int type, int count, Bins* bi
       for (int done = 0; done < count;) {
         int taken = 0;
         if (done > 0) next[taken++] = total;
+        else if (accumulate) next[taken++] = out + i;
         for (float* buffer = wide[0]; taken < 4 && done < count; ++done, buffer += kBlock)
           next[taken++] = Array{data[done], type}.read<T>(i, size, buffer);
         sum(size, done == count ? out + i : total, next, taken);
@@ -444,13 +446,13 @@ EXPORT void belief_update(int64_t n, void* param, int param_type, void* grad, in
 }
 
 EXPORT void belief_sum(int64_t n, void* out, void* const* pieces, int type, int count,
-                       int64_t* words, int threads) {
+                       int accumulate, int64_t* words, int threads) {
   Bins bins = {};
   Bins* wanted = words ? &bins : nullptr;
   if (type == kFloat64)
-    sum_all(n, static_cast<double*>(out), pieces, type, count, wanted, threads);
+    sum_all(n, static_cast<double*>(out), pieces, type, count, accumulate, wanted, threads);
   else
-    sum_all(n, static_cast<float*>(out), pieces, type, count, wanted, threads);
+    sum_all(n, static_cast<float*>(out), pieces, type, count, accumulate, wanted, threads);
   if (words) store(bins, words);
 }
 

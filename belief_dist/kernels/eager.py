@@ -88,8 +88,10 @@ def _update_float32_(
         p -= torch.mul(m, scalars.step_size, out=work)
 
 
-def ordered_sum_(out: Tensor, pieces: Sequence[Tensor]) -> None:
+def ordered_sum_(out: Tensor, pieces: Sequence[Tensor], *, accumulate: bool = False) -> None:
     """Add `pieces` in their order into `out`."""
+    if accumulate:
+        pieces = (out, *pieces)
     # `out` may be any of the pieces, so a part is complete before it is stored.
     size = _LEAN_PIECE if out.device.type == "cpu" else _ACCELERATOR_PIECE
     total = torch.empty(min(size, out.numel()), dtype=out.dtype, device=out.device)

@@ -1,0 +1,440 @@
+"""The way of the gradients, from backward into this rank's shards.
+
+A hook on every parameter counts its bucket down; a full bucket is reduced while backward goes on.
+Reductions start in layout order on every rank, whatever the order in which gradients arrive, so
+that ranks which use parameters differently still match. Two ways to hold what is not yet reduced:
+
+* `FullGradients` (ZeRO-1): every gradient has its place in a flat buffer for good, and several
+  backward passes add up there (`no_sync`) before one reduction.
+* `ShardedGradients` (ZeRO-2): a gradient lives in a recycled buffer until its bucket is reduced.
+  Every backward pass is one *round* of reductions that adds to the shard.
+
+With ordered reduction the shard holds, bit for bit, what one process gets that adds the gradients
+of every round and in it of every rank, in that order, in the compute dtype.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import _engine_run_backward
+
+from belief_dist.buffers import BucketBuffers, Recycler
+from belief_dist.collectives import Collectives, Handle
+from belief_dist.norm import NUM_WORDS
+
+# Flat buffers of gradients that exist at the same time, unless the order of arrival needs more.
+_RECYCLED = 2
+
+
+def _in_nested_backward() -> bool:
+    """Return whether the running backward was called by another one (re-entrant checkpoints).
+
+    A parameter may get a gradient in each of several such passes, so that the first one does not
+    tell that it is complete.
+    """
+    depth = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        depth += frame.f_code is _engine_run_backward.__code__
+        frame = frame.f_back
+    # The outermost call is not on the stack of a device's own thread, which Python did not start.
+    outermost = 0 if isinstance(threading.current_thread(), threading._DummyThread) else 1
+    return depth > outermost
+
+
+class Gradients(ABC):
+    """Reduces the gradients of one optimizer; see the module.
+
+    Args:
+        params: All parameters.
+        buckets: Whose slots name parameters by their index in `params`.
+        links: The process group.
+        overlap: Reduce while backward goes on.
+        wire_dtype: Gradients are rounded to it before they travel; None means not at all.
+        label: Names a parameter in errors.
+
+    Attributes:
+        bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        buckets: Sequence[BucketBuffers],
+        links: Collectives,
+        *,
+        overlap: bool,
+        wire_dtype: torch.dtype | None,
+        label: Callable[[int], str],
+    ) -> None:
+        self._params = params
+        self._buckets = buckets
+        self._links = links
+        self._overlap = overlap
+        self._wire_dtype = wire_dtype
+        self._label = label
+        self._members = [[slot.param for slot in b.bucket.slots] for b in buckets]
+        # Of every parameter, its bucket and its position there.
+        self._home = [(0, 0)] * len(params)
+        for b, members in enumerate(self._members):
+            for position, index in enumerate(members):
+                self._home[index] = (b, position)
+        self._recycler = Recycler(max((b.wire_nbytes(wire_dtype) for b in buckets), default=0))
+        self._in_flight: deque[_InFlight] = deque()
+        self._task = -1  # autograd's number of the running backward pass
+        self._nested = False
+        self.bins = torch.zeros(0)
+        self._start_round()
+        owner = weakref.ref(self)
+        for index, param in enumerate(params):
+            param.register_post_accumulate_grad_hook(_Hook(owner, index))
+
+    def _start_round(self) -> None:
+        self._next = 0
+        self._waiting = [len(members) for members in self._members]
+        self._fired = [False] * len(self._params)
+
+    # - Backward
+
+    def on_gradient(self, index: int) -> None:
+        """Take the gradient that backward has just accumulated for parameter `index`."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._nested = task, _in_nested_backward()
+            self._enter_backward()
+        self._take(index)
+        if self._is_silent():
+            return
+        if not (self._fired[index] or self._nested):
+            self._fired[index] = True
+            bucket = self._home[index][0]
+            self._waiting[bucket] -= 1
+            if self._overlap and self._waiting[bucket] == 0:
+                self._launch(complete_only=True)
+
+    def _launch(self, *, complete_only: bool) -> None:
+        """Start the reductions that may start, in layout order."""
+        while self._next < len(self._buckets):
+            if complete_only and self._waiting[self._next] > 0:
+                return
+            if self._next == 0:
+                # The last round of a step is the one whose sums are complete.
+                self.bins = torch.zeros(
+                    NUM_WORDS, dtype=torch.int64, device=self._buckets[0].param_shard.device
+                )
+            self._reduce(self._next)
+            self._next += 1
+
+    def _start(self, bucket: int, flat: Tensor, *, accumulate: bool, recycled: bool) -> None:
+        """Send `flat` on its way, and recycle it afterwards if it is `recycled`."""
+        wire = flat
+        if self._wire_dtype is not None and self._wire_dtype != flat.dtype:
+            wire = self._borrow(flat.numel(), self._wire_dtype, flat.device)
+            wire.copy_(flat)
+            if recycled:
+                self._recycler.give_back(flat)
+            recycled = True
+        shard = self._buckets[bucket].grad_shard
+        handle = self._links.start_reduce(wire, shard, self.bins, accumulate=accumulate)
+        self._in_flight.append(_InFlight(handle, wire if recycled else None))
+
+    def _borrow(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        while self._recycler.lent >= _RECYCLED and any(
+            f.recycled is not None for f in self._in_flight
+        ):
+            self._finish_oldest()
+        return self._recycler.take(numel, dtype, device)
+
+    def _finish_oldest(self) -> None:
+        oldest = self._in_flight.popleft()
+        oldest.handle.wait()
+        if oldest.recycled is not None:
+            self._recycler.give_back(oldest.recycled)
+
+    def _drain(self) -> None:
+        while self._in_flight:
+            self._finish_oldest()
+
+    # - What the two ways differ in
+
+    @abstractmethod
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Return a context in which gradients add up without communication, where that helps."""
+
+    @abstractmethod
+    def _is_silent(self) -> bool:
+        """Return whether gradients stay on this rank for now."""
+
+    @abstractmethod
+    def _enter_backward(self) -> None:
+        """Notice that a backward pass has begun, or a nested one has ended."""
+
+    @abstractmethod
+    def _take(self, index: int) -> None:
+        """Bring a gradient to its place."""
+
+    @abstractmethod
+    def _reduce(self, bucket: int) -> None:
+        """Start the reduction of a bucket."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Reduce what is left, and return when `bins` and all shards are complete."""
+
+    @abstractmethod
+    def used(self) -> list[bool]:
+        """Return which parameters have got a gradient since the last step, on this rank."""
+
+    @abstractmethod
+    def end_step(self) -> None:
+        """Be ready for the next step's gradients."""
+
+    @abstractmethod
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """Forget all gradients."""
+
+    def nbytes(self) -> int:
+        """Return the bytes of recycled buffers."""
+        return self._recycler.nbytes()
+
+    def _checked(self, index: int) -> Tensor:
+        grad = self._params[index].grad
+        assert grad is not None
+        if grad.is_sparse:
+            raise RuntimeError(
+                f"ShardedAdaBelief cannot use the sparse gradient of parameter "
+                f"{self._label(index)}; build the embedding with sparse=False."
+            )
+        return grad
+
+
+class FullGradients(Gradients):
+    """ZeRO-1: `param.grad` is a view of its bucket's flat buffer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `Gradients`."""
+        super().__init__(*args, **kwargs)
+        self._synchronize = True
+        self._views = [torch.empty(0)] * len(self._params)
+        for members, buffers in zip(self._members, self._buckets, strict=True):
+            for index, view in zip(members, buffers.grad_views, strict=True):
+                self._views[index] = view
+        # The version of a gradient when it was summed over the ranks.
+        self._reduced_version: list[int | None] = [None] * len(self._params)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Accumulate gradients locally inside the context."""
+        before, self._synchronize = self._synchronize, False
+        try:
+            yield
+        finally:
+            self._synchronize = before
+
+    def _is_silent(self) -> bool:
+        return not self._synchronize
+
+    def _enter_backward(self) -> None:
+        pass
+
+    def _take(self, index: int) -> None:
+        view = self._views[index]
+        if self._params[index].grad is view:
+            # One in-place change since the reduction is this accumulation: onto a sum over ranks.
+            reduced = self._reduced_version[index]
+            if reduced is not None and view._version == reduced + 1:
+                raise RuntimeError(
+                    f"backward reached parameter {self._label(index)} again after its gradient was "
+                    f"summed over the ranks: call zero_grad() after step(), and run all but the "
+                    f"last backward of a step under optimizer.no_sync()."
+                )
+        else:
+            self._adopt(index)
+        self._reduced_version[index] = None
+
+    def _adopt(self, index: int) -> None:
+        """Move a gradient that autograd or the user has made into its place in the bucket."""
+        self._views[index].copy_(self._checked(index))
+        self._params[index].grad = self._views[index]
+
+    def _reduce(self, bucket: int) -> None:
+        for index in self._members[bucket]:
+            if self._params[index].grad is not self._views[index]:
+                self._views[index].zero_()
+        flat = self._buckets[bucket].flat_grad
+        assert flat is not None
+        self._start(bucket, flat, accumulate=False, recycled=False)
+        for index in self._members[bucket]:
+            self._reduced_version[index] = self._views[index]._version
+
+    def finish(self) -> None:
+        """See `Gradients.finish`."""
+        for index, param in enumerate(self._params):
+            if param.grad is not None and param.grad is not self._views[index]:
+                if self._reduced_version[index] is not None:
+                    raise RuntimeError(
+                        f"the gradient of parameter {self._label(index)} was replaced after it was "
+                        f"summed over the ranks; change gradients before backward ends, or build "
+                        f"the optimizer with overlap=False."
+                    )
+                self._adopt(index)
+        self._launch(complete_only=False)
+        self._drain()
+
+    def used(self) -> list[bool]:
+        """See `Gradients.used`."""
+        return [param.grad is not None for param in self._params]
+
+    def end_step(self) -> None:
+        """See `Gradients.end_step`; gradients stay until `zero_grad`, as torch's users expect."""
+        self._start_round()
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """See `Gradients.zero_grad`."""
+        self._reduced_version = [None] * len(self._params)
+        if set_to_none:
+            for param in self._params:
+                param.grad = None
+        else:
+            for buffers in self._buckets:
+                assert buffers.flat_grad is not None
+                buffers.flat_grad.zero_()
+
+
+class ShardedGradients(Gradients):
+    """ZeRO-2: a full gradient exists only while its bucket fills and travels."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """See `Gradients`."""
+        super().__init__(*args, **kwargs)
+        self._filling: dict[int, Tensor] = {}  # flat buffers by bucket
+        self._placed = [False] * len(self._params)  # in one of these
+        self._rounds = 0
+        self._used = [False] * len(self._params)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Do nothing: a full gradient that waits is what ZeRO-2 saves."""
+        yield
+
+    def _is_silent(self) -> bool:
+        return False
+
+    def _enter_backward(self) -> None:
+        if not self._nested:
+            owner = weakref.ref(self)
+
+            def end_of_backward() -> None:
+                gradients = owner()
+                if gradients is not None and any(gradients._placed):
+                    gradients._end_round()
+
+            torch.autograd.Variable._execution_engine.queue_callback(end_of_backward)
+
+    def _take(self, index: int) -> None:
+        bucket, position = self._home[index]
+        if bucket < self._next:
+            raise RuntimeError(
+                f"one backward reached parameter {self._label(index)} again after its gradient was "
+                f"reduced; use torch.utils.checkpoint with use_reentrant=False, or stage=1 with "
+                f"overlap=False."
+            )
+        param, buffers = self._params[index], self._buckets[bucket]
+        grad = self._checked(index)
+        if bucket not in self._filling:
+            numel = buffers.bucket.numel
+            self._filling[bucket] = self._borrow(numel, param.dtype, param.device)
+        view = buffers.view(self._filling[bucket], position)
+        if self._placed[index]:
+            view.add_(grad)
+        else:
+            view.copy_(grad)
+        self._placed[index] = self._used[index] = True
+        param.grad = None
+
+    def _reduce(self, bucket: int) -> None:
+        buffers = self._buckets[bucket]
+        flat = self._filling.pop(bucket, None)
+        if flat is None:
+            flat = self._borrow(
+                buffers.bucket.numel, buffers.params[0].dtype, buffers.params[0].device
+            )
+            flat.zero_()
+        else:
+            for start, stop in buffers.gaps:
+                flat[start:stop].zero_()
+            for position, index in enumerate(self._members[bucket]):
+                if not self._placed[index]:
+                    buffers.view(flat, position).zero_()
+        self._start(bucket, flat, accumulate=self._rounds > 0, recycled=True)
+        if not self._overlap:
+            self._drain()
+
+    def _end_round(self) -> None:
+        self._launch(complete_only=False)
+        self._rounds += 1
+        self._placed = [False] * len(self._params)
+        self._start_round()
+
+    def finish(self) -> None:
+        """See `Gradients.finish`."""
+        for index, param in enumerate(self._params):
+            if param.grad is not None:
+                self._take(index)
+        # A rank that has no gradient takes part all the same.
+        if any(self._placed) or self._rounds == 0:
+            self._end_round()
+        self._drain()
+
+    def used(self) -> list[bool]:
+        """See `Gradients.used`."""
+        return self._used
+
+    def end_step(self) -> None:
+        """See `Gradients.end_step`; the step has used the gradients up."""
+        self._rounds = 0
+        self._used = [False] * len(self._params)
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        """See `Gradients.zero_grad`."""
+        self._drain()
+        for param in self._params:
+            param.grad = None
+        for flat in self._filling.values():
+            self._recycler.give_back(flat)
+        self._filling.clear()
+        self._placed = [False] * len(self._params)
+        self._start_round()
+        self.end_step()
+
+
+class _InFlight:
+    """A reduction under way."""
+
+    def __init__(self, handle: Handle, recycled: Tensor | None) -> None:
+        self.handle = handle
+        self.recycled = recycled  # what may be used again afterwards
+
+
+class _Hook:
+    """Calls back without keeping the gradients' buffers alive."""
+
+    def __init__(self, owner: weakref.ref[Gradients], index: int) -> None:
+        self._owner, self._index = owner, index
+
+    def __call__(self, param: Tensor) -> None:
+        gradients = self._owner()
+        if gradients is not None:
+            with torch.no_grad():
+                gradients.on_gradient(self._index)
