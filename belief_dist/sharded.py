@@ -21,6 +21,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from belief_dist import kernels
@@ -90,6 +91,9 @@ class ShardedAdaBelief(Optimizer):
 
     Source: AdaBelief, arXiv:2010.07468, Algorithm 2; ZeRO, arXiv:1910.02054, section 5.
     """
+
+    # torch.amp.GradScaler then hands itself to `step` and leaves gradients and verdict to it.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -289,7 +293,12 @@ class ShardedAdaBelief(Optimizer):
         return self._gradients.no_sync()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], float] | None = None,
+        *,
+        grad_scaler: GradScaler | None = None,
+    ) -> float | None:
         """Average the gradients over the ranks and update the parameters; called by all ranks.
 
         If a gradient is not finite on any rank, all ranks skip the step: parameters, states and
@@ -297,7 +306,17 @@ class ShardedAdaBelief(Optimizer):
 
         Args:
             closure: Computes the loss again and returns it; runs with gradients enabled.
+            grad_scaler: Passed by `grad_scaler.step(optimizer)`: gradients are divided by its
+                scale within the update, and all ranks tell it alike whether the step was skipped.
+
+        Raises:
+            RuntimeError: `grad_scaler.unscale_` was called for this optimizer.
         """
+        if grad_scaler is not None and _is_unscaled(grad_scaler, self):
+            raise RuntimeError(
+                "ShardedAdaBelief divides by the loss scale itself, after gradients were summed "
+                "over the ranks: leave out scaler.unscale_(optimizer), and clip by max_grad_norm."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -308,7 +327,11 @@ class ShardedAdaBelief(Optimizer):
             if param._version != self._param_versions[index]:
                 self._take_over(index)
         self._gradients.finish()
-        used, scale, skip = self._agree()
+        loss_scale = None if grad_scaler is None else grad_scaler._get_scale_async()
+        used, scale, skip = self._agree(loss_scale)
+        if grad_scaler is not None:
+            checks = {skip.device: skip.to(torch.float32)}
+            grad_scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = checks
         updated = self._update(used, scale, skip)
         self._verdict = (skip, updated)
         if skip.device.type == "cpu":
@@ -325,8 +348,11 @@ class ShardedAdaBelief(Optimizer):
             window = slice(part.in_shard, part.in_shard + part.numel)
             buffers.master[window].copy_(buffers.param_shard[window])
 
-    def _agree(self) -> tuple[list[bool], Tensor, Tensor]:
+    def _agree(self, loss_scale: Tensor | None) -> tuple[list[bool], Tensor, Tensor]:
         """Exchange the one small message of a step.
+
+        Args:
+            loss_scale: What the gradients are too large by, or None.
 
         Returns:
             Which parameters have a gradient on some rank; the factor on summed gradients (mean and
@@ -343,9 +369,11 @@ class ShardedAdaBelief(Optimizer):
         # A rank that has used every parameter need not wait for the answer of the others.
         used = local if all(local) else (message[NUM_WORDS:] > 0).tolist()
 
-        mean = 1.0 / self._links.world_size
-        self.grad_norm = norm_from_bins(message[:NUM_WORDS]) * mean
-        scale = torch.full_like(self.grad_norm, mean)
+        norm = norm_from_bins(message[:NUM_WORDS])
+        scale = torch.full_like(norm, 1.0 / self._links.world_size)
+        if loss_scale is not None:
+            scale /= loss_scale
+        self.grad_norm = norm * scale
         if self._max_grad_norm is not None:
             # The same formula as torch.nn.utils.clip_grad_norm_.
             scale *= (self._max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -510,6 +538,10 @@ class ShardedAdaBelief(Optimizer):
         self._skipped = int(state_dict["sharding"]["skipped_steps"])
         # Weights that were loaded before are not newer than the masters that were loaded now.
         self._param_versions = [param._version for param in self._params]
+
+
+def _is_unscaled(grad_scaler: GradScaler, optimizer: Optimizer) -> bool:
+    return bool(grad_scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED)
 
 
 def _check_engine_options(

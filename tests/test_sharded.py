@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -492,6 +493,53 @@ def skips_together() -> None:
     assert not torch.equal(params[0], before[0])
 
 
+def grad_scaler_works() -> None:
+    """torch.amp.GradScaler: scaling by powers of two changes no bit; ranks agree on every skip."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    for dtype, stage in itertools.product((torch.float16, torch.float32), (1, 2)):
+        plain, scaled = make_params(dtype), make_params(dtype)
+        runs = [
+            ShardedAdaBelief(params, bucket_bytes=1500, stage=stage, max_grad_norm=1.0, **HYPER)
+            for params in (plain, scaled)
+        ]
+        scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+        scales = []
+        for step in range(5):
+            # Sixteenths up to 4: exact in float16, scaled or not.
+            generator = torch.Generator().manual_seed(10 * step + rank)
+            grads = [torch.randint(-64, 65, s, generator=generator).to(dtype) / 16 for s in SHAPES]
+            bad = step == 2
+            if bad and rank == last:
+                grads[0][3, 1] = float("inf")
+            for run in runs:
+                run.zero_grad()
+            if not bad:
+                backward(plain, grads)
+                runs[0].step()
+            terms = [(p * g).sum() for p, g in zip(scaled, grads, strict=True)]
+            scaler.scale(torch.stack(terms).float().sum()).backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of torch, about its own future
+                scaler.step(runs[1])
+            scaler.update()
+            scales.append(scaler.get_scale())
+            assert bad or runs[0].grad_norm.item() == runs[1].grad_norm.item()
+        # Doubled after two good steps, halved by the bad one, doubled after two good ones.
+        assert scales == [16.0, 32.0, 16.0, 16.0, 32.0], (rank, scales)
+        assert runs[1].skipped_steps == 1
+        for a, b in zip(plain, scaled, strict=True):
+            assert torch.equal(a, b)
+            for key, value in runs[0].state[a].items():
+                other = runs[1].state[b][key]
+                assert value == other if key == "step" else torch.equal(value, other), key
+
+    backward(scaled, grads)
+    scaler.unscale_(runs[1])
+    with pytest.raises(RuntimeError, match=r"leave out scaler\.unscale_"):
+        scaler.step(runs[1])
+    runs[1].step()
+
+
 def schedulers_work() -> None:
     """A torch scheduler drives lr as with any optimizer."""
     params = make_params()
@@ -536,6 +584,7 @@ def test_training_loop_habits(world_size: int, tmp_path: Path) -> None:
         resumes_exactly,
         loaded_weights_reach_the_masters,
         skips_together,
+        grad_scaler_works,
         schedulers_work,
         backward_twice_is_an_error,
     )
