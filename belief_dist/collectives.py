@@ -26,6 +26,7 @@ from typing import Any, Literal, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from belief_dist.kernels import ordered_sum_, squared_norm_bins_
 
@@ -368,27 +369,47 @@ def compare_ranks(links: Collectives, mine: dict[str, list[Any]]) -> None:
     raise ValueError("ranks disagree about how many param groups there are.")
 
 
+def _as_group(ranks: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:
+    if isinstance(ranks, DeviceMesh):
+        if ranks.ndim != 1:
+            names = ranks.mesh_dim_names
+            how = f"mesh[{names[-1]!r}]" if names else "a slice of it"
+            raise ValueError(
+                f"process_group must be a mesh of 1 dimension, got one of {ranks.ndim} {names}; "
+                f"pass the dimension to shard over, for example {how}."
+            )
+        return ranks.get_group()
+    if ranks is not None and not isinstance(ranks, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a ProcessGroup, a DeviceMesh or None, got {ranks!r:.100}; "
+            f"torch.distributed.new_group(ranks) makes one."
+        )
+    return ranks
+
+
 def connect(
-    process_group: dist.ProcessGroup | None,
+    ranks: dist.ProcessGroup | DeviceMesh | None,
     reduction: Reduction,
     device: torch.device,
     timeout: timedelta,
 ) -> Collectives:
-    """Return the operations for `process_group`, over a communicator of their own.
+    """Return the operations for a process group, over a communicator of their own.
 
     A communicator of its own keeps the order of our messages independent of the collectives that
     the training script issues in between, and gives them a deadline of their own.
 
     Args:
-        process_group: The ranks to shard over; None means all.
+        ranks: The process group, or a mesh of one dimension; None means all ranks.
         reduction: "ordered", "native", or "auto" (which is "ordered").
         device: Where the parameters are.
         timeout: After which a missing rank becomes an error.
 
     Raises:
-        ValueError: This process is not in the group.
+        TypeError: `ranks` is something else.
+        ValueError: This process is not in the group, or the mesh has several dimensions.
         RuntimeError: torch.distributed is needed, but not initialized.
     """
+    process_group = _as_group(ranks)
     if not (dist.is_available() and dist.is_initialized()):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if process_group is not None or launched > 1:

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
+from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from belief_dist import kernels
@@ -65,7 +66,8 @@ class ShardedAdaBelief(Optimizer):
             lie on one device. Parameters and gradients become views of flat buffers.
         lr, betas, eps, weight_decay, weight_decouple, fixed_decay, rectify, degenerated_to_sgd,
             amsgrad, maximize: As for `AdaBelief`; each may differ per param group.
-        process_group: The ranks to shard over; None means all.
+        process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
+            dimension; None means all.
         stage: 1 shards states and masters over the ranks. 2 shards the gradients too: after
             backward `param.grad` is None, and `step` uses the gradients up. Each of several
             backward passes of a step is then reduced at once, so all ranks must run equally many.
@@ -109,7 +111,7 @@ class ShardedAdaBelief(Optimizer):
         degenerated_to_sgd: bool = True,
         amsgrad: bool = False,
         maximize: bool = False,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: dist.ProcessGroup | DeviceMesh | None = None,
         stage: Literal[1, 2] = 1,
         reduction: Reduction = "auto",
         reduce_dtype: torch.dtype | None = None,

@@ -20,100 +20,10 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from belief_dist import ShardedAdaBelief
-from belief_dist.kernels import squared_norm_bins_
-from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.options import DEFAULTS
-from belief_dist.rule import compute_dtype, step_scalars, update_reference_
 from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from ranks import run_ranks
-
-
-class Reference:
-    """One process that holds everything and adds the ranks' gradients in rank order."""
-
-    def __init__(self, params: list[torch.nn.Parameter], options: list[dict[str, Any]]) -> None:
-        self.options = options  # one for each parameter
-        self.low = [p.detach().clone() for p in params]
-        dtype = [compute_dtype(p.dtype) for p in params]
-        self.master = [p.detach().to(d) for p, d in zip(params, dtype, strict=True)]
-        self.exp_avg = [torch.zeros_like(p) for p in self.master]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.master]
-        self.maximum = [
-            torch.zeros_like(p) if o["amsgrad"] else None
-            for p, o in zip(self.master, options, strict=True)
-        ]
-        self.steps = [0] * len(params)
-        self.norm = torch.tensor(0.0)
-
-    def step(
-        self,
-        grads: list[list[torch.Tensor | None]],
-        max_grad_norm: float | None,
-        world_size: int,
-    ) -> None:
-        """Apply one step to `grads[addend][param]`, added in this order."""
-        sums: list[torch.Tensor | None] = []
-        bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
-        for index, master in enumerate(self.master):
-            pieces = [addend[index] for addend in grads]
-            if all(piece is None for piece in pieces):
-                sums.append(None)
-                continue
-            zero = torch.zeros_like(master)
-            total = rank_order_sum([zero if piece is None else piece for piece in pieces])
-            sums.append(total)
-            squared_norm_bins_(bins, total.reshape(-1))
-        mean = 1.0 / world_size
-        self.norm = norm_from_bins(bins) * mean
-        scale = mean
-        if max_grad_norm is not None:
-            scale *= min(1.0, max_grad_norm / (self.norm.item() + 1e-6))
-        for i, total in enumerate(sums):
-            if total is None:
-                continue
-            self.steps[i] += 1
-            update_reference_(
-                self.master[i],
-                total,
-                self.exp_avg[i],
-                self.exp_avg_sq[i],
-                step_scalars(self.options[i], self.steps[i]),
-                grad_scale=scale,
-                max_exp_avg_sq=self.maximum[i],
-                param_out=self.low[i],
-            )
-
-
-def collect(optimizer: ShardedAdaBelief, key: str) -> list[torch.Tensor]:
-    """Put a state together from all ranks' fragments."""
-    whole = []
-    for param in (p for group in optimizer.param_groups for p in group["params"]):
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, optimizer.state[param][key])
-        whole.append(torch.cat(parts))
-    return whole
-
-
-def compare(optimizer: ShardedAdaBelief, reference: Reference, context: str) -> None:
-    """Assert equality of every bit: parameters, m, s, masters, steps."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, param in enumerate(params):
-        assert torch.equal(param, reference.low[i]), f"{context}: parameter {i}"
-        assert optimizer.state[param]["step"] == reference.steps[i], f"{context}: step of {i}"
-    states = {"exp_avg": reference.exp_avg, "exp_avg_sq": reference.exp_avg_sq}
-    if params[0].dtype == torch.bfloat16:
-        states["master"] = reference.master
-    if "max_exp_avg_sq" in optimizer.state[params[0]]:
-        states["max_exp_avg_sq"] = [m for m in reference.maximum if m is not None]
-    for key, expected in states.items():
-        for i, (ours, theirs) in enumerate(zip(collect(optimizer, key), expected, strict=True)):
-            assert torch.equal(ours, theirs.reshape(-1)), f"{context}: {key} of {i}"
-
-
-def backward(params: list[torch.nn.Parameter], grads: list[torch.Tensor | None]) -> None:
-    """Give every parameter its gradient through a real backward pass."""
-    terms = [(p * g).sum() for p, g in zip(params, grads, strict=True) if g is not None]
-    torch.stack([term.float() for term in terms]).sum().backward()
+from reference import Reference, backward, compare
 
 
 def equals_reference(

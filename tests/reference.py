@@ -1,0 +1,103 @@
+"""What sharded training must equal, bit for bit: one process that holds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from belief_dist import ShardedAdaBelief
+from belief_dist.kernels import squared_norm_bins_
+from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.rule import compute_dtype, step_scalars, update_reference_
+from models import rank_order_sum
+
+
+class Reference:
+    """One process that holds everything and adds the ranks' gradients in rank order."""
+
+    def __init__(self, params: list[torch.nn.Parameter], options: list[dict[str, Any]]) -> None:
+        self.options = options  # one for each parameter
+        self.low = [p.detach().clone() for p in params]
+        dtype = [compute_dtype(p.dtype) for p in params]
+        self.master = [p.detach().to(d) for p, d in zip(params, dtype, strict=True)]
+        self.exp_avg = [torch.zeros_like(p) for p in self.master]
+        self.exp_avg_sq = [torch.zeros_like(p) for p in self.master]
+        self.maximum = [
+            torch.zeros_like(p) if o["amsgrad"] else None
+            for p, o in zip(self.master, options, strict=True)
+        ]
+        self.steps = [0] * len(params)
+        self.norm = torch.tensor(0.0)
+
+    def step(
+        self,
+        grads: list[list[torch.Tensor | None]],
+        max_grad_norm: float | None,
+        world_size: int,
+    ) -> None:
+        """Apply one step to `grads[addend][param]`, added in this order."""
+        sums: list[torch.Tensor | None] = []
+        bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
+        for index, master in enumerate(self.master):
+            pieces = [addend[index] for addend in grads]
+            if all(piece is None for piece in pieces):
+                sums.append(None)
+                continue
+            zero = torch.zeros_like(master)
+            total = rank_order_sum([zero if piece is None else piece for piece in pieces])
+            sums.append(total)
+            squared_norm_bins_(bins, total.reshape(-1))
+        mean = 1.0 / world_size
+        self.norm = norm_from_bins(bins) * mean
+        scale = mean
+        if max_grad_norm is not None:
+            scale *= min(1.0, max_grad_norm / (self.norm.item() + 1e-6))
+        for i, total in enumerate(sums):
+            if total is None:
+                continue
+            self.steps[i] += 1
+            update_reference_(
+                self.master[i],
+                total,
+                self.exp_avg[i],
+                self.exp_avg_sq[i],
+                step_scalars(self.options[i], self.steps[i]),
+                grad_scale=scale,
+                max_exp_avg_sq=self.maximum[i],
+                param_out=self.low[i],
+            )
+
+
+def collect(optimizer: ShardedAdaBelief, keys: Sequence[str]) -> list[list[torch.Tensor]]:
+    """Put states together from the fragments of all ranks of the optimizer's group."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = [[optimizer.state[param][key] for param in params] for key in keys]
+    everyone = optimizer._links.exchange(mine)
+    return [
+        [torch.cat([theirs[k][i] for theirs in everyone]) for i in range(len(params))]
+        for k in range(len(keys))
+    ]
+
+
+def compare(optimizer: ShardedAdaBelief, reference: Reference, context: str) -> None:
+    """Assert equality of every bit: parameters, m, s, masters, steps."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, param in enumerate(params):
+        assert torch.equal(param, reference.low[i]), f"{context}: parameter {i}"
+        assert optimizer.state[param]["step"] == reference.steps[i], f"{context}: step of {i}"
+    states = {"exp_avg": reference.exp_avg, "exp_avg_sq": reference.exp_avg_sq}
+    if params[0].dtype == torch.bfloat16:
+        states["master"] = reference.master
+    if "max_exp_avg_sq" in optimizer.state[params[0]]:
+        states["max_exp_avg_sq"] = [m for m in reference.maximum if m is not None]
+    for key, whole in zip(states, collect(optimizer, list(states)), strict=True):
+        for i, (ours, theirs) in enumerate(zip(whole, states[key], strict=True)):
+            assert torch.equal(ours, theirs.reshape(-1)), f"{context}: {key} of {i}"
+
+
+def backward(params: list[torch.nn.Parameter], grads: list[torch.Tensor | None]) -> None:
+    """Give every parameter its gradient through a real backward pass."""
+    terms = [(p * g).sum() for p, g in zip(params, grads, strict=True) if g is not None]
+    torch.stack([term.float() for term in terms]).sum().backward()
