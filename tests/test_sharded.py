@@ -1,7 +1,7 @@
 """ShardedAdaBelief on real gloo processes: equal, bit for bit, to one process.
 
 The reference sums the ranks' gradients in rank order and applies the rule to whole parameters.
-Two ranks would prove nothing about order (a + b commutes): every case runs on 1, 2, 3 and 4.
+Two ranks would prove nothing about order (a + b commutes): every case runs on 1 to 5.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import copy
 import itertools
 import math
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 
 from belief_dist import ShardedAdaBelief
+from belief_dist.norm import NUM_WORDS
 from belief_dist.options import DEFAULTS
 from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from ranks import run_ranks
@@ -105,7 +107,7 @@ def equals_reference(
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None:
     cases = [
         partial(equals_reference, bucket_bytes, overlap)
@@ -222,6 +224,56 @@ def memory_is_as_documented() -> None:
 @pytest.mark.parametrize("world_size", [1, 4])
 def test_memory_is_as_documented(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, tmp_path, memory_is_as_documented)
+
+
+def traffic_is_as_documented() -> None:
+    """README's bytes, counted where they leave; and one small message, however many buckets."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sent, messages = 0, 0
+    isend, all_reduce = dist.isend, dist.all_reduce
+
+    def counting_isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += tensor.nbytes
+        return isend(tensor, *args, **kwargs)
+
+    def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal messages
+        messages += 1
+        assert tensor.numel() == NUM_WORDS + len(SHAPES)
+        return all_reduce(tensor, *args, **kwargs)
+
+    for dtype, wire, stage, micro_batches in (
+        (torch.float32, None, 1, 1),
+        (torch.float32, None, 1, 3),  # no_sync
+        (torch.float32, torch.bfloat16, 1, 1),
+        (torch.bfloat16, None, 1, 1),
+        (torch.float32, None, 2, 1),
+        (torch.float32, torch.bfloat16, 2, 3),
+    ):
+        params = make_params(dtype)
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=1500, stage=stage, reduce_dtype=wire, **HYPER
+        )
+        sent = messages = 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dist, "isend", counting_isend)
+            patch.setattr(dist, "all_reduce", counting_all_reduce)
+            for micro in range(micro_batches):
+                grads = [make_grad(s, 1, rank, i, micro).to(dtype) for i, s in enumerate(SHAPES)]
+                with optimizer.no_sync() if micro + 1 < micro_batches else nullcontext():
+                    backward(params, grads)
+            optimizer.step()
+        elements = sum(bucket.numel for bucket in optimizer.layout.buckets)
+        reductions = micro_batches if stage == 2 else 1
+        per_element = reductions * (wire or dtype).itemsize + dtype.itemsize
+        assert sent == elements * per_element * (world_size - 1) // world_size, (stage, wire)
+        assert messages == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_traffic_is_as_documented(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, traffic_is_as_documented)
 
 
 # - ZeRO-2
