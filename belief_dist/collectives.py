@@ -15,7 +15,6 @@ All names of torch.distributed that differ between releases are looked up here a
 
 from __future__ import annotations
 
-import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import deque
@@ -327,46 +326,6 @@ class _AllToAllReduce(_OrderedReduce):
     def _finish(self) -> None:
         self._work.wait()
         ordered_sum_(self._shard, list(self._arriving), self._bins, accumulate=self._accumulate)
-
-
-def raise_together(links: Collectives, problem: Exception | None) -> None:
-    """Raise on every rank if any rank has a `problem`; called by all ranks.
-
-    Raises:
-        Exception: `problem` itself where there is one.
-        ValueError: Elsewhere, with the sentence of the first rank that has one.
-    """
-    sentences = links.exchange(None if problem is None else str(problem))
-    if problem is not None:
-        raise problem
-    for rank, sentence in enumerate(sentences):
-        if sentence is not None:
-            raise ValueError(f"rank {rank} of the process group reports: {sentence}")
-
-
-def compare_ranks(links: Collectives, mine: dict[str, list[Any]]) -> None:
-    """Check that all ranks hold equal values; called by all ranks.
-
-    Args:
-        links: The process group.
-        mine: Lists of values by what they are, compared by their `repr`.
-
-    Raises:
-        ValueError: On every rank, naming the first difference.
-    """
-    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
-    if len(set(links.exchange(digest))) == 1:
-        return
-    everyone = links.exchange({what: [repr(value) for value in mine[what]] for what in mine})
-    for rank, theirs in enumerate(everyone):
-        for what, values in everyone[0].items():
-            for first, other in zip(values, theirs[what], strict=False):
-                if first != other:
-                    raise ValueError(
-                        f"ranks disagree about the {what}: the group's rank 0 has {first}, rank "
-                        f"{rank} has {other}. Build the same model and optimizer on every rank."
-                    )
-    raise ValueError("ranks disagree about how many param groups there are.")
 
 
 def _as_group(ranks: dist.ProcessGroup | DeviceMesh | None) -> dist.ProcessGroup | None:

@@ -1,8 +1,9 @@
 """The way of the gradients, from backward into this rank's shards.
 
 A hook on every parameter counts its bucket down; a full bucket is reduced while backward goes on.
-Reductions start in layout order on every rank, whatever the order in which gradients arrive, so
-that ranks which use parameters differently still match. Two ways to hold what is not yet reduced:
+Reductions start in one order on every rank, whatever the order in which gradients arrive, so that
+ranks which use parameters differently still match: at first that of the layout, later the one that
+all ranks together have seen in the first step. Two ways to hold what is not yet reduced:
 
 * `FullGradients` (ZeRO-1): every gradient has its place in a flat buffer for good, and several
   backward passes add up there (`no_sync`) before one reduction.
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 import weakref
 from abc import ABC, abstractmethod
 from collections import deque
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
+from torch.utils.hooks import RemovableHandle
 
 from belief_dist.buffers import BucketBuffers, Recycler
 from belief_dist.collectives import Collectives, Handle
@@ -60,12 +63,17 @@ class Gradients(ABC):
         params: All parameters.
         buckets: Whose slots name parameters by their index in `params`.
         links: The process group.
+        clips: Tells of a param group whether its gradients count in the norm.
         overlap: Reduce while backward goes on.
         wire_dtype: Gradients are rounded to it before they travel; None means not at all.
         label: Names a parameter in errors.
 
     Attributes:
-        bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards.
+        bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards, for
+            groups that count in the norm.
+        other_bins: The same for all other groups.
+        order: Bucket indices in the order in which reductions start.
+        completed: Those that became full in the last backward, in this order.
     """
 
     def __init__(
@@ -74,6 +82,7 @@ class Gradients(ABC):
         buckets: Sequence[BucketBuffers],
         links: Collectives,
         *,
+        clips: Callable[[int], bool],
         overlap: bool,
         wire_dtype: torch.dtype | None,
         label: Callable[[int], str],
@@ -81,6 +90,7 @@ class Gradients(ABC):
         self._params = params
         self._buckets = buckets
         self._links = links
+        self._clips = clips
         self._overlap = overlap
         self._wire_dtype = wire_dtype
         self._label = label
@@ -94,16 +104,36 @@ class Gradients(ABC):
         self._in_flight: deque[_InFlight] = deque()
         self._task = -1  # autograd's number of the running backward pass
         self._nested = False
-        self.bins = torch.zeros(0)
+        self._has_densified = False
+        self.bins = self.other_bins = torch.zeros(0)
+        self.completed: list[int] = []
+        self.set_order(range(len(buckets)))
         self._start_round()
         owner = weakref.ref(self)
-        for index, param in enumerate(params):
-            param.register_post_accumulate_grad_hook(_Hook(owner, index))
+        self._hooks = [_add_hook(param, _Hook(owner, i)) for i, param in enumerate(params)]
+
+    def close(self) -> None:
+        """Let go of the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def set_order(self, order: Sequence[int]) -> None:
+        """Start reductions in this order of bucket indices from the next round on.
+
+        It must be the same on all ranks.
+        """
+        self.order = list(order)
+        self._turn = {bucket: turn for turn, bucket in enumerate(order)}
 
     def _start_round(self) -> None:
-        self._next = 0
-        self._waiting = [len(members) for members in self._members]
+        self._next = 0  # the turn of the next reduction
+        self._waiting: list[int] | None = None  # gradients that each bucket still lacks
         self._fired = [False] * len(self._params)
+
+    def _count_gradients(self) -> list[int]:
+        """Return how many gradients each bucket waits for; frozen parameters get none."""
+        trains = [param.requires_grad for param in self._params]
+        return [sum(trains[index] for index in members) for members in self._members]
 
     # - Backward
 
@@ -118,22 +148,27 @@ class Gradients(ABC):
             return
         if not (self._fired[index] or self._nested):
             self._fired[index] = True
+            if self._waiting is None:
+                self._waiting, self.completed = self._count_gradients(), []
             bucket = self._home[index][0]
             self._waiting[bucket] -= 1
-            if self._overlap and self._waiting[bucket] == 0:
-                self._launch(complete_only=True)
+            if self._waiting[bucket] == 0:
+                self.completed.append(bucket)
+                if self._overlap:
+                    self._launch(self._waiting)
 
-    def _launch(self, *, complete_only: bool) -> None:
-        """Start the reductions that may start, in layout order."""
+    def _launch(self, waiting: Sequence[int] | None = None) -> None:
+        """Start the reductions whose turn it is, up to the first that is still `waiting`."""
         while self._next < len(self._buckets):
-            if complete_only and self._waiting[self._next] > 0:
+            bucket = self.order[self._next]
+            if waiting is not None and waiting[bucket] > 0:
                 return
             if self._next == 0:
                 # The last round of a step is the one whose sums are complete.
-                self.bins = torch.zeros(
-                    NUM_WORDS, dtype=torch.int64, device=self._buckets[0].param_shard.device
-                )
-            self._reduce(self._next)
+                device = self._buckets[0].param_shard.device
+                self.bins = torch.zeros(NUM_WORDS, dtype=torch.int64, device=device)
+                self.other_bins = torch.zeros_like(self.bins)
+            self._reduce(bucket)
             self._next += 1
 
     def _start(self, bucket: int, flat: Tensor, *, accumulate: bool, recycled: bool) -> None:
@@ -145,8 +180,9 @@ class Gradients(ABC):
             if recycled:
                 self._recycler.give_back(flat)
             recycled = True
-        shard = self._buckets[bucket].grad_shard
-        handle = self._links.start_reduce(wire, shard, self.bins, accumulate=accumulate)
+        buffers = self._buckets[bucket]
+        bins = self.bins if self._clips(buffers.bucket.group) else self.other_bins
+        handle = self._links.start_reduce(wire, buffers.grad_shard, bins, accumulate=accumulate)
         self._in_flight.append(_InFlight(handle, wire if recycled else None))
 
     def _borrow(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -204,19 +240,28 @@ class Gradients(ABC):
     def zero_grad(self, *, set_to_none: bool) -> None:
         """Forget all gradients."""
 
+    @property
+    @abstractmethod
+    def has_begun(self) -> bool:
+        """Whether gradients have been reduced since the last step."""
+
     def nbytes(self) -> int:
         """Return the bytes of recycled buffers."""
         return self._recycler.nbytes()
 
-    def _checked(self, index: int) -> Tensor:
+    def _dense(self, index: int) -> Tensor:
         grad = self._params[index].grad
         assert grad is not None
-        if grad.is_sparse:
-            raise RuntimeError(
-                f"ShardedAdaBelief cannot use the sparse gradient of parameter "
-                f"{self._label(index)}; build the embedding with sparse=False."
+        if not grad.is_sparse:
+            return grad
+        if not self._has_densified:
+            self._has_densified = True
+            warnings.warn(
+                f"the gradient of parameter {self._label(index)} is sparse and is made dense: a "
+                f"sharded optimizer gains nothing from sparse=True.",
+                stacklevel=2,
             )
-        return grad
+        return grad.to_dense()
 
 
 class FullGradients(Gradients):
@@ -265,7 +310,7 @@ class FullGradients(Gradients):
 
     def _adopt(self, index: int) -> None:
         """Move a gradient that autograd or the user has made into its place in the bucket."""
-        self._views[index].copy_(self._checked(index))
+        self._views[index].copy_(self._dense(index))
         self._params[index].grad = self._views[index]
 
     def _reduce(self, bucket: int) -> None:
@@ -289,7 +334,7 @@ class FullGradients(Gradients):
                         f"the optimizer with overlap=False."
                     )
                 self._adopt(index)
-        self._launch(complete_only=False)
+        self._launch()
         self._drain()
 
     def used(self) -> list[bool]:
@@ -310,6 +355,11 @@ class FullGradients(Gradients):
             for buffers in self._buckets:
                 assert buffers.flat_grad is not None
                 buffers.flat_grad.zero_()
+
+    @property
+    def has_begun(self) -> bool:
+        """See `Gradients.has_begun`."""
+        return self._next > 0
 
 
 class ShardedGradients(Gradients):
@@ -344,14 +394,14 @@ class ShardedGradients(Gradients):
 
     def _take(self, index: int) -> None:
         bucket, position = self._home[index]
-        if bucket < self._next:
+        if self._turn[bucket] < self._next:
             raise RuntimeError(
                 f"one backward reached parameter {self._label(index)} again after its gradient was "
                 f"reduced; use torch.utils.checkpoint with use_reentrant=False, or stage=1 with "
                 f"overlap=False."
             )
         param, buffers = self._params[index], self._buckets[bucket]
-        grad = self._checked(index)
+        grad = self._dense(index)
         if bucket not in self._filling:
             numel = buffers.bucket.numel
             self._filling[bucket] = self._borrow(numel, param.dtype, param.device)
@@ -382,7 +432,7 @@ class ShardedGradients(Gradients):
             self._drain()
 
     def _end_round(self) -> None:
-        self._launch(complete_only=False)
+        self._launch()
         self._rounds += 1
         self._placed = [False] * len(self._params)
         self._start_round()
@@ -418,6 +468,11 @@ class ShardedGradients(Gradients):
         self._start_round()
         self.end_step()
 
+    @property
+    def has_begun(self) -> bool:
+        """See `Gradients.has_begun`."""
+        return self._rounds > 0 or any(self._placed)
+
 
 class _InFlight:
     """A reduction under way."""
@@ -425,6 +480,15 @@ class _InFlight:
     def __init__(self, handle: Handle, recycled: Tensor | None) -> None:
         self.handle = handle
         self.recycled = recycled  # what may be used again afterwards
+
+
+def _add_hook(param: Tensor, hook: _Hook) -> RemovableHandle:
+    # torch refuses the hook while a parameter is frozen, but keeps one that was there before.
+    trains = param.requires_grad
+    param.requires_grad_(True)
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+    param.requires_grad_(trains)
+    return handle
 
 
 class _Hook:

@@ -32,6 +32,7 @@ class ParamSpec:
     dtype: str  # for example "float32"
     itemsize: int  # bytes per element
     group: int  # index of its param group
+    kind: str = ""  # parameters of different kinds never share a bucket
 
     @property
     def numel(self) -> int:
@@ -118,10 +119,13 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _close(group: int, dtype: str, itemsize: int, slots: Sequence[Slot], world_size: int) -> Bucket:
-    used = max((slot.stop for slot in slots), default=0)
-    shard_numel = _round_up(-(-used // world_size), SHARD_ALIGN_BYTES // itemsize)
-    return Bucket(group, dtype, itemsize, tuple(slots), shard_numel * world_size, shard_numel)
+def _close(spec: ParamSpec, slots: Sequence[Slot], world_size: int) -> Bucket:
+    """Make a bucket of `slots`, whose parameters are all like `spec`."""
+    used = max(slot.stop for slot in slots)
+    shard_numel = _round_up(-(-used // world_size), SHARD_ALIGN_BYTES // spec.itemsize)
+    return Bucket(
+        spec.group, spec.dtype, spec.itemsize, tuple(slots), shard_numel * world_size, shard_numel
+    )
 
 
 def plan_layout(params: Sequence[ParamSpec], world_size: int, bucket_bytes: int) -> Layout:
@@ -143,20 +147,22 @@ def plan_layout(params: Sequence[ParamSpec], world_size: int, bucket_bytes: int)
         raise ValueError(f"world_size must be >= 1, got {world_size}.")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be >= 1, got {bucket_bytes}.")
-    open_slots: dict[tuple[int, str, int], list[Slot]] = {}
+    open_slots: dict[tuple[int, str, int, str], list[Slot]] = {}
     # With several groups or dtypes, buckets are ordered by their parameter that backward reaches
     # last, which is the one with the smallest index.
     closed: list[Bucket] = []
     for index in range(len(params) - 1, -1, -1):
         spec = params[index]
-        key = (spec.group, spec.dtype, spec.itemsize)
+        key = (spec.group, spec.dtype, spec.itemsize, spec.kind)
         slots = open_slots.setdefault(key, [])
         start = _round_up(slots[-1].stop if slots else 0, PARAM_ALIGN_BYTES // spec.itemsize)
         if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
-            closed.append(_close(*key, slots, world_size))
+            closed.append(_close(spec, slots, world_size))
             slots.clear()
             start = 0
         slots.append(Slot(index, start, start + spec.numel))
-    closed.extend(_close(*key, slots, world_size) for key, slots in open_slots.items())
+    closed.extend(
+        _close(params[slots[0].param], slots, world_size) for slots in open_slots.values()
+    )
     closed.sort(key=lambda bucket: -min(slot.param for slot in bucket.slots))
     return Layout(tuple(params), tuple(closed), world_size)

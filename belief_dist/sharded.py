@@ -4,7 +4,7 @@ One training step, in the order of the files that do the work::
 
     backward   a full bucket of gradients starts its reduction    gradients.on_gradient
                                                                   collectives.start_reduce
-    step       the reductions end; one small message is summed    norm, collectives.sum_
+    step       the reductions end; one small message is summed    norm, agreement
                every shard is updated by one fused pass           kernels.update_
                and starts on its way to the other ranks           collectives.start_gather
     forward    each layer waits for its own parameters            guard.ReadGuard
@@ -13,7 +13,7 @@ One training step, in the order of the files that do the work::
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal
@@ -26,18 +26,22 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from belief_dist import kernels
-from belief_dist.buffers import BucketBuffers
-from belief_dist.collectives import (
-    Collectives,
-    Reduction,
+from belief_dist.agreement import (
+    Agreed,
+    Verdict,
+    agree,
+    checksums,
     compare_ranks,
-    connect,
+    fingerprint,
     raise_together,
+    replica_fault,
 )
+from belief_dist.buffers import BucketBuffers
+from belief_dist.collectives import Collectives, Reduction, connect
 from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
 from belief_dist.layout import Layout, ParamSpec, plan_layout
-from belief_dist.norm import NUM_WORDS, nonfinite_count, norm_from_bins
+from belief_dist.norm import norm_from_bins
 from belief_dist.options import complete_options
 from belief_dist.params import as_groups, prepare_group
 from belief_dist.rule import step_scalars
@@ -63,9 +67,12 @@ class ShardedAdaBelief(Optimizer):
 
     Args:
         params: As for `AdaBelief`, in the same order on every rank. All must require gradients and
-            lie on one device. Parameters and gradients become views of flat buffers.
+            lie on one device. Parameters and gradients become views of flat buffers. Frozen
+            parameters may be unfrozen at any time; until then their states and reductions are paid
+            for, so parameters that never train are better left out.
         lr, betas, eps, weight_decay, weight_decouple, fixed_decay, rectify, degenerated_to_sgd,
-            amsgrad, maximize: As for `AdaBelief`; each may differ per param group.
+            amsgrad, maximize: As for `AdaBelief`; each may differ per param group. A group with
+            ``"clip": False`` neither counts in the gradient norm nor is clipped.
         process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
             dimension; None means all.
         stage: 1 shards states and masters over the ranks. 2 shards the gradients too: after
@@ -79,6 +86,8 @@ class ShardedAdaBelief(Optimizer):
         max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
         overlap: Reduce during backward and gather behind the next forward. False does both inside
             `step`, with the same bits.
+        check_replicas: Compare a checksum of all ranks' parameters in every step, so that a change
+            on some ranks only is an error and not a silent divergence.
         timeout: After which a rank that does not answer becomes an error.
 
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
@@ -87,8 +96,8 @@ class ShardedAdaBelief(Optimizer):
 
     Raises:
         TypeError: An argument has the wrong type, or an option is unknown.
-        ValueError: A value is out of range, a parameter is frozen, devices are mixed, or the ranks
-            disagree about the parameters or options.
+        ValueError: A value is out of range, devices are mixed, or the ranks disagree about the
+            parameters or options.
         RuntimeError: torch.distributed is needed but not initialized.
 
     Source: AdaBelief, arXiv:2010.07468, Algorithm 2; ZeRO, arXiv:1910.02054, section 5.
@@ -118,6 +127,7 @@ class ShardedAdaBelief(Optimizer):
         bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
         overlap: bool = True,
+        check_replicas: bool = True,
         timeout: timedelta = timedelta(minutes=10),
         **other_spellings: Any,
     ) -> None:
@@ -125,12 +135,12 @@ class ShardedAdaBelief(Optimizer):
         arguments = locals()
         self._built = False
         self._reduce_dtype = reduce_dtype
+        self._buckets: list[BucketBuffers] = []
         device, problem = torch.device("cpu"), None
         try:
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
             _check_engine_options(bucket_bytes, max_grad_norm, reduction, stage, reduce_dtype)
             super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)
-            self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
             device = self._check_params()
         except (TypeError, ValueError) as error:
             problem = error
@@ -141,44 +151,74 @@ class ShardedAdaBelief(Optimizer):
         self._max_grad_norm = max_grad_norm
         self._overlap = overlap
         self._stage = stage
-        self._layout = plan_layout(self._specs(), self._links.world_size, bucket_bytes)
-        self._agree_on_everything()
-        self._buckets: list[BucketBuffers] = []
-        self._build(device)
+        self._check_replicas = check_replicas
+        self._guard = ReadGuard()
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self._step_calls = 0
+        self._skipped = 0
+        self._verdict: tuple[Tensor, list[int]] | None = None
+        # On a GPU the host runs ahead of the device, and reads the verdict when it has long come.
+        self._defers_verdict = device.type != "cpu"
+        self._build()
         self._built = True
 
     # - Construction
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Check and add a group; the layout is fixed once the constructor has returned.
+        """Add a group, its parameters in buckets of their own; called by all ranks.
+
+        Its parameters become those of the first rank. All else stays as it is.
 
         Raises:
-            RuntimeError: The optimizer is built already.
+            TypeError: As for the constructor.
+            ValueError: As for the constructor. The optimizer is then as it was.
+            RuntimeError: Gradients of the next step have been reduced already.
         """
-        if self._built:
-            raise RuntimeError(
-                "ShardedAdaBelief cannot take further param groups once its shards are laid out; "
-                "pass all groups to the constructor."
-            )
+        if not self._built:
+            self._append_group(param_group)
+            return
+        problem: Exception | None = None
+        before = len(self.param_groups)
+        try:
+            if self._gradients.has_begun:
+                raise RuntimeError(
+                    "ShardedAdaBelief.add_param_group came between backward and step, when "
+                    "gradients are reduced already; call it after step()."
+                )
+            self._append_group(param_group)
+            self._check_params()
+        except (TypeError, ValueError, RuntimeError) as error:
+            problem = error
+        try:
+            raise_together(self._links, problem)
+            self._resolve_verdict()
+            self._guard.settle_all()
+            self._build()
+        except Exception:
+            del self.param_groups[before:]
+            self._check_params()
+            raise
+
+    def _append_group(self, param_group: dict[str, Any]) -> None:
         owned = {id(p) for group in self.param_groups for p in group["params"]}
-        super().add_param_group(
-            prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
-        )
+        clip = True
+        if isinstance(param_group, Mapping):
+            param_group = dict(param_group)
+            clip = param_group.pop("clip", True)
+        if not isinstance(clip, bool):
+            raise TypeError(f"clip of a param group must be True or False, got {clip!r}.")
+        prepared = prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
+        super().add_param_group({**prepared, "clip": clip})
 
     def _check_params(self) -> torch.device:
-        frozen = [self._label(i) for i, p in enumerate(self._params) if not p.requires_grad]
-        if frozen:
-            raise ValueError(
-                f"ShardedAdaBelief got {len(frozen)} frozen parameters (requires_grad=False), the "
-                f"first is {frozen[0]}; pass [p for p in model.parameters() if p.requires_grad]."
-            )
+        self._params = [p for group in self.param_groups for p in group["params"]]
         devices = {param.device for param in self._params}
         if len(devices) > 1:
             raise ValueError(
                 f"ShardedAdaBelief needs all parameters on one device, got "
                 f"{', '.join(sorted(map(str, devices)))}; move the model before building it."
             )
-        device = devices.pop()
+        device: torch.device = devices.pop()
         if device.type == "meta":
             raise ValueError("ShardedAdaBelief needs real parameters, got the meta device.")
         if self._reduce_dtype is not None:
@@ -200,9 +240,14 @@ class ShardedAdaBelief(Optimizer):
         raise IndexError(index)
 
     def _specs(self) -> list[ParamSpec]:
-        specs: list[ParamSpec] = []
+        # What is laid out stays where it is, though it may have been unfrozen since.
+        specs = list(self._layout.params) if self._built else []
+        known = len(specs)
         for number, group in enumerate(self.param_groups):
             for position, param in enumerate(group["params"]):
+                if known > 0:
+                    known -= 1
+                    continue
                 names = group.get("param_names")
                 specs.append(
                     ParamSpec(
@@ -211,11 +256,12 @@ class ShardedAdaBelief(Optimizer):
                         dtype=str(param.dtype).removeprefix("torch."),
                         itemsize=param.element_size(),
                         group=number,
+                        kind="" if param.requires_grad else "frozen",
                     )
                 )
         return specs
 
-    def _agree_on_everything(self) -> None:
+    def _agree_on_everything(self, layout: Layout) -> None:
         """Compare model and options over the ranks: a mismatch is an error and not a hang."""
         engine = (
             self._bucket_bytes,
@@ -224,22 +270,35 @@ class ShardedAdaBelief(Optimizer):
             type(self._links).__name__,
             self._stage,
             self._reduce_dtype,
+            self._check_replicas,
         )
         compare_ranks(
             self._links,
             {
                 "number of parameters": [len(self._params)],
-                "parameter": list(self._layout.params),
-                "options of param group": [
-                    {key: group[key] for key in self.defaults} for group in self.param_groups
-                ],
-                "(bucket_bytes, max_grad_norm, overlap, reduction, stage, reduce_dtype)": [engine],
+                "parameter": list(layout.params),
+                "options of param group": self._options(),
+                "(bucket_bytes, max_grad_norm, overlap, reduction, stage, reduce_dtype, "
+                "check_replicas)": [engine],
             },
         )
 
-    def _build(self, device: torch.device) -> None:
+    def _options(self) -> list[dict[str, Any]]:
+        keys = (*self.defaults, "clip")
+        return [{key: group[key] for key in keys} for group in self.param_groups]
+
+    def _build(self) -> None:
+        """Lay out all parameters; buckets that exist already are the same and stay."""
+        layout = plan_layout(self._specs(), self._links.world_size, self._bucket_bytes)
+        self._agree_on_everything(layout)
+        self._layout = layout
+        existing = {buffers.bucket: buffers for buffers in self._buckets}
+        self._buckets = []
         rank = self._links.rank
         for plan in self._layout.buckets:
+            if plan in existing:
+                self._buckets.append(existing[plan])
+                continue
             bucket = BucketBuffers(
                 plan,
                 [self._params[slot.param] for slot in plan.slots],
@@ -252,18 +311,18 @@ class ShardedAdaBelief(Optimizer):
                 bucket.refresh_master()
             self._buckets.append(bucket)
         for index, param in enumerate(self._params):
-            self.state[param] = self._fragments(index)
+            if param not in self.state:
+                self.state[param] = self._fragments(index)
         self._param_versions = [param._version for param in self._params]
-        self._guard = ReadGuard()
-        self._message = torch.zeros(NUM_WORDS + len(self._params), dtype=torch.int64, device=device)
-        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
-        self._skipped = 0
-        self._verdict: tuple[Tensor, list[int]] | None = None
+        if self._built:
+            self._gradients.close()
         gradients = FullGradients if self._stage == 1 else ShardedGradients
+        self._knows_order = False
         self._gradients: Gradients = gradients(
             self._params,
             self._buckets,
             self._links,
+            clips=lambda group: bool(self.param_groups[group]["clip"]),
             overlap=self._overlap,
             wire_dtype=self._reduce_dtype,
             label=self._label,
@@ -312,7 +371,10 @@ class ShardedAdaBelief(Optimizer):
                 scale within the update, and all ranks tell it alike whether the step was skipped.
 
         Raises:
-            RuntimeError: `grad_scaler.unscale_` was called for this optimizer.
+            RuntimeError: `grad_scaler.unscale_` was called for this optimizer; or, on all ranks,
+                their copies of a parameter differ.
+            ValueError: On all ranks: they are at different steps, or have different options or loss
+                scales. No rank has updated anything then, and `step` may be called again.
         """
         if grad_scaler is not None and _is_unscaled(grad_scaler, self):
             raise RuntimeError(
@@ -330,15 +392,20 @@ class ShardedAdaBelief(Optimizer):
                 self._take_over(index)
         self._gradients.finish()
         loss_scale = None if grad_scaler is None else grad_scaler._get_scale_async()
-        used, scale, skip = self._agree(loss_scale)
+        agreed = self._agree(loss_scale)
+        if not self._defers_verdict:
+            self._raise_if_apart(Verdict(int(agreed.verdict)))
+        skip = agreed.verdict > Verdict.UPDATE
         if grad_scaler is not None:
             checks = {skip.device: skip.to(torch.float32)}
             grad_scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = checks
-        updated = self._update(used, scale, skip)
-        self._verdict = (skip, updated)
-        if skip.device.type == "cpu":
-            self._resolve_verdict()
+        updated = self._update(agreed.used, self._scales(agreed.bins, loss_scale), skip)
         self._gradients.end_step()
+        if agreed.order is not None:
+            self._gradients.set_order(agreed.order)
+        self._verdict = (agreed.verdict, updated)
+        if not self._defers_verdict:
+            self._resolve_verdict()
         return loss
 
     def _take_over(self, index: int) -> None:
@@ -350,47 +417,55 @@ class ShardedAdaBelief(Optimizer):
             window = slice(part.in_shard, part.in_shard + part.numel)
             buffers.master[window].copy_(buffers.param_shard[window])
 
-    def _agree(self, loss_scale: Tensor | None) -> tuple[list[bool], Tensor, Tensor]:
-        """Exchange the one small message of a step.
+    def _agree(self, loss_scale: Tensor | None) -> Agreed:
+        """Exchange the one small message of a step."""
+        self._step_calls += 1
+        gradients, device = self._gradients, self.grad_norm.device
+        bins = gradients.bins.clone()
+        bins[-1] += gradients.other_bins[-1]  # not finite is not finite, whether clipped or not
+        self._replica_sums = bins.new_zeros(len(self._buckets))
+        if self._check_replicas and self._links.world_size > 1:
+            self._replica_sums = checksums([bucket.flat_param for bucket in self._buckets])
+        used = gradients.used()
+        learns = not self._knows_order and self._links.world_size > 1
+        self._knows_order = True
+        return agree(
+            self._links,
+            bins=bins,
+            used=used,
+            step=fingerprint((self._step_calls, self._options()), loss_scale, device),
+            replica=self._replica_sums.sum(),
+            completed=gradients.completed if learns else None,
+            num_buckets=len(self._buckets),
+        )
 
-        Args:
-            loss_scale: What the gradients are too large by, or None.
-
-        Returns:
-            Which parameters have a gradient on some rank; the factor on summed gradients (mean and
-            clipping, float64); and whether all ranks skip the step. The last two have one element.
-        """
-        message = self._message
-        message[:NUM_WORDS] = self._gradients.bins
-        local = self._gradients.used()
-        if all(local):
-            message[NUM_WORDS:] = 1
-        else:
-            message[NUM_WORDS:] = torch.tensor(local, device=message.device)
-        self._links.sum_(message)
-        # A rank that has used every parameter need not wait for the answer of the others.
-        used = local if all(local) else (message[NUM_WORDS:] > 0).tolist()
-
-        norm = norm_from_bins(message[:NUM_WORDS])
-        scale = torch.full_like(norm, 1.0 / self._links.world_size)
+    def _scales(self, bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
+        """Return the factor on summed gradients, float64, for groups with clip True and False."""
+        norm = norm_from_bins(bins)
+        mean = torch.full_like(norm, 1.0 / self._links.world_size)
         if loss_scale is not None:
-            scale /= loss_scale
-        self.grad_norm = norm * scale
+            mean /= loss_scale
+        self.grad_norm = norm * mean
+        clipped = mean
         if self._max_grad_norm is not None:
             # The same formula as torch.nn.utils.clip_grad_norm_.
-            scale *= (self._max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-        return used, scale, nonfinite_count(message[:NUM_WORDS]) > 0
+            clipped = mean * (self._max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        return {True: clipped, False: mean}
 
-    def _update(self, used: list[bool], scale: Tensor, skip: Tensor) -> list[int]:
+    def _update(self, used: list[bool], scales: dict[bool, Tensor], skip: Tensor) -> list[int]:
         """Update every shard and send it on its way, in the order in which forward needs them."""
         updated = [index for index, is_used in enumerate(used) if is_used]
         for index in updated:
             state = self.state[self._params[index]]
             state["step"] = state["step"] + 1
-        for bucket in reversed(self._buckets):
+        for number in reversed(self._gradients.order):
+            bucket = self._buckets[number]
+            scale = scales[self.param_groups[bucket.bucket.group]["clip"]]
             for start, stop, step in self._runs(bucket, used):
                 self._update_run(bucket, slice(start, stop), step, scale, skip)
-            if self._links.world_size > 1:
+            # What nobody has used has not changed.
+            has_changed = any(used[slot.param] for slot in bucket.bucket.slots)
+            if self._links.world_size > 1 and has_changed:
                 handle = self._links.start_gather(bucket.flat_param)
                 self._guard.expect(bucket.params, handle.wait)
         if self._overlap:
@@ -435,22 +510,39 @@ class ShardedAdaBelief(Optimizer):
     def _resolve_verdict(self) -> None:
         """Read whether the last step was skipped, and count it back if so.
 
-        On a CUDA device this is left to the next step, when the answer has long arrived.
+        A verdict that was deferred is read in the next step.
         """
         if self._verdict is None:
             return
-        skip, updated = self._verdict
+        verdict, updated = Verdict(int(self._verdict[0])), self._verdict[1]
         self._verdict = None
-        if not bool(skip):
+        if verdict == Verdict.UPDATE:
             return
-        self._skipped += 1
         for index in updated:
             state = self.state[self._params[index]]
             state["step"] = state["step"] - 1
+        self._raise_if_apart(verdict)
+        self._skipped += 1
         if self._links.rank == 0:
             logger.warning(
                 "a gradient is not finite: step skipped on all ranks (%d so far)", self._skipped
             )
+
+    def _raise_if_apart(self, verdict: Verdict) -> None:
+        if verdict == Verdict.STEPS_DIFFER:
+            compare_ranks(
+                self._links,
+                {"number of the step": [self._step_calls], "options of group": self._options()},
+            )
+            raise ValueError("ranks disagree about the loss scale; use equal GradScalers.")
+        if verdict == Verdict.REPLICAS_DIFFER:
+            self._guard.settle_all()
+            labels = [self._label(index) for index in range(len(self._params))]
+            buckets = [
+                {labels[slot.param]: self._params[slot.param] for slot in bucket.bucket.slots}
+                for bucket in self._buckets
+            ]
+            raise RuntimeError(replica_fault(self._links, self._replica_sums.tolist(), buckets))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; the flat buffers stay.

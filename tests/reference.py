@@ -48,7 +48,8 @@ class Reference:
             zero = torch.zeros_like(master)
             total = rank_order_sum([zero if piece is None else piece for piece in pieces])
             sums.append(total)
-            squared_norm_bins_(bins, total.reshape(-1))
+            if self.options[index].get("clip", True):
+                squared_norm_bins_(bins, total.reshape(-1))
         mean = 1.0 / world_size
         self.norm = norm_from_bins(bins) * mean
         scale = mean
@@ -64,7 +65,7 @@ class Reference:
                 self.exp_avg[i],
                 self.exp_avg_sq[i],
                 step_scalars(self.options[i], self.steps[i]),
-                grad_scale=scale,
+                grad_scale=scale if self.options[i].get("clip", True) else mean,
                 max_exp_avg_sq=self.maximum[i],
                 param_out=self.low[i],
             )

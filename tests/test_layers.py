@@ -17,6 +17,7 @@ ROWS = [
     {"norm"},
     {"kernels", "params", "state", "buffers", "guard"},
     {"collectives"},
+    {"agreement"},
     {"gradients"},
     {"integrations"},
     {"optimizer"},

@@ -240,7 +240,9 @@ def traffic_is_as_documented() -> None:
     def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal messages
         messages += 1
-        assert tensor.numel() == NUM_WORDS + len(SHAPES)
+        # Two words each for step and replica, one for every parameter, and first for every bucket.
+        words = NUM_WORDS + 4 + len(SHAPES)
+        assert tensor.numel() == words + (0 if messages > 1 else len(optimizer.layout.buckets))
         return all_reduce(tensor, *args, **kwargs)
 
     for dtype, wire, stage, micro_batches in (
@@ -255,20 +257,25 @@ def traffic_is_as_documented() -> None:
         optimizer = ShardedAdaBelief(
             params, bucket_bytes=1500, stage=stage, reduce_dtype=wire, **HYPER
         )
-        sent = messages = 0
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dist, "isend", counting_isend)
-            patch.setattr(dist, "all_reduce", counting_all_reduce)
-            for micro in range(micro_batches):
-                grads = [make_grad(s, 1, rank, i, micro).to(dtype) for i, s in enumerate(SHAPES)]
-                with optimizer.no_sync() if micro + 1 < micro_batches else nullcontext():
-                    backward(params, grads)
-            optimizer.step()
-        elements = sum(bucket.numel for bucket in optimizer.layout.buckets)
-        reductions = micro_batches if stage == 2 else 1
-        per_element = reductions * (wire or dtype).itemsize + dtype.itemsize
-        assert sent == elements * per_element * (world_size - 1) // world_size, (stage, wire)
-        assert messages == 1
+        messages = 0
+        for step in (1, 2):
+            sent = 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "isend", counting_isend)
+                patch.setattr(dist, "all_reduce", counting_all_reduce)
+                for micro in range(micro_batches):
+                    grads = [
+                        make_grad(s, 1, rank, i, micro).to(dtype) for i, s in enumerate(SHAPES)
+                    ]
+                    with optimizer.no_sync() if micro + 1 < micro_batches else nullcontext():
+                        backward(params, grads)
+                optimizer.step()
+            optimizer.zero_grad()
+            elements = sum(bucket.numel for bucket in optimizer.layout.buckets)
+            reductions = micro_batches if stage == 2 else 1
+            per_element = reductions * (wire or dtype).itemsize + dtype.itemsize
+            assert sent == elements * per_element * (world_size - 1) // world_size, (stage, wire)
+            assert messages == step
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
