@@ -13,7 +13,7 @@ one per bucket       when its gradients were complete; in the first step only
 ===================  ============================================================================
 
 Whether all ranks sent an equal word x is read from the sums of x and of a square that x fixes:
-both must be world_size times a rank's own.
+both must be as many times a rank's own as there are ranks.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def agree(
     links.sum_(message)
 
     total, flags = message[:NUM_WORDS], message[NUM_WORDS + 4 :][:count]
-    same = (message[NUM_WORDS : NUM_WORDS + 4] == own * links.world_size).view(2, 2).all(1)
+    same = (message[NUM_WORDS : NUM_WORDS + 4] == own * links.num_ranks).view(2, 2).all(1)
     verdict = torch.where(nonfinite_count(total) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
     verdict = torch.where(same[1], verdict, Verdict.REPLICAS_DIFFER)
     verdict = torch.where(same[0], verdict, Verdict.STEPS_DIFFER)

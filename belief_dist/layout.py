@@ -6,7 +6,8 @@ roughly in that order. Rank r owns piece r of every bucket, its *shard*: element
 ``[r * shard_numel, (r + 1) * shard_numel)``, wherever parameters happen to begin or end.
 
 Two alignments hold: every parameter starts at a multiple of 16 bytes inside its bucket, and every
-shard is a multiple of 128 bytes. What this adds is *padding*; it holds zeros and belongs to nobody.
+shard is a multiple of 128 bytes (times the number of ranks that keep a copy of it). What this adds
+is *padding*; it holds zeros and belongs to nobody.
 
 All ranges are half-open and in elements.
 """
@@ -119,16 +120,18 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _close(spec: ParamSpec, slots: Sequence[Slot], world_size: int) -> Bucket:
+def _close(spec: ParamSpec, slots: Sequence[Slot], world_size: int, copies: int) -> Bucket:
     """Make a bucket of `slots`, whose parameters are all like `spec`."""
     used = max(slot.stop for slot in slots)
-    shard_numel = _round_up(-(-used // world_size), SHARD_ALIGN_BYTES // spec.itemsize)
+    shard_numel = _round_up(-(-used // world_size), copies * SHARD_ALIGN_BYTES // spec.itemsize)
     return Bucket(
         spec.group, spec.dtype, spec.itemsize, tuple(slots), shard_numel * world_size, shard_numel
     )
 
 
-def plan_layout(params: Sequence[ParamSpec], world_size: int, bucket_bytes: int) -> Layout:
+def plan_layout(
+    params: Sequence[ParamSpec], world_size: int, bucket_bytes: int, *, copies: int = 1
+) -> Layout:
     """Cut `params` into buckets of about `bucket_bytes`.
 
     A bucket is closed before the parameter that would make it larger than `bucket_bytes`, so a
@@ -139,6 +142,7 @@ def plan_layout(params: Sequence[ParamSpec], world_size: int, bucket_bytes: int)
         params: In registration order.
         world_size: Number of ranks that share each bucket, >= 1.
         bucket_bytes: Size of a bucket in bytes of its own dtype, >= 1.
+        copies: Number of ranks that keep the same shard, >= 1; every shard divides by it.
 
     Raises:
         ValueError: `world_size` or `bucket_bytes` is less than 1.
@@ -157,12 +161,12 @@ def plan_layout(params: Sequence[ParamSpec], world_size: int, bucket_bytes: int)
         slots = open_slots.setdefault(key, [])
         start = _round_up(slots[-1].stop if slots else 0, PARAM_ALIGN_BYTES // spec.itemsize)
         if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
-            closed.append(_close(spec, slots, world_size))
+            closed.append(_close(spec, slots, world_size, copies))
             slots.clear()
             start = 0
         slots.append(Slot(index, start, start + spec.numel))
     closed.extend(
-        _close(params[slots[0].param], slots, world_size) for slots in open_slots.values()
+        _close(params[slots[0].param], slots, world_size, copies) for slots in open_slots.values()
     )
     closed.sort(key=lambda bucket: -min(slot.param for slot in bucket.slots))
     return Layout(tuple(params), tuple(closed), world_size)

@@ -64,7 +64,7 @@ def _add_chunk_(bins: Tensor, chunk: Tensor) -> None:
     counted = rest < 2.0 ** (BIN_BITS * (HIGH_BIN + 1))  # False for NaN and infinity
     bins[-1] += chunk.numel() - counted.sum()
     rest.masked_fill_(~counted, 0.0)
-    exponent = torch.frexp(rest.max()).exponent.to(torch.int64) - 1
+    exponent = torch.frexp(rest.max().view(1)).exponent.to(torch.int64) - 1
     top = torch.div(exponent, BIN_BITS, rounding_mode="floor").clamp(LOW_BIN, HIGH_BIN)
     units = _units(bins.device)
     for down in range(-1, 3):
@@ -75,7 +75,7 @@ def _add_chunk_(bins: Tensor, chunk: Tensor) -> None:
         part = (rest + rounder) - rounder
         rest -= part
         count = (part.sum() / unit).to(torch.int64)
-        words = torch.stack([count & _MASK, count >> BIN_BITS])
+        words = torch.cat([count & _MASK, count >> BIN_BITS])
         place = 2 * (index - LOW_BIN) + torch.arange(2, device=bins.device)
         bins.index_add_(0, place, words)
 
@@ -94,8 +94,9 @@ def norm_from_bins(bins: Tensor) -> Tensor:
     # Two empty bins below, so that three bins exist under every highest one.
     words = torch.cat([bins.new_zeros(4), bins[: 2 * NUM_BINS]]).view(-1, 2)
     places = torch.arange(len(words), device=bins.device)
-    top = torch.where((words != 0).any(1), places, 2).max()
-    (low0, high0), (low1, high1), (low2, high2) = (words[top - d].unbind() for d in (2, 1, 0))
+    # One element each: an index without dimensions would be read by the host.
+    top = torch.where((words != 0).any(1), places, 2).max().view(1)
+    (low0, high0), (low1, high1), (low2, high2) = (words[top - d].unbind(1) for d in (2, 1, 0))
     # Digits to the base 2**32, made unique by carrying.
     digit0 = low0 & _MASK
     carried = low1 + high0 + (low0 >> BIN_BITS)
@@ -103,8 +104,9 @@ def norm_from_bins(bins: Tensor) -> Tensor:
     carried = low2 + high1 + (carried >> BIN_BITS)
     digit2 = carried & _MASK
     digit3 = high2 + (carried >> BIN_BITS)
-    value = torch.zeros((), dtype=torch.float64, device=bins.device)
+    value = torch.zeros(1, dtype=torch.float64, device=bins.device)
     for digit in (digit3, digit2, digit1, digit0):
         value = value * 2.0**BIN_BITS + digit
     # The lowest of the three bins is `top - 4` among the real ones, so its unit may lie below all.
-    return correctly_rounded_sqrt(value * _units(bins.device)[top - 2] * 2.0 ** (-2 * BIN_BITS))
+    square = value * _units(bins.device)[top - 2] * 2.0 ** (-2 * BIN_BITS)
+    return correctly_rounded_sqrt(square).view(())

@@ -37,7 +37,8 @@ from belief_dist.agreement import (
     replica_fault,
 )
 from belief_dist.buffers import BucketBuffers
-from belief_dist.collectives import Collectives, Reduction, connect
+from belief_dist.collectives import Collectives
+from belief_dist.connect import Reduction, connect
 from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
 from belief_dist.layout import Layout, ParamSpec, plan_layout
@@ -74,7 +75,8 @@ class ShardedAdaBelief(Optimizer):
             amsgrad, maximize: As for `AdaBelief`; each may differ per param group. A group with
             ``"clip": False`` neither counts in the gradient norm nor is clipped.
         process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
-            dimension; None means all.
+            dimension; None means all. A mesh of two dimensions shards over the last and keeps a
+            copy of all shards for each index of the first (HSDP: a node for each row).
         stage: 1 shards states and masters over the ranks. 2 shards the gradients too: after
             backward `param.grad` is None, and `step` uses the gradients up. Each of several
             backward passes of a step is then reduced at once, so all ranks must run equally many.
@@ -289,7 +291,9 @@ class ShardedAdaBelief(Optimizer):
 
     def _build(self) -> None:
         """Lay out all parameters; buckets that exist already are the same and stay."""
-        layout = plan_layout(self._specs(), self._links.world_size, self._bucket_bytes)
+        layout = plan_layout(
+            self._specs(), self._links.world_size, self._bucket_bytes, copies=self._links.copies
+        )
         self._agree_on_everything(layout)
         self._layout = layout
         existing = {buffers.bucket: buffers for buffers in self._buckets}
@@ -424,10 +428,10 @@ class ShardedAdaBelief(Optimizer):
         bins = gradients.bins.clone()
         bins[-1] += gradients.other_bins[-1]  # not finite is not finite, whether clipped or not
         self._replica_sums = bins.new_zeros(len(self._buckets))
-        if self._check_replicas and self._links.world_size > 1:
+        if self._check_replicas and self._links.num_ranks > 1:
             self._replica_sums = checksums([bucket.flat_param for bucket in self._buckets])
         used = gradients.used()
-        learns = not self._knows_order and self._links.world_size > 1
+        learns = not self._knows_order and self._links.num_ranks > 1
         self._knows_order = True
         return agree(
             self._links,
@@ -442,7 +446,7 @@ class ShardedAdaBelief(Optimizer):
     def _scales(self, bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
         norm = norm_from_bins(bins)
-        mean = torch.full_like(norm, 1.0 / self._links.world_size)
+        mean = torch.full_like(norm, 1.0 / self._links.num_ranks)
         if loss_scale is not None:
             mean /= loss_scale
         self.grad_norm = norm * mean

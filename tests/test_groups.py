@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.options import DEFAULTS
-from models import HYPER, SHAPES, make_grad, make_params
+from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from ranks import run_ranks
 from reference import Reference, backward, compare
 
@@ -49,14 +50,99 @@ def mesh_dimension() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
     first = 2 * (dist.get_rank() // 2)
     trains_in_its_group(mesh["local"], [first, first + 1], 1)
-    with pytest.raises(ValueError, match=r"of 1 dimension, got one of 2 .*mesh\['local'\]"):
-        ShardedAdaBelief(make_params(), process_group=mesh)
+    cube = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("a", "b", "c"))
+    with pytest.raises(ValueError, match=r"of 1 or 2 dimensions, got one of 3 .*\('b', 'c'\)"):
+        ShardedAdaBelief(make_params(), process_group=cube)
     with pytest.raises(TypeError, match="process_group must be a ProcessGroup, a DeviceMesh or"):
         ShardedAdaBelief(make_params(), process_group=[0, 1])
 
 
 def test_any_group(tmp_path: Path) -> None:
     run_ranks(4, tmp_path, sub_groups, mesh_dimension)
+
+
+def copies_of_shards(
+    shape: tuple[int, int], stage: Literal[1, 2], micro_batches: int, **options: Any
+) -> None:
+    """Shard inside rows, keep copies across: sums of rows are added row by row, in this order."""
+    rows, columns = shape
+    rank = dist.get_rank()
+    params = make_params(seed=rank)
+    reference = Reference(make_params(seed=0), [{**DEFAULTS, **HYPER}] * len(params))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+    optimizer = ShardedAdaBelief(
+        params, process_group=mesh, bucket_bytes=1500, stage=stage, **options, **HYPER
+    )
+    assert optimizer.layout.world_size == columns
+    for step in range(3):
+        micros = [
+            [[make_grad(s, step, of, i, micro) for i, s in enumerate(SHAPES)] for of in range(4)]
+            for micro in range(micro_batches)
+        ]
+        if stage == 1:  # micro-batches add up on each rank before anything travels
+            summed = [
+                [rank_order_sum([micro[of][i] for micro in micros]) for i in range(len(SHAPES))]
+                for of in range(4)
+            ]
+            rounds = [summed]
+        else:
+            rounds = micros
+        addends: list[list[torch.Tensor | None]] = [
+            [
+                rank_order_sum([grads[row * columns + c][i] for c in range(columns)])
+                for i in range(len(SHAPES))
+            ]
+            for grads in rounds
+            for row in range(rows)
+        ]
+        for micro, grads in enumerate(micros):
+            with optimizer.no_sync() if micro + 1 < micro_batches else nullcontext():
+                backward(params, [*grads[rank]])
+        optimizer.step()
+        reference.step(addends, options.get("max_grad_norm"), 4)
+        assert optimizer.grad_norm.item() == reference.norm.item(), (shape, stage, step)
+        for i, (param, value) in enumerate(zip(params, reference.low, strict=True)):
+            assert torch.equal(param, value), (shape, stage, step, i)
+        window = optimizer.layout.fragment(7, rank % columns)
+        whole = reference.exp_avg_sq[7].view(-1)[window.in_param :][: window.numel]
+        assert torch.equal(optimizer.state[params[7]]["exp_avg_sq"], whole)
+        optimizer.zero_grad()
+
+
+def copies_that_come_apart() -> None:
+    """A rank of another row counts as a copy too, and so does its gradient that is not finite."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(
+        params, process_group=init_device_mesh("cpu", (2, 2)), bucket_bytes=1500, **HYPER
+    )
+    grads = [make_grad(s, 1, dist.get_rank(), i) for i, s in enumerate(SHAPES)]
+    if dist.get_rank() == 3:
+        grads[0][0, 0] = float("inf")
+    backward(params, [*grads])
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    optimizer.zero_grad()
+    if dist.get_rank() == 3:
+        params[0].data[0, 0] += 1.0
+    backward(params, [*grads])
+    with pytest.raises(RuntimeError, match=r"parameter number 0 .* rank 3 differs from"):
+        optimizer.step()
+
+
+def test_mesh_of_two_dimensions(tmp_path: Path) -> None:
+    run_ranks(
+        4,
+        tmp_path,
+        *(
+            partial(copies_of_shards, shape, stage, micro_batches, overlap=overlap)
+            for shape in ((2, 2), (4, 1))
+            for stage, micro_batches in ((1, 1), (1, 3), (2, 1), (2, 3))
+            for overlap in (True, False)
+        ),
+        partial(copies_of_shards, (1, 4), 1, 1),  # nothing but a row
+        partial(copies_of_shards, (2, 2), 1, 1, max_grad_norm=0.5),
+        copies_that_come_apart,
+    )
 
 
 def used_at_random(stage: Literal[1, 2], seeds: range) -> None:

@@ -216,6 +216,19 @@ def test_a_skipped_step_touches_nothing(update: Update, kernel: CppKernel) -> No
     assert not torch.equal(tensors[0], before[0])
 
 
+def test_a_skip_is_not_read_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eager, "_on_cpu", lambda tensor: False)
+    for with_maximum in (False, True):
+        tensors = [torch.rand(100) for _ in range(4)]
+        more = {"max_exp_avg_sq": torch.rand(100)} if with_maximum else {}
+        before = [t.clone() for t in (*tensors, *more.values())]
+        eager.update_(*tensors, step_scalars(OPTIONS, 1), skip=torch.tensor(True), **more)
+        after = (*tensors, *more.values())
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+        eager.update_(*tensors, step_scalars(OPTIONS, 1), skip=torch.tensor(False), **more)
+        assert not torch.equal(tensors[0], before[0])
+
+
 def test_the_fused_update_is_no_torch_operation(kernel: CppKernel) -> None:
     """One call works in place: torch neither runs an operation nor allocates."""
 

@@ -17,6 +17,8 @@ ROWS = [
     {"norm"},
     {"kernels", "params", "state", "buffers", "guard"},
     {"collectives"},
+    {"direct", "hybrid"},
+    {"connect"},
     {"agreement"},
     {"gradients"},
     {"integrations"},

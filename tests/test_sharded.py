@@ -18,9 +18,13 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from belief_dist import ShardedAdaBelief
+from belief_dist import ShardedAdaBelief, kernels
+from belief_dist.kernels import eager
+from belief_dist.kernels.build import Unavailable
 from belief_dist.norm import NUM_WORDS
 from belief_dist.options import DEFAULTS
 from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
@@ -276,6 +280,58 @@ def traffic_is_as_documented() -> None:
             per_element = reductions * (wire or dtype).itemsize + dtype.itemsize
             assert sent == elements * per_element * (world_size - 1) // world_size, (stage, wire)
             assert messages == step
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def counted(calls: list[str], name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+    calls.append(name)
+    return call(*args, **kwargs)
+
+
+def one_message_and_no_wait() -> None:
+    """B reductions, 1 message, B gathers, and the host reads no value, for any number of params."""
+    for stage, count in itertools.product((1, 2), (3, 40)):
+        params = [nn.Parameter(torch.randn(100)) for _ in range(count)]
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=1000, stage=stage, max_grad_norm=1.0, **HYPER
+        )
+        optimizer._defers_verdict = True  # as on a CUDA device
+        buckets = len(optimizer.layout.buckets)
+        assert buckets == -(-count // 2)
+        links, calls = optimizer._links, list[str]()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("start_reduce", "sum_", "start_gather", "broadcast_", "exchange"):
+                original = getattr(links, name)
+
+                patch.setattr(links, name, partial(counted, calls, name, original))
+            patch.setattr(kernels, "_cpp", lambda: Unavailable("not on a GPU"))
+            patch.setattr(eager, "_on_cpu", lambda tensor: False)
+            for step in range(3):
+                calls.clear()
+                with Reads() as reads:
+                    torch.stack([param.square().sum() for param in params]).sum().backward()
+                    optimizer.step()
+                optimizer.zero_grad()
+                expected = ["start_reduce"] * buckets + ["sum_"] + ["start_gather"] * buckets
+                assert calls == expected, (stage, count, step)
+                # The first step learns the order of buckets; each later one reads nothing but the
+                # verdict of the step before.
+                assert step == 0 or reads.count == 1, (stage, count, reads.count)
+
+
+def test_one_message_and_no_wait(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, one_message_and_no_wait)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])

@@ -31,12 +31,12 @@ def update_(
     param_out: Tensor | None = None,
 ) -> None:
     """Apply one step piece by piece; bit for bit `update_reference_`."""
-    if skip is not None and bool(skip):
+    on_cpu = _on_cpu(param)
+    if on_cpu and skip is not None and bool(skip):
         return
     tensors = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out)
     flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    on_cpu = param.device.type == "cpu"
     lean = on_cpu and dtypes == {torch.float32} and max_exp_avg_sq is None and param_out is None
     size = _LEAN_PIECE if lean else _PIECE if on_cpu else _ACCELERATOR_PIECE
     for start in range(0, param.numel(), size):
@@ -46,10 +46,19 @@ def update_(
         assert p is not None and g is not None and m is not None and s is not None
         if lean:
             _update_float32_(p, g, m, s, scalars, float(grad_scale))
-        else:
-            update_reference_(
-                p, g, m, s, scalars, grad_scale=grad_scale, max_exp_avg_sq=maximum, param_out=out
-            )
+            continue
+        results = [t for t in (p, m, s, maximum, out) if t is not None]
+        before = [] if on_cpu or skip is None else [t.clone() for t in results]
+        update_reference_(
+            p, g, m, s, scalars, grad_scale=grad_scale, max_exp_avg_sq=maximum, param_out=out
+        )
+        # An accelerator would stop for the host to read `skip`.
+        for old, new in zip(before, results, strict=False):
+            new.copy_(torch.where(skip != 0, old, new))
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
 
 
 @lru_cache(maxsize=8)
