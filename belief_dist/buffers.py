@@ -41,9 +41,12 @@ class BucketBuffers:
         grad_shard: (bucket.shard_numel,) in the compute dtype: where reduced gradients arrive. It
             is this rank's piece of `flat_grad` if there is one in that dtype.
         master: (bucket.shard_numel,) in the compute dtype: the parameters that are updated. It is
-            `param_shard` itself unless parameters are 16 bits wide.
+            `param_shard` itself unless parameters are 16 bits wide or it is on the host.
         exp_avg, exp_avg_sq, max_exp_avg_sq: (bucket.shard_numel,) in the compute dtype; the last
             is None without amsgrad.
+        low_param: (bucket.shard_numel,): where the update writes 16-bit parameters, else None.
+        on_host: Whether `master`, states and `low_param` are in the host's memory, which is pinned
+            if the parameters are on another device.
     """
 
     def __init__(
@@ -54,6 +57,7 @@ class BucketBuffers:
         *,
         amsgrad: bool,
         keep_grad: bool,
+        offload: bool = False,
     ) -> None:
         """Move `params` (one for each slot) into flat storage; their values stay."""
         first = params[0]
@@ -77,16 +81,33 @@ class BucketBuffers:
         starts = [*(slot.start for slot in bucket.slots), bucket.numel]
         self.gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
         self.param_shard = self.flat_param[start:stop]
+        self.on_host = offload
         self.master = self.param_shard
-        if first.dtype != compute:
+        if offload:
+            self.master = self._on_host_like(self.param_shard, compute)
+        elif first.dtype != compute:
             self.master = self.param_shard.to(compute)
         if self.flat_grad is not None and first.dtype == compute:
             self.grad_shard = self.flat_grad[start:stop]
         else:
-            self.grad_shard = torch.zeros_like(self.master)
-        self.exp_avg = torch.zeros_like(self.master)
-        self.exp_avg_sq = torch.zeros_like(self.master)
-        self.max_exp_avg_sq = torch.zeros_like(self.master) if amsgrad else None
+            self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)
+
+        def state() -> Tensor:
+            return torch.zeros_like(self.master, pin_memory=self.master.is_pinned())
+
+        self.exp_avg, self.exp_avg_sq = state(), state()
+        self.max_exp_avg_sq = state() if amsgrad else None
+        self.low_param: Tensor | None = None
+        if first.dtype != compute:
+            self.low_param = self.param_shard
+            if offload:
+                self.low_param = self._on_host_like(self.param_shard, first.dtype)
+
+    @staticmethod
+    def _on_host_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        pinned = tensor.device.type == "cuda"
+        copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+        return copy.copy_(tensor)
 
     def view(self, flat: Tensor, position: int) -> Tensor:
         """Return the place of the parameter at `position` in a flat buffer of this bucket."""
@@ -100,9 +121,19 @@ class BucketBuffers:
         """Whether master weights are stored apart from the parameters."""
         return self.master is not self.param_shard
 
-    def refresh_master(self) -> None:
-        """Take the master weights from the parameters, whose values somebody has set."""
-        self.master.copy_(self.param_shard)
+    def refresh_master(self, start: int = 0, stop: int | None = None) -> None:
+        """Take master weights [start, stop) from the parameters, whose values somebody has set."""
+        window = slice(start, stop)
+        if self.has_master:
+            self.master[window].copy_(self.param_shard[window])
+        if self.on_host and self.low_param is not None:
+            self.low_param[window].copy_(self.param_shard[window])
+
+    def send_back(self) -> None:
+        """Copy updated parameters from the host to their place, in the order of the stream."""
+        if self.on_host:
+            updated = self.master if self.low_param is None else self.low_param
+            self.param_shard.copy_(updated, non_blocking=True)
 
     def wire_nbytes(self, wire_dtype: torch.dtype | None) -> int:
         """Return the bytes of all gradients of this bucket, in the wider of the two dtypes."""
@@ -112,13 +143,16 @@ class BucketBuffers:
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that are really allocated, by kind."""
         grads = 0 if self.flat_grad is None else self.flat_grad.nbytes
-        if self.flat_grad is None or self.has_master:
+        if self.flat_grad is None or self.grad_shard.dtype != self.flat_grad.dtype:
             grads += self.grad_shard.nbytes
         maximum = self.max_exp_avg_sq
+        masters = self.master.nbytes if self.has_master else 0
+        if self.on_host and self.low_param is not None:
+            masters += self.low_param.nbytes
         return {
             "parameters": self.flat_param.nbytes,
             "gradients": grads,
-            "masters": self.master.nbytes if self.has_master else 0,
+            "masters": masters,
             "exp_avg": self.exp_avg.nbytes,
             "exp_avg_sq": self.exp_avg_sq.nbytes + (maximum.nbytes if maximum is not None else 0),
         }

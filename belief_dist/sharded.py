@@ -13,7 +13,7 @@ One training step, in the order of the files that do the work::
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, Literal
@@ -43,6 +43,7 @@ from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
 from belief_dist.layout import Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
+from belief_dist.offload import HostGradients, warn_of_one_thread
 from belief_dist.options import complete_options
 from belief_dist.params import as_groups, prepare_group
 from belief_dist.rule import step_scalars
@@ -88,6 +89,8 @@ class ShardedAdaBelief(Optimizer):
         max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
         overlap: Reduce during backward and gather behind the next forward. False does both inside
             `step`, with the same bits.
+        offload: "cpu" keeps master weights and states in the host's memory and updates them there:
+            gradients come over and parameters go back bucket by bucket. The bits are the same.
         check_replicas: Compare a checksum of all ranks' parameters in every step, so that a change
             on some ranks only is an error and not a silent divergence.
         timeout: After which a rank that does not answer becomes an error.
@@ -129,6 +132,7 @@ class ShardedAdaBelief(Optimizer):
         bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
         overlap: bool = True,
+        offload: Literal["cpu"] | None = None,
         check_replicas: bool = True,
         timeout: timedelta = timedelta(minutes=10),
         **other_spellings: Any,
@@ -141,7 +145,9 @@ class ShardedAdaBelief(Optimizer):
         device, problem = torch.device("cpu"), None
         try:
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
-            _check_engine_options(bucket_bytes, max_grad_norm, reduction, stage, reduce_dtype)
+            _check_engine_options(
+                bucket_bytes, max_grad_norm, reduction, stage, reduce_dtype, offload
+            )
             super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)
             device = self._check_params()
         except (TypeError, ValueError) as error:
@@ -154,13 +160,17 @@ class ShardedAdaBelief(Optimizer):
         self._overlap = overlap
         self._stage = stage
         self._check_replicas = check_replicas
+        self._offload = offload
+        if offload:
+            warn_of_one_thread(self._links.num_ranks)
         self._guard = ReadGuard()
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self._step_calls = 0
         self._skipped = 0
         self._verdict: tuple[Tensor, list[int]] | None = None
-        # On a GPU the host runs ahead of the device, and reads the verdict when it has long come.
-        self._defers_verdict = device.type != "cpu"
+        # On a GPU the host runs ahead of the device, and reads the verdict when it has long come;
+        # an update on the host must know it.
+        self._defers_verdict = device.type != "cpu" and offload is None
         self._build()
         self._built = True
 
@@ -273,6 +283,7 @@ class ShardedAdaBelief(Optimizer):
             self._stage,
             self._reduce_dtype,
             self._check_replicas,
+            self._offload,
         )
         compare_ranks(
             self._links,
@@ -281,7 +292,7 @@ class ShardedAdaBelief(Optimizer):
                 "parameter": list(layout.params),
                 "options of param group": self._options(),
                 "(bucket_bytes, max_grad_norm, overlap, reduction, stage, reduce_dtype, "
-                "check_replicas)": [engine],
+                "check_replicas, offload)": [engine],
             },
         )
 
@@ -309,15 +320,16 @@ class ShardedAdaBelief(Optimizer):
                 rank,
                 amsgrad=self.param_groups[plan.group]["amsgrad"],
                 keep_grad=self._stage == 1,
+                offload=self._offload is not None,
             )
             self._links.broadcast_(bucket.flat_param)
-            if bucket.has_master:
-                bucket.refresh_master()
+            bucket.refresh_master()
             self._buckets.append(bucket)
         for index, param in enumerate(self._params):
             if param not in self.state:
                 self.state[param] = self._fragments(index)
         self._param_versions = [param._version for param in self._params]
+        self._host_gradients = HostGradients(self._buckets) if self._offload else None
         if self._built:
             self._gradients.close()
         gradients = FullGradients if self._stage == 1 else ShardedGradients
@@ -416,10 +428,7 @@ class ShardedAdaBelief(Optimizer):
         """Somebody has set a parameter (loaded weights, say): its master weights follow."""
         self._param_versions[index] = self._params[index]._version
         part = self._layout.fragment(index, self._links.rank)
-        buffers = self._buckets[part.bucket]
-        if buffers.has_master:
-            window = slice(part.in_shard, part.in_shard + part.numel)
-            buffers.master[window].copy_(buffers.param_shard[window])
+        self._buckets[part.bucket].refresh_master(part.in_shard, part.in_shard + part.numel)
 
     def _agree(self, loss_scale: Tensor | None) -> Agreed:
         """Exchange the one small message of a step."""
@@ -462,14 +471,21 @@ class ShardedAdaBelief(Optimizer):
         for index in updated:
             state = self.state[self._params[index]]
             state["step"] = state["step"] + 1
-        for number in reversed(self._gradients.order):
-            bucket = self._buckets[number]
+        if self._offload:
+            skip = skip.cpu()
+            scales = {clip: scale.cpu() for clip, scale in scales.items()}
+        # What nobody has used has not changed.
+        changed = [
+            bucket
+            for bucket in (self._buckets[number] for number in reversed(self._gradients.order))
+            if any(used[slot.param] for slot in bucket.bucket.slots)
+        ]
+        for bucket, grads in zip(changed, self._incoming(changed), strict=True):
             scale = scales[self.param_groups[bucket.bucket.group]["clip"]]
             for start, stop, step in self._runs(bucket, used):
-                self._update_run(bucket, slice(start, stop), step, scale, skip)
-            # What nobody has used has not changed.
-            has_changed = any(used[slot.param] for slot in bucket.bucket.slots)
-            if self._links.world_size > 1 and has_changed:
+                self._update_run(bucket, grads, slice(start, stop), step, scale, skip)
+            bucket.send_back()
+            if self._links.world_size > 1:
                 handle = self._links.start_gather(bucket.flat_param)
                 self._guard.expect(bucket.params, handle.wait)
         if self._overlap:
@@ -477,6 +493,12 @@ class ShardedAdaBelief(Optimizer):
         else:
             self._guard.settle_all()
         return updated
+
+    def _incoming(self, buckets: Sequence[BucketBuffers]) -> Iterable[Tensor]:
+        """Return the reduced gradients of each bucket, where they are updated."""
+        if self._host_gradients is not None:
+            return self._host_gradients.fetch(buckets)
+        return (bucket.grad_shard for bucket in buckets)
 
     def _runs(self, bucket: BucketBuffers, used: list[bool]) -> list[tuple[int, int, int]]:
         """Return (start, stop, step) of what to update, in elements of this rank's shard.
@@ -496,19 +518,25 @@ class ShardedAdaBelief(Optimizer):
         return runs
 
     def _update_run(
-        self, bucket: BucketBuffers, window: slice, step: int, scale: Tensor, skip: Tensor
+        self,
+        bucket: BucketBuffers,
+        grads: Tensor,
+        window: slice,
+        step: int,
+        scale: Tensor,
+        skip: Tensor,
     ) -> None:
         maximum = bucket.max_exp_avg_sq
         kernels.update_(
             bucket.master[window],
-            bucket.grad_shard[window],
+            grads[window],
             bucket.exp_avg[window],
             bucket.exp_avg_sq[window],
             step_scalars(self.param_groups[bucket.bucket.group], step),
             grad_scale=scale,
             skip=skip,
             max_exp_avg_sq=None if maximum is None else maximum[window],
-            param_out=bucket.param_shard[window] if bucket.has_master else None,
+            param_out=None if bucket.low_param is None else bucket.low_param[window],
         )
 
     def _resolve_verdict(self) -> None:
@@ -571,12 +599,17 @@ class ShardedAdaBelief(Optimizer):
         return self._layout
 
     def bytes_per_rank(self) -> dict[str, int]:
-        """Return the bytes that this rank really holds, by kind."""
+        """Return the bytes that this rank really holds, by kind.
+
+        With `offload`, masters, exp_avg and exp_avg_sq are in the host's memory.
+        """
         total: dict[str, int] = {}
         for bucket in self._buckets:
             for kind, nbytes in bucket.nbytes().items():
                 total[kind] = total.get(kind, 0) + nbytes
         total["gradients"] += self._gradients.nbytes()
+        if self._host_gradients is not None:
+            total["gradients on the host"] = self._host_gradients.nbytes()
         return total
 
     # - Saving and loading of this rank's shard
@@ -643,7 +676,12 @@ def _is_unscaled(grad_scaler: GradScaler, optimizer: Optimizer) -> bool:
 
 
 def _check_engine_options(
-    bucket_bytes: Any, max_grad_norm: Any, reduction: Any, stage: Any, reduce_dtype: Any
+    bucket_bytes: Any,
+    max_grad_norm: Any,
+    reduction: Any,
+    stage: Any,
+    reduce_dtype: Any,
+    offload: Any,
 ) -> None:
     if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be an integer >= 1, got {bucket_bytes!r}.")
@@ -660,3 +698,5 @@ def _check_engine_options(
         raise ValueError(
             f"reduce_dtype must be None, torch.float32 or torch.bfloat16, got {reduce_dtype!r}."
         )
+    if offload not in (None, "cpu"):
+        raise ValueError(f"offload must be None or 'cpu', got {offload!r}.")

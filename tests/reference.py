@@ -89,7 +89,7 @@ def compare(optimizer: ShardedAdaBelief, reference: Reference, context: str) -> 
         assert torch.equal(param, reference.low[i]), f"{context}: parameter {i}"
         assert optimizer.state[param]["step"] == reference.steps[i], f"{context}: step of {i}"
     states = {"exp_avg": reference.exp_avg, "exp_avg_sq": reference.exp_avg_sq}
-    if params[0].dtype == torch.bfloat16:
+    if "master" in optimizer.state[params[0]]:
         states["master"] = reference.master
     if "max_exp_avg_sq" in optimizer.state[params[0]]:
         states["max_exp_avg_sq"] = [m for m in reference.maximum if m is not None]

@@ -122,6 +122,7 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         "would narrow the gradient of float64 parameter",
     ),
     (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'auto', 'ordered' or 'native'"),
+    (lambda: [p(2)], {"offload": "nvme"}, ValueError, "offload must be None or 'cpu', got 'nvme'"),
     (lambda: [p(2), p(2, device="meta")], {}, ValueError, "on one device, got cpu, meta"),
     (lambda: [p(2, device="meta")], {}, ValueError, "needs real parameters"),
 ]
@@ -262,6 +263,14 @@ def test_foreign_state(cls: type, damage: Callable[[dict[str, Any]], Any], sente
     for key, value in before["state"][0].items():
         assert torch.equal(torch.as_tensor(value), torch.as_tensor(after["state"][0][key])), key
     assert after["param_groups"] == before["param_groups"]
+
+
+def test_offload_on_one_thread_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.warns(UserWarning, match="start with OMP_NUM_THREADS=4"):
+        ShardedAdaBelief([p(2)], offload="cpu")
 
 
 # - Ranks that differ

@@ -16,7 +16,7 @@ ROWS = [
     {"rule", "layout", "options"},
     {"norm"},
     {"kernels", "params", "state", "buffers", "guard"},
-    {"collectives"},
+    {"collectives", "offload"},
     {"direct", "hybrid"},
     {"connect"},
     {"agreement"},

@@ -44,6 +44,7 @@ def equals_reference(
     unused: bool = False,
     stage: Literal[1, 2] = 1,
     reduce_dtype: torch.dtype | None = None,
+    offload: Literal["cpu"] | None = None,
 ) -> None:
     """Train a few steps on all ranks and compare everything after each."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -61,6 +62,7 @@ def equals_reference(
         max_grad_norm=max_grad_norm,
         stage=stage,
         reduce_dtype=reduce_dtype,
+        offload=offload,
         **hyper,
     )
     wire = reduce_dtype or dtype
@@ -147,6 +149,16 @@ def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None
         )
     ]
     cases += [
+        partial(equals_reference, bucket_bytes, True, offload="cpu", **more)
+        for bucket_bytes in (1, 1500)
+        for more in (
+            {"unused": True, "options": {"amsgrad": True}},
+            {"dtype": torch.bfloat16, "unused": True, "max_grad_norm": 1.0},
+            {"dtype": torch.float64, "stage": 2},
+            {"dtype": torch.bfloat16, "stage": 2, "micro_batches": 2},
+        )
+    ]
+    cases += [
         partial(equals_reference, *schedule, stage=2, micro_batches=3, max_grad_norm=1.0)
         for schedule in ((1, True), (1500, True), (1500, False), (10**9, True))
     ]
@@ -223,6 +235,15 @@ def memory_is_as_documented() -> None:
             if isinstance(tensor, torch.Tensor)
         }
         assert sum(storages.values()) == sum(optimizer.bytes_per_rank().values())
+
+        host = ShardedAdaBelief(params, bucket_bytes=600_000, offload="cpu")
+        held = host.bytes_per_rank()
+        padding = buckets * world_size * 128 * 2
+        # Masters, and what goes back to 16-bit parameters; gradients of two buckets' shards.
+        masters = (4 if dtype == torch.float32 else 6) / world_size * count
+        assert 0 <= held["masters"] - masters <= padding
+        shard = max(bucket.shard_numel for bucket in host.layout.buckets)
+        assert held["gradients on the host"] == 2 * 4 * shard
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
@@ -474,17 +495,24 @@ def resumes_exactly() -> None:
 
 
 def loaded_weights_reach_the_masters() -> None:
-    """Weights that are set after construction are not overwritten by stale fp32 masters."""
-    params = make_params(torch.bfloat16)
-    optimizer = ShardedAdaBelief(params, bucket_bytes=1500, **{**HYPER, "lr": 0.0})
-    new = make_params(torch.bfloat16, seed=3)
-    with torch.no_grad():
+    """Weights that are set after construction are not overwritten by stale masters."""
+    for dtype, offload in (
+        (torch.bfloat16, None),
+        (torch.bfloat16, "cpu"),
+        (torch.float32, "cpu"),
+    ):
+        params = make_params(dtype)
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=1500, offload=offload, **{**HYPER, "lr": 0.0}
+        )
+        new = make_params(dtype, seed=3)
+        with torch.no_grad():
+            for param, value in zip(params, new, strict=True):
+                param.copy_(value)
+        backward(params, [torch.ones(s, dtype=dtype) for s in SHAPES])
+        optimizer.step()
         for param, value in zip(params, new, strict=True):
-            param.copy_(value)
-    backward(params, [torch.ones(s, dtype=torch.bfloat16) for s in SHAPES])
-    optimizer.step()
-    for param, value in zip(params, new, strict=True):
-        assert torch.equal(param, value)
+            assert torch.equal(param, value), (dtype, offload)
 
 
 def skips_together() -> None:

@@ -48,13 +48,14 @@ def update_(
             _update_float32_(p, g, m, s, scalars, float(grad_scale))
             continue
         results = [t for t in (p, m, s, maximum, out) if t is not None]
-        before = [] if on_cpu or skip is None else [t.clone() for t in results]
+        before = [] if skip is None or on_cpu else [t.clone() for t in results]
         update_reference_(
             p, g, m, s, scalars, grad_scale=grad_scale, max_exp_avg_sq=maximum, param_out=out
         )
         # An accelerator would stop for the host to read `skip`.
-        for old, new in zip(before, results, strict=False):
-            new.copy_(torch.where(skip != 0, old, new))
+        if skip is not None and not on_cpu:
+            for old, new in zip(before, results, strict=True):
+                new.copy_(torch.where(skip.bool(), old, new))
 
 
 def _on_cpu(tensor: Tensor) -> bool:
