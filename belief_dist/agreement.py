@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -41,6 +41,7 @@ class Verdict(IntEnum):
     NOT_FINITE = 1
     STEPS_DIFFER = 2
     REPLICAS_DIFFER = 3
+    APART_ELSEWHERE = 4  # in another part of a tensor-parallel model
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,31 @@ def agree(
         times = message[NUM_WORDS + 4 + count :].tolist()
         order = sorted(range(num_buckets), key=lambda bucket: (times[bucket], bucket))
     return Agreed(total, verdict, agreed_use, order)
+
+
+def agree_across(parts: Collectives, agreed: Agreed) -> Agreed:
+    """Agree with the ranks that hold other parts of a tensor-parallel model; called by all.
+
+    Args:
+        parts: Those ranks, one for each part.
+        agreed: What this part's ranks have agreed on.
+
+    Returns:
+        The same with the squares of all parts, and a verdict other than UPDATE if any part has one.
+    """
+    verdicts = torch.zeros(len(Verdict), dtype=torch.int64, device=agreed.bins.device)
+    message = torch.cat([agreed.bins, verdicts.index_fill_(0, agreed.verdict.view(1), 1)])
+    parts.sum_(message)
+    verdicts = message[NUM_WORDS:]
+    joint = torch.where(verdicts[Verdict.NOT_FINITE] > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
+    is_apart = verdicts[Verdict.STEPS_DIFFER :].sum() > 0
+    joint = torch.where(is_apart, Verdict.APART_ELSEWHERE, joint)
+    own = agreed.verdict
+    return replace(
+        agreed,
+        bins=message[:NUM_WORDS],
+        verdict=torch.where(own >= Verdict.STEPS_DIFFER, own, joint),
+    )
 
 
 def _mixed(word: Tensor) -> Tensor:

@@ -79,6 +79,11 @@ class Collectives(ABC):
         self.num_ranks = self.world_size
 
     @property
+    def members(self) -> list[int]:
+        """The global ranks."""
+        return [0] if self._group is None else dist.get_process_group_ranks(self._group)
+
+    @property
     def copies(self) -> int:
         """How many ranks keep the same shard."""
         return self.num_ranks // self.world_size

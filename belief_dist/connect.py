@@ -80,6 +80,14 @@ def connect(
     return Hybrid(_new_group(everyone, backend, timeout), over(mine), over(column))
 
 
+def connect_mesh(mesh: DeviceMesh, timeout: timedelta) -> Collectives:
+    """Return the operations over all ranks of a mesh, of any number of dimensions."""
+    members = mesh.mesh.flatten().tolist()
+    if len(members) == 1:
+        return Alone(None)
+    return Native(_new_group(members, str(dist.get_backend(mesh.get_group(0))), timeout))
+
+
 def _new_group(members: Sequence[int], backend: str, timeout: timedelta) -> dist.ProcessGroup:
     group: dist.ProcessGroup = dist.new_group(
         list(members), timeout=timeout, backend=backend, use_local_synchronization=True

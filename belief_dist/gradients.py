@@ -34,6 +34,7 @@ from torch.utils.hooks import RemovableHandle
 
 from belief_dist.buffers import BucketBuffers, Recycler
 from belief_dist.collectives import Collectives, Handle
+from belief_dist.dtensors import like_param, local_grad
 from belief_dist.norm import NUM_WORDS
 
 # Flat buffers of gradients that exist at the same time, unless the order of arrival needs more.
@@ -63,15 +64,15 @@ class Gradients(ABC):
         params: All parameters.
         buckets: Whose slots name parameters by their index in `params`.
         links: The process group.
-        clips: Tells of a param group whether its gradients count in the norm.
+        counts: Tells of each bucket whether its gradients count in the norm, on this rank.
         overlap: Reduce while backward goes on.
         wire_dtype: Gradients are rounded to it before they travel; None means not at all.
         label: Names a parameter in errors.
 
     Attributes:
         bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards, for
-            groups that count in the norm.
-        other_bins: The same for all other groups.
+            buckets that count in the norm.
+        other_bins: The same for all other buckets.
         order: Bucket indices in the order in which reductions start.
         completed: Those that became full in the last backward, in this order.
     """
@@ -82,7 +83,7 @@ class Gradients(ABC):
         buckets: Sequence[BucketBuffers],
         links: Collectives,
         *,
-        clips: Callable[[int], bool],
+        counts: Sequence[bool],
         overlap: bool,
         wire_dtype: torch.dtype | None,
         label: Callable[[int], str],
@@ -90,7 +91,7 @@ class Gradients(ABC):
         self._params = params
         self._buckets = buckets
         self._links = links
-        self._clips = clips
+        self._counts = counts
         self._overlap = overlap
         self._wire_dtype = wire_dtype
         self._label = label
@@ -181,7 +182,7 @@ class Gradients(ABC):
                 self._recycler.give_back(flat)
             recycled = True
         buffers = self._buckets[bucket]
-        bins = self.bins if self._clips(buffers.bucket.group) else self.other_bins
+        bins = self.bins if self._counts[bucket] else self.other_bins
         handle = self._links.start_reduce(wire, buffers.grad_shard, bins, accumulate=accumulate)
         self._in_flight.append(_InFlight(handle, wire if recycled else None))
 
@@ -249,9 +250,11 @@ class Gradients(ABC):
         """Return the bytes of recycled buffers."""
         return self._recycler.nbytes()
 
-    def _dense(self, index: int) -> Tensor:
-        grad = self._params[index].grad
-        assert grad is not None
+    def _local(self, index: int) -> Tensor:
+        """Return the gradient of the part that this rank stores, dense."""
+        param = self._params[index]
+        assert param.grad is not None
+        grad = local_grad(param.grad, param)
         if not grad.is_sparse:
             return grad
         if not self._has_densified:
@@ -271,10 +274,12 @@ class FullGradients(Gradients):
         """See `Gradients`."""
         super().__init__(*args, **kwargs)
         self._synchronize = True
-        self._views = [torch.empty(0)] * len(self._params)
+        self._places = [torch.empty(0)] * len(self._params)
         for members, buffers in zip(self._members, self._buckets, strict=True):
-            for index, view in zip(members, buffers.grad_views, strict=True):
-                self._views[index] = view
+            for index, place in zip(members, buffers.grad_views, strict=True):
+                self._places[index] = place
+        # What `param.grad` is; the places themselves, or DTensors around them.
+        self._views = [like_param(*pair) for pair in zip(self._places, self._params, strict=True)]
         # The version of a gradient when it was summed over the ranks.
         self._reduced_version: list[int | None] = [None] * len(self._params)
 
@@ -310,13 +315,13 @@ class FullGradients(Gradients):
 
     def _adopt(self, index: int) -> None:
         """Move a gradient that autograd or the user has made into its place in the bucket."""
-        self._views[index].copy_(self._dense(index))
+        self._places[index].copy_(self._local(index))
         self._params[index].grad = self._views[index]
 
     def _reduce(self, bucket: int) -> None:
         for index in self._members[bucket]:
             if self._params[index].grad is not self._views[index]:
-                self._views[index].zero_()
+                self._places[index].zero_()
         flat = self._buckets[bucket].flat_grad
         assert flat is not None
         self._start(bucket, flat, accumulate=False, recycled=False)
@@ -401,7 +406,7 @@ class ShardedGradients(Gradients):
                 f"overlap=False."
             )
         param, buffers = self._params[index], self._buckets[bucket]
-        grad = self._dense(index)
+        grad = self._local(index)
         if bucket not in self._filling:
             numel = buffers.bucket.numel
             self._filling[bucket] = self._borrow(numel, param.dtype, param.device)

@@ -65,7 +65,7 @@ def warn_of_one_thread(num_ranks: int) -> None:
     share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     if torch.get_num_threads() == 1 and share > 1:
         warnings.warn(
-            f"offload='cpu' updates on 1 thread although there are {share} cores for each rank; "
-            f"torchrun sets OMP_NUM_THREADS=1 if it is not set: start with OMP_NUM_THREADS={share}.",
+            f"offload='cpu' updates on 1 thread although there are {share} cores for each rank "
+            f"(torchrun sets OMP_NUM_THREADS=1 by default): start with OMP_NUM_THREADS={share}.",
             stacklevel=3,
         )

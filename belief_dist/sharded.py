@@ -30,6 +30,7 @@ from belief_dist.agreement import (
     Agreed,
     Verdict,
     agree,
+    agree_across,
     checksums,
     compare_ranks,
     fingerprint,
@@ -37,11 +38,18 @@ from belief_dist.agreement import (
     replica_fault,
 )
 from belief_dist.buffers import BucketBuffers
-from belief_dist.collectives import Collectives
-from belief_dist.connect import Reduction, connect
+from belief_dist.collectives import Alone, Collectives
+from belief_dist.connect import Reduction, connect, connect_mesh
+from belief_dist.dtensors import (
+    coordinate_of,
+    describe,
+    find_mesh,
+    local_part,
+    stands_for_part,
+)
 from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
-from belief_dist.layout import Layout, ParamSpec, plan_layout
+from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
 from belief_dist.options import complete_options
@@ -142,7 +150,8 @@ class ShardedAdaBelief(Optimizer):
         self._built = False
         self._reduce_dtype = reduce_dtype
         self._buckets: list[BucketBuffers] = []
-        device, problem = torch.device("cpu"), None
+        device = torch.device("cpu")
+        problem: Exception | None = None
         try:
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
             _check_engine_options(
@@ -153,7 +162,9 @@ class ShardedAdaBelief(Optimizer):
         except (TypeError, ValueError) as error:
             problem = error
         self._links: Collectives = connect(process_group, reduction, device, timeout)
+        problem = self._find_parts(problem, timeout)
         raise_together(self._links, problem)
+        raise_together(self._parts, problem)
 
         self._bucket_bytes = bucket_bytes
         self._max_grad_norm = max_grad_norm
@@ -175,6 +186,19 @@ class ShardedAdaBelief(Optimizer):
         self._built = True
 
     # - Construction
+
+    def _find_parts(self, problem: Exception | None, timeout: timedelta) -> Exception | None:
+        """Connect to the ranks that hold other parts of a tensor-parallel model, if it is one."""
+        self._parts: Collectives = Alone(None)
+        self._mesh: DeviceMesh | None = None
+        if problem is None:
+            try:
+                self._mesh = find_mesh(self._params, self._links.members)
+            except ValueError as error:
+                return error
+        if self._mesh is not None:
+            self._parts = connect_mesh(self._mesh, timeout)
+        return problem
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, its parameters in buckets of their own; called by all ranks.
@@ -264,11 +288,11 @@ class ShardedAdaBelief(Optimizer):
                 specs.append(
                     ParamSpec(
                         name=names[position] if names else str(len(specs)),
-                        shape=tuple(param.shape),
+                        shape=tuple(local_part(param).shape),
                         dtype=str(param.dtype).removeprefix("torch."),
                         itemsize=param.element_size(),
                         group=number,
-                        kind="" if param.requires_grad else "frozen",
+                        kind=describe(param) + ("" if param.requires_grad else "frozen"),
                     )
                 )
         return specs
@@ -285,16 +309,17 @@ class ShardedAdaBelief(Optimizer):
             self._check_replicas,
             self._offload,
         )
-        compare_ranks(
-            self._links,
-            {
-                "number of parameters": [len(self._params)],
-                "parameter": list(layout.params),
-                "options of param group": self._options(),
-                "(bucket_bytes, max_grad_norm, overlap, reduction, stage, reduce_dtype, "
-                "check_replicas, offload)": [engine],
-            },
-        )
+        options: dict[str, list[Any]] = {
+            "options of param group": self._options(),
+            "(bucket_bytes, max_grad_norm, overlap, reduction, stage, reduce_dtype, "
+            "check_replicas, offload)": [engine],
+        }
+        model: dict[str, list[Any]] = {
+            "number of parameters": [len(self._params)],
+            "parameter": list(layout.params),
+        }
+        compare_ranks(self._links, {**model, **options})
+        compare_ranks(self._parts, options)
 
     def _options(self) -> list[dict[str, Any]]:
         keys = (*self.defaults, "clip")
@@ -316,7 +341,7 @@ class ShardedAdaBelief(Optimizer):
                 continue
             bucket = BucketBuffers(
                 plan,
-                [self._params[slot.param] for slot in plan.slots],
+                [local_part(self._params[slot.param]) for slot in plan.slots],
                 rank,
                 amsgrad=self.param_groups[plan.group]["amsgrad"],
                 keep_grad=self._stage == 1,
@@ -338,11 +363,16 @@ class ShardedAdaBelief(Optimizer):
             self._params,
             self._buckets,
             self._links,
-            clips=lambda group: bool(self.param_groups[group]["clip"]),
+            counts=[self._counts(bucket.bucket) for bucket in self._buckets],
             overlap=self._overlap,
             wire_dtype=self._reduce_dtype,
             label=self._label,
         )
+
+    def _counts(self, bucket: Bucket) -> bool:
+        """Tell whether the gradients of a bucket count in the norm, on this rank."""
+        param = self._params[bucket.slots[0].param]  # all others of the bucket are cut like it
+        return self.param_groups[bucket.group]["clip"] and stands_for_part(param, self._mesh)
 
     def _fragments(self, index: int) -> dict[str, Any]:
         """Return the state of one parameter: views of the part that this rank owns."""
@@ -442,7 +472,7 @@ class ShardedAdaBelief(Optimizer):
         used = gradients.used()
         learns = not self._knows_order and self._links.num_ranks > 1
         self._knows_order = True
-        return agree(
+        agreed = agree(
             self._links,
             bins=bins,
             used=used,
@@ -451,6 +481,7 @@ class ShardedAdaBelief(Optimizer):
             completed=gradients.completed if learns else None,
             num_buckets=len(self._buckets),
         )
+        return agree_across(self._parts, agreed) if self._mesh is not None else agreed
 
     def _scales(self, bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
@@ -487,7 +518,8 @@ class ShardedAdaBelief(Optimizer):
             bucket.send_back()
             if self._links.world_size > 1:
                 handle = self._links.start_gather(bucket.flat_param)
-                self._guard.expect(bucket.params, handle.wait)
+                params = [self._params[slot.param] for slot in bucket.bucket.slots]
+                self._guard.expect(params, handle.wait)
         if self._overlap:
             self._guard.arm()
         else:
@@ -567,11 +599,19 @@ class ShardedAdaBelief(Optimizer):
                 {"number of the step": [self._step_calls], "options of group": self._options()},
             )
             raise ValueError("ranks disagree about the loss scale; use equal GradScalers.")
+        if verdict == Verdict.APART_ELSEWHERE:
+            raise RuntimeError(
+                "ranks that hold another part of the tensor-parallel model have come apart, see "
+                "their error. Nothing was updated."
+            )
         if verdict == Verdict.REPLICAS_DIFFER:
             self._guard.settle_all()
             labels = [self._label(index) for index in range(len(self._params))]
             buckets = [
-                {labels[slot.param]: self._params[slot.param] for slot in bucket.bucket.slots}
+                {
+                    labels[slot.param]: local_part(self._params[slot.param])
+                    for slot in bucket.bucket.slots
+                }
                 for bucket in self._buckets
             ]
             raise RuntimeError(replica_fault(self._links, self._replica_sums.tolist(), buckets))
@@ -631,6 +671,7 @@ class ShardedAdaBelief(Optimizer):
             "rank": self._links.rank,
             "world_size": self._links.world_size,
             "layout": self._layout.fingerprint(),
+            "part": list(coordinate_of(self._mesh)),
             "skipped_steps": self._skipped,
         }
 

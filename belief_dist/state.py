@@ -94,6 +94,11 @@ def check_sharding(saved: Any, own: Mapping[str, Any]) -> None:
             f"is rank {own['rank']} of {own['world_size']}; every rank loads the shard that the "
             f"same rank saved."
         )
+    if saved["part"] != own["part"]:
+        raise ValueError(
+            f"this shard belongs to part {saved['part']} of a tensor-parallel model, but this "
+            f"process holds part {own['part']}."
+        )
     if saved["layout"] != own["layout"]:
         raise ValueError(
             "this shard was saved with another layout; build the optimizer with the same "

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "belief_dist"
 ROWS = [
     {"rule", "layout", "options"},
     {"norm"},
-    {"kernels", "params", "state", "buffers", "guard"},
+    {"kernels", "params", "state", "buffers", "guard", "dtensors"},
     {"collectives", "offload"},
     {"direct", "hybrid"},
     {"connect"},
