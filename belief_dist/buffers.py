@@ -45,6 +45,7 @@ class BucketBuffers:
         exp_avg, exp_avg_sq, max_exp_avg_sq: (bucket.shard_numel,) in the compute dtype; the last
             is None without amsgrad.
         low_param: (bucket.shard_numel,): where the update writes 16-bit parameters, else None.
+        wire_error: (bucket.numel,) in the parameters' dtype: what `wire.encode_` keeps, or None.
         on_host: Whether `master`, states and `low_param` are in the host's memory, which is pinned
             if the parameters are on another device.
     """
@@ -58,6 +59,7 @@ class BucketBuffers:
         amsgrad: bool,
         keep_grad: bool,
         offload: bool = False,
+        encodes: bool = False,
     ) -> None:
         """Move `params` (one for each slot) into flat storage; their values stay."""
         first = params[0]
@@ -68,6 +70,7 @@ class BucketBuffers:
         self._strides = [_dense_stride(param) for param in params]
         self.flat_param = torch.zeros(bucket.numel, dtype=first.dtype, device=first.device)
         self.flat_grad = torch.zeros_like(self.flat_param) if keep_grad else None
+        self.wire_error = torch.zeros_like(self.flat_param) if encodes else None
         self.grad_views: list[Tensor] = []
         for position, param in enumerate(params):
             view = self.view(self.flat_param, position)
@@ -149,13 +152,16 @@ class BucketBuffers:
         masters = self.master.nbytes if self.has_master else 0
         if self.on_host and self.low_param is not None:
             masters += self.low_param.nbytes
-        return {
+        held = {
             "parameters": self.flat_param.nbytes,
             "gradients": grads,
             "masters": masters,
             "exp_avg": self.exp_avg.nbytes,
             "exp_avg_sq": self.exp_avg_sq.nbytes + (maximum.nbytes if maximum is not None else 0),
         }
+        if self.wire_error is not None:
+            held["wire errors"] = self.wire_error.nbytes
+        return held
 
 
 class Recycler:

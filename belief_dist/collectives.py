@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from belief_dist.kernels import ordered_sum_, squared_norm_bins_
+from belief_dist.kernels import squared_norm_bins_
+from belief_dist.wire import sum_pieces_
 
 # Reductions whose receive buffers exist at the same time.
 _IN_FLIGHT = 2
@@ -95,8 +96,8 @@ class Collectives(ABC):
         """Sum `flat` over the ranks into `shard`, and its squares into `bins`.
 
         Args:
-            flat: (world_size * shard_numel,), this rank's addends; must not change before the
-                returned handle was waited for.
+            flat: (world_size * shard_numel,), this rank's addends, or uint8 from `wire.encode_`;
+                must not change before the returned handle was waited for.
             shard: (shard_numel,), the sum of this rank's piece; may be that piece of `flat`.
             bins: (norm.NUM_WORDS,), int64; receives squares when `shard` is complete, so that the
                 sum of all ranks' bins has every element once. None if nobody asks.
@@ -170,7 +171,7 @@ class _Widened:
 
 def _add_piece(piece: Tensor, shard: Tensor, bins: Tensor | None, accumulate: bool) -> None:
     if piece.data_ptr() != shard.data_ptr():
-        ordered_sum_(shard, [piece], bins, accumulate=accumulate)
+        sum_pieces_(shard, [piece], bins, accumulate=accumulate)
     elif bins is not None:
         squared_norm_bins_(bins, shard)
 
@@ -261,4 +262,4 @@ class _AllToAllReduce(OrderedReduce):
 
     def _finish(self) -> None:
         self._work.wait()
-        ordered_sum_(self._shard, list(self._arriving), self._bins, accumulate=self._accumulate)
+        sum_pieces_(self._shard, list(self._arriving), self._bins, accumulate=self._accumulate)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from belief_dist.collectives import Collectives, Handle, OrderedReduce, Staging, Works
-from belief_dist.kernels import ordered_sum_
+from belief_dist.wire import BLOCK_BYTES, elements_of, sum_pieces_
 
 # Larger messages let the two directions of a TCP connection take turns instead of running at once.
 _CHUNK_BYTES = 1 << 20
@@ -48,6 +49,8 @@ class DirectExchange(Collectives):
 
     def _chunks(self, piece: Tensor) -> list[tuple[int, int]]:
         step = _CHUNK_BYTES // piece.element_size()
+        if piece.dtype == torch.uint8:
+            step -= step % BLOCK_BYTES
         return [(i, min(i + step, piece.numel())) for i in range(0, piece.numel(), step)]
 
     def _partners(self) -> list[tuple[int, int]]:
@@ -98,6 +101,7 @@ class _DirectReduce(OrderedReduce):
                 work.wait()
             # While the chunk is still in cache.
             pieces = [piece[start:stop] for piece in self._arriving]
-            ordered_sum_(self._shard[start:stop], pieces, self._bins, accumulate=self._accumulate)
+            window = elements_of(start, stop, pieces[0].dtype)
+            sum_pieces_(self._shard[window], pieces, self._bins, accumulate=self._accumulate)
         for work in self._sent:
             work.wait()

@@ -36,6 +36,7 @@ from belief_dist.buffers import BucketBuffers, Recycler
 from belief_dist.collectives import Collectives, Handle
 from belief_dist.dtensors import like_param, local_grad
 from belief_dist.norm import NUM_WORDS
+from belief_dist.wire import encode_, encoded_nbytes
 
 # Flat buffers of gradients that exist at the same time, unless the order of arrival needs more.
 _RECYCLED = 2
@@ -174,17 +175,43 @@ class Gradients(ABC):
 
     def _start(self, bucket: int, flat: Tensor, *, accumulate: bool, recycled: bool) -> None:
         """Send `flat` on its way, and recycle it afterwards if it is `recycled`."""
-        wire = flat
-        if self._wire_dtype is not None and self._wire_dtype != flat.dtype:
+        wire, buffers = flat, self._buckets[bucket]
+        if self._wire_dtype == torch.int8:
+            wire = self._borrow(encoded_nbytes(flat.numel()), torch.uint8, flat.device)
+            self._encode_(wire, flat, bucket)
+        elif self._wire_dtype is not None and self._wire_dtype != flat.dtype:
             wire = self._borrow(flat.numel(), self._wire_dtype, flat.device)
             wire.copy_(flat)
+        if wire is not flat:
             if recycled:
                 self._recycler.give_back(flat)
             recycled = True
-        buffers = self._buckets[bucket]
         bins = self.bins if self._counts[bucket] else self.other_bins
         handle = self._links.start_reduce(wire, buffers.grad_shard, bins, accumulate=accumulate)
         self._in_flight.append(_InFlight(handle, wire if recycled else None))
+
+    def _encode_(self, wire: Tensor, flat: Tensor, bucket: int) -> None:
+        buffers = self._buckets[bucket]
+        assert buffers.wire_error is not None
+        used = self.used()
+        # A parameter without a gradient sends nothing: nobody might use it, and its error be lost.
+        kept = [
+            (place, place.clone())
+            for position, index in enumerate(self._members[bucket])
+            if not used[index]
+            for place in [buffers.view(buffers.wire_error, position)]
+        ]
+        for place, _ in kept:
+            place.zero_()
+        encode_(wire, flat, buffers.wire_error)
+        for place, error in kept:
+            place.copy_(error)
+
+    def forget_errors(self) -> None:
+        """Drop what rounding has cut off in a step that was skipped."""
+        for buffers in self._buckets:
+            if buffers.wire_error is not None:
+                buffers.wire_error.zero_()
 
     def _borrow(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         while self._recycler.lent >= _RECYCLED and any(

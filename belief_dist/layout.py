@@ -6,8 +6,8 @@ roughly in that order. Rank r owns piece r of every bucket, its *shard*: element
 ``[r * shard_numel, (r + 1) * shard_numel)``, wherever parameters happen to begin or end.
 
 Two alignments hold: every parameter starts at a multiple of 16 bytes inside its bucket, and every
-shard is a multiple of 128 bytes (times the number of ranks that keep a copy of it). What this adds
-is *padding*; it holds zeros and belongs to nobody.
+shard is a multiple of 128 bytes (times the number of ranks that keep a copy of it), or of larger
+blocks. What this adds is *padding*; it holds zeros and belongs to nobody.
 
 All ranges are half-open and in elements.
 """
@@ -120,17 +120,25 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _close(spec: ParamSpec, slots: Sequence[Slot], world_size: int, copies: int) -> Bucket:
+def _close(
+    spec: ParamSpec, slots: Sequence[Slot], world_size: int, copies: int, block: int
+) -> Bucket:
     """Make a bucket of `slots`, whose parameters are all like `spec`."""
     used = max(slot.stop for slot in slots)
-    shard_numel = _round_up(-(-used // world_size), copies * SHARD_ALIGN_BYTES // spec.itemsize)
+    multiple = copies * max(SHARD_ALIGN_BYTES // spec.itemsize, block)
+    shard_numel = _round_up(-(-used // world_size), multiple)
     return Bucket(
         spec.group, spec.dtype, spec.itemsize, tuple(slots), shard_numel * world_size, shard_numel
     )
 
 
 def plan_layout(
-    params: Sequence[ParamSpec], world_size: int, bucket_bytes: int, *, copies: int = 1
+    params: Sequence[ParamSpec],
+    world_size: int,
+    bucket_bytes: int,
+    *,
+    copies: int = 1,
+    block: int = 1,
 ) -> Layout:
     """Cut `params` into buckets of about `bucket_bytes`.
 
@@ -143,6 +151,8 @@ def plan_layout(
         world_size: Number of ranks that share each bucket, >= 1.
         bucket_bytes: Size of a bucket in bytes of its own dtype, >= 1.
         copies: Number of ranks that keep the same shard, >= 1; every shard divides by it.
+        block: Elements, a power of two, of which every parameter's start and every shard is a
+            multiple.
 
     Raises:
         ValueError: `world_size` or `bucket_bytes` is less than 1.
@@ -159,14 +169,14 @@ def plan_layout(
         spec = params[index]
         key = (spec.group, spec.dtype, spec.itemsize, spec.kind)
         slots = open_slots.setdefault(key, [])
-        start = _round_up(slots[-1].stop if slots else 0, PARAM_ALIGN_BYTES // spec.itemsize)
+        align = max(PARAM_ALIGN_BYTES // spec.itemsize, block)
+        start = _round_up(slots[-1].stop if slots else 0, align)
         if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
-            closed.append(_close(spec, slots, world_size, copies))
+            closed.append(_close(spec, slots, world_size, copies, block))
             slots.clear()
             start = 0
         slots.append(Slot(index, start, start + spec.numel))
-    closed.extend(
-        _close(params[slots[0].param], slots, world_size, copies) for slots in open_slots.values()
-    )
+    for slots in open_slots.values():
+        closed.append(_close(params[slots[0].param], slots, world_size, copies, block))
     closed.sort(key=lambda bucket: -min(slot.param for slot in bucket.slots))
     return Layout(tuple(params), tuple(closed), world_size)

@@ -61,6 +61,7 @@ from belief_dist.state import (
     check_state_dict,
     check_state_entry,
 )
+from belief_dist.wire import BLOCK
 
 logger = logging.getLogger("belief_dist")
 
@@ -91,8 +92,9 @@ class ShardedAdaBelief(Optimizer):
             backward passes of a step is then reduced at once, so all ranks must run equally many.
         reduction: "ordered" sums gradients in rank order in float32; "native" uses the backend's
             reduce-scatter; "auto" is "ordered".
-        reduce_dtype: Gradients are rounded to this dtype (torch.float32 or torch.bfloat16) before
-            they travel, and summed in float32; None sends them as they are.
+        reduce_dtype: Gradients are rounded to this dtype before they travel, and summed in float32:
+            torch.float32, torch.bfloat16, or torch.int8 with a scale for every 256 elements and
+            error feedback, see `wire`. None sends them as they are.
         bucket_bytes: Size of a communication bucket in bytes.
         max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
         overlap: Reduce during backward and gather behind the next forward. False does both inside
@@ -105,7 +107,8 @@ class ShardedAdaBelief(Optimizer):
 
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
         parameters' dtype (no flat gradients at stage 2); master, exp_avg and exp_avg_sq are
-        (n / world_size,), float32 (float64 for float64 parameters).
+        (n / world_size,), float32 (float64 for float64 parameters); wire errors are (n,) in the
+        parameters' dtype, with int8 only.
 
     Raises:
         TypeError: An argument has the wrong type, or an option is unknown.
@@ -328,7 +331,11 @@ class ShardedAdaBelief(Optimizer):
     def _build(self) -> None:
         """Lay out all parameters; buckets that exist already are the same and stay."""
         layout = plan_layout(
-            self._specs(), self._links.world_size, self._bucket_bytes, copies=self._links.copies
+            self._specs(),
+            self._links.world_size,
+            self._bucket_bytes,
+            copies=self._links.copies,
+            block=BLOCK if self._reduce_dtype == torch.int8 else 1,
         )
         self._agree_on_everything(layout)
         self._layout = layout
@@ -346,6 +353,7 @@ class ShardedAdaBelief(Optimizer):
                 amsgrad=self.param_groups[plan.group]["amsgrad"],
                 keep_grad=self._stage == 1,
                 offload=self._offload is not None,
+                encodes=self._reduce_dtype == torch.int8,
             )
             self._links.broadcast_(bucket.flat_param)
             bucket.refresh_master()
@@ -388,6 +396,9 @@ class ShardedAdaBelief(Optimizer):
             state["max_exp_avg_sq"] = buffers.max_exp_avg_sq[window]
         if buffers.has_master:
             state["master"] = buffers.master[window]
+        if buffers.wire_error is not None:
+            slot = self._layout.place(index)[1]
+            state["wire_error"] = buffers.wire_error[slot.start : slot.stop]
         return state
 
     # - Step
@@ -417,8 +428,8 @@ class ShardedAdaBelief(Optimizer):
                 scale within the update, and all ranks tell it alike whether the step was skipped.
 
         Raises:
-            RuntimeError: `grad_scaler.unscale_` was called for this optimizer; or, on all ranks,
-                their copies of a parameter differ.
+            RuntimeError: `grad_scaler.unscale_` was called for this optimizer, or gradients travel
+                as int8; or, on all ranks, their copies of a parameter differ.
             ValueError: On all ranks: they are at different steps, or have different options or loss
                 scales. No rank has updated anything then, and `step` may be called again.
         """
@@ -426,6 +437,11 @@ class ShardedAdaBelief(Optimizer):
             raise RuntimeError(
                 "ShardedAdaBelief divides by the loss scale itself, after gradients were summed "
                 "over the ranks: leave out scaler.unscale_(optimizer), and clip by max_grad_norm."
+            )
+        if grad_scaler is not None and self._reduce_dtype == torch.int8:
+            raise RuntimeError(
+                "reduce_dtype=torch.int8 does not work with a GradScaler, whose changing scale "
+                "would spoil the errors that are fed back; use bfloat16 parameters without one."
             )
         loss = None
         if closure is not None:
@@ -587,6 +603,7 @@ class ShardedAdaBelief(Optimizer):
             state["step"] = state["step"] - 1
         self._raise_if_apart(verdict)
         self._skipped += 1
+        self._gradients.forget_errors()
         if self._links.rank == 0:
             logger.warning(
                 "a gradient is not finite: step skipped on all ranks (%d so far)", self._skipped
@@ -735,9 +752,14 @@ def _check_engine_options(
             f"stage must be 1 or 2, got {stage!r}; for sharded parameters (stage 3) use AdaBelief "
             f"with FSDP2 or DeepSpeed."
         )
-    if reduce_dtype not in (None, torch.float32, torch.bfloat16):
+    if reduce_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
         raise ValueError(
-            f"reduce_dtype must be None, torch.float32 or torch.bfloat16, got {reduce_dtype!r}."
+            f"reduce_dtype must be None, torch.float32, torch.bfloat16 or torch.int8, got "
+            f"{reduce_dtype!r}."
+        )
+    if reduce_dtype == torch.int8 and reduction == "native":
+        raise ValueError(
+            "reduce_dtype=torch.int8 needs reduction='ordered': backends cannot add it."
         )
     if offload not in (None, "cpu"):
         raise ValueError(f"offload must be None or 'cpu', got {offload!r}.")
