@@ -30,6 +30,7 @@ from belief_dist.options import DEFAULTS
 from models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from ranks import run_ranks
 from reference import Reference, backward, compare
+from threads import run_threads
 
 
 def equals_reference(
@@ -163,6 +164,37 @@ def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None
         for schedule in ((1, True), (1500, True), (1500, False), (10**9, True))
     ]
     run_ranks(world_size, tmp_path, *cases)
+
+
+def combinations() -> list[partial[None]]:
+    """Return a case for each choice of schedule, stage, wire dtype, clipping and accumulation."""
+    choices = itertools.product(
+        (1, 1500, 10**9), (True, False), (1, 2), (None, torch.bfloat16), (None, 1.0), (1, 3)
+    )
+    return [
+        partial(
+            equals_reference,
+            bucket_bytes,
+            overlap,
+            stage=stage,
+            reduce_dtype=wire,
+            max_grad_norm=clip,
+            micro_batches=micro_batches,
+            steps=2,
+        )
+        for bucket_bytes, overlap, stage, wire, clip, micro_batches in choices
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_all_combinations(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, *combinations())
+
+
+@pytest.mark.parametrize("world_size, every", [(2, 5), (3, 5), (4, 7), (5, 7), (8, 31)])
+def test_other_backends(world_size: int, every: int) -> None:
+    """The way of backends without messages between two ranks; a sample: threads take turns."""
+    run_threads(world_size, *combinations()[::every])
 
 
 # - Zero copy
