@@ -1,0 +1,120 @@
+"""A network of slow links between processes of this machine: one network namespace per rank.
+
+Every namespace has one interface, on a bridge; `tc tbf` limits what it sends and what it is sent.
+The link is as slow as asked, its delay is that of this machine (a few microseconds). Needs root.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import uuid
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+_CLONE_NEWNET = 0x40000000
+INTERFACE = "eth0"
+
+
+def missing_tools() -> str | None:
+    """Return why no network can be made here, or None."""
+    for tool in ("ip", "tc"):
+        if shutil.which(tool) is None:
+            return f"{tool} is not installed (apt install iproute2)"
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    return None
+
+
+class Network:
+    """Namespaces on a bridge, while the context lasts.
+
+    Raises:
+        RuntimeError: A command fails; says which and why.
+    """
+
+    def __init__(self, ranks: int, gbit: float | None) -> None:
+        """Describe `ranks` namespaces with links of `gbit` Gbit/s both ways, or unlimited ones."""
+        why = missing_tools()
+        if why is not None:
+            raise RuntimeError(f"cannot make a network of {ranks} namespaces: {why}.")
+        self._tag = uuid.uuid4().hex[:6]
+        self._ranks, self._gbit = ranks, gbit
+
+    def namespace(self, rank: int) -> str:
+        """Return the name of a rank's namespace."""
+        return f"bd{self._tag}r{rank}"
+
+    @property
+    def _hub(self) -> str:
+        return f"bd{self._tag}hub"
+
+    def __enter__(self) -> Network:
+        """Make everything."""
+        try:
+            self._make()
+        except BaseException:
+            self._remove()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Remove everything."""
+        self._remove()
+
+    def _make(self) -> None:
+        hub = self._hub
+        _run(f"ip netns add {hub}")
+        _run(f"ip -n {hub} link add br0 type bridge")
+        _run(f"ip -n {hub} link set br0 up")
+        for rank in range(self._ranks):
+            name, port = self.namespace(rank), f"p{rank}"
+            _run(f"ip netns add {name}")
+            _run(f"ip link add {INTERFACE} netns {name} type veth peer name {port} netns {hub}")
+            _run(f"ip -n {hub} link set {port} master br0 up")
+            _run(f"ip -n {name} addr add 10.77.0.{10 + rank}/24 dev {INTERFACE}")
+            _run(f"ip -n {name} link set {INTERFACE} up")
+            _run(f"ip -n {name} link set lo up")
+            if self._gbit is not None:
+                # What half a millisecond sends, and never less than a segment that is not yet cut.
+                burst = max(64 << 10, int(self._gbit * 1e9 / 8 * 0.5e-3))
+                limit = f"rate {self._gbit}gbit burst {burst} latency 50ms"
+                _run(f"tc -n {name} qdisc add dev {INTERFACE} root tbf {limit}")
+                _run(f"tc -n {hub} qdisc add dev {port} root tbf {limit}")
+
+    def _remove(self) -> None:
+        for name in (*(self.namespace(rank) for rank in range(self._ranks)), self._hub):
+            with suppress(RuntimeError):  # it was never made
+                _run(f"ip netns delete {name}")
+
+
+def _run(command: str) -> None:
+    done = subprocess.run(command.split(), capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command!r} failed: {done.stderr.strip()}")
+
+
+def enter(namespace: str) -> None:
+    """Move this process, and the sockets it will open, into a namespace."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(f"/run/netns/{namespace}") as handle:
+        if libc.setns(handle.fileno(), _CLONE_NEWNET) != 0:
+            raise OSError(ctypes.get_errno(), f"cannot enter network namespace {namespace}")
+    os.environ["GLOO_SOCKET_IFNAME"] = INTERFACE
+
+
+def bytes_sent() -> int:
+    """Return the bytes that have left this process's namespace so far, headers included."""
+    for line in Path("/proc/thread-self/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == INTERFACE:
+            return int(counters.split()[8])
+    raise RuntimeError("this process has not entered a namespace of `Network`.")
