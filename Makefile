@@ -20,7 +20,7 @@ lint: venv
 	mypy
 
 bench: venv
-	python -m benchmarks $(ARGS)
+	python -m benchmarks $(or $(ARGS),readme)
 
 venv:
 	@launch/venv.sh "$(VENV)"

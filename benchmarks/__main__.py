@@ -1,72 +1,88 @@
-"""`python -m benchmarks [update|step] [options]`; runs both if neither is named."""
+"""`python -m benchmarks COMMAND [options]`, with `--help` for each."""
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
+from typing import Literal
 
+from jsonargparse import auto_cli
 from rich.console import Console
 
 from benchmarks.report import Result, machine_line, save, show
-from benchmarks.step import chosen_engines, run_step
+from benchmarks.step import run_step
 from benchmarks.team import Workload
 from benchmarks.update import run_update
 
-
-def parse_arguments() -> argparse.Namespace:
-    """Return the options of the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks",
-        description="Times belief_dist next to the closest alternatives, on the CPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    parser.add_argument("which", nargs="?", choices=("update", "step"), help="default: both")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all timings here")
-
-    update = parser.add_argument_group("update: one optimizer step in one process")
-    update.add_argument("--elements", type=int, default=64 << 20, help="parameters")
-    update.add_argument("--tensor", type=int, default=1 << 20, help="parameters in each tensor")
-    update.add_argument("--repeats", type=int, default=9, help="of each contender")
-    update.add_argument("--threads", type=int, help="instead of torch's own choice")
-
-    step = parser.add_argument_group("step: whole training steps on several ranks")
-    step.add_argument("--ranks", type=int, default=2, help="processes")
-    step.add_argument("--rounds", type=int, default=5, help="how often engines take turns")
-    step.add_argument("--steps", type=int, default=2, help="timed steps in each turn")
-    step.add_argument("--layers", type=int, default=10, help="of the model")
-    step.add_argument("--width", type=int, default=512, help="of the model, a multiple of 64")
-    step.add_argument("--batch", type=int, default=1, help="sequences per rank")
-    step.add_argument("--context", type=int, default=128, help="bytes in each sequence")
-    step.add_argument("--only", nargs="+", default=[], metavar="WORD", help="in engines' names")
-    args = parser.parse_args()
-    if not chosen_engines(args.only):
-        parser.error(f"--only matches none of: {'; '.join(chosen_engines([]))}")
-    return args
+_WIDTH = 124  # of the widest table
 
 
-def main() -> None:
-    """Run what was asked for."""
-    args = parse_arguments()
+def _tell(results: dict[str, Result], json: Path | None) -> None:
     console = Console()
+    console.width = max(console.width, _WIDTH)
     console.print(machine_line(), markup=False)
-    results: dict[str, Result] = {}
-    if args.which != "step":
-        results["update"] = run_update(args.elements, args.tensor, args.repeats, args.threads)
-        show(console, results["update"])
-    if args.which != "update":
-        work = Workload(
-            ranks=args.ranks,
-            steps=args.steps,
-            layers=args.layers,
-            width=args.width,
-            batch=args.batch,
-            context=args.context,
-        )
-        results["step"] = run_step(work, args.rounds, args.only)
-        show(console, results["step"])
-    if args.json is not None:
-        save(args.json, results)
+    for result in results.values():
+        show(console, result)
+    if json is not None:
+        save(json, results)
+
+
+def update(
+    elements: int = 64 << 20,
+    tensor: int = 1 << 20,
+    repeats: int = 9,
+    threads: int | None = None,
+    json: Path | None = None,
+) -> None:
+    """Time one optimizer step in one process, next to the memory floor and other optimizers.
+
+    Args:
+        elements: Parameters.
+        tensor: Parameters in each tensor.
+        repeats: Of each contender.
+        threads: Instead of torch's own choice.
+        json: Also write all timings here.
+    """
+    _tell({"update": run_update(elements, tensor, repeats, threads)}, json)
+
+
+def step(
+    ranks: int = 2,
+    link: float | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    rounds: int = 3,
+    steps: int = 4,
+    layers: int = 10,
+    width: int = 512,
+    batch: int = 1,
+    context: int = 128,
+    only: list[str] | None = None,
+    json: Path | None = None,
+) -> None:
+    """Time whole training steps on several ranks, next to other ways to train data-parallel.
+
+    Args:
+        ranks: Processes.
+        link: Gbit/s of a link between every two ranks, both ways (root only); 0 for network
+            namespaces without a limit. Without it ranks talk over the loopback.
+        dtype: Of the model.
+        rounds: How often engines take turns.
+        steps: Timed steps in each turn.
+        layers: Of the model.
+        width: Of the model, a multiple of 64.
+        batch: Sequences per rank.
+        context: Bytes in each sequence.
+        only: Engines whose names contain one of these words.
+        json: Also write all timings here.
+    """
+    work = Workload(ranks, steps, layers, width, batch, context, dtype)
+    _tell({"step": run_step(work, rounds, only or [], link)}, json)
+
+
+def readme() -> None:
+    """Print the tables of README."""
+    update()
+    step()
 
 
 if __name__ == "__main__":
-    main()
+    auto_cli([readme, update, step], prog="python -m benchmarks", as_positional=False)

@@ -1,6 +1,8 @@
-"""The contenders of the step benchmark, all behind one call: train on one batch.
+"""The contenders of the step benchmark, all behind one call: train on one batch, phase by phase.
 
-Each builder takes a fresh model, equal on all ranks, in an initialized gloo process group.
+Each builder takes a fresh float32 model, equal on all ranks, in an initialized gloo process group,
+and the dtype to train in. In bfloat16 ShardedAdaBelief, FSDP2 and DeepSpeed keep float32 masters;
+around DDP everything is bfloat16, which is less work and less exact.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,10 +25,14 @@ from belief_dist import ShardedAdaBelief
 from benchmarks.update import official_adabelief
 from examples.gpt.model import GPT, next_byte_loss
 
-TrainStep = Callable[[Tensor], None]
-Builder = Callable[[GPT], TrainStep]
+FORWARD, BACKWARD, STEP = "forward", "backward", "step"
+
+# Trains on a batch; yields the name of each phase when that has ended.
+Train = Callable[[Tensor], Iterator[str]]
+Builder = Callable[[GPT, torch.dtype], Train]
 
 COMPUTE = "compute only"
+OURS = "ShardedAdaBelief"
 BASELINE = "DDP + AdamW"
 _OPTIONS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
 
@@ -34,29 +41,39 @@ def _loss(module: nn.Module, tokens: Tensor) -> Tensor:
     return next_byte_loss(module(tokens[:, :-1]), tokens[:, 1:])
 
 
-def _train_with(module: nn.Module, optimizer: Optimizer) -> TrainStep:
-    def train(tokens: Tensor) -> None:
+def _train_with(module: nn.Module, optimizer: Optimizer) -> Train:
+    def train(tokens: Tensor) -> Iterator[str]:
         optimizer.zero_grad()
-        _loss(module, tokens).backward()
+        loss = _loss(module, tokens)
+        yield FORWARD
+        loss.backward()
+        yield BACKWARD
         optimizer.step()
+        yield STEP
 
     return train
 
 
-def _compute_only(model: GPT) -> TrainStep:
-    def train(tokens: Tensor) -> None:
+def _compute_only(model: GPT, dtype: torch.dtype) -> Train:
+    model.to(dtype)
+
+    def train(tokens: Tensor) -> Iterator[str]:
         model.zero_grad()
-        _loss(model, tokens).backward()
+        loss = _loss(model, tokens)
+        yield FORWARD
+        loss.backward()
+        yield BACKWARD
 
     return train
 
 
-def _sharded(model: GPT, **options: Any) -> TrainStep:
+def _sharded(model: GPT, dtype: torch.dtype, **options: Any) -> Train:
+    model.to(dtype)
     return _train_with(model, ShardedAdaBelief(model.parameters(), **_OPTIONS, **options))
 
 
-def _ddp(model: GPT, make_optimizer: Callable[..., Optimizer]) -> TrainStep:
-    module = DistributedDataParallel(model, gradient_as_bucket_view=True)
+def _ddp(model: GPT, dtype: torch.dtype, make_optimizer: Callable[..., Optimizer]) -> Train:
+    module = DistributedDataParallel(model.to(dtype), gradient_as_bucket_view=True)
     return _train_with(module, make_optimizer(module.parameters(), **_OPTIONS))
 
 
@@ -68,18 +85,19 @@ def _zero_redundancy(params: Any, **options: Any) -> Optimizer:
     )
 
 
-def _fsdp2(model: GPT) -> TrainStep:
+def _fsdp2(model: GPT, dtype: torch.dtype) -> Train:
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype)
     for block in model.blocks:
-        fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
     return _train_with(model, AdamW(model.parameters(), fused=True, **_OPTIONS))
 
 
-def _deepspeed(model: GPT, stage: int) -> TrainStep:
+def _deepspeed(model: GPT, dtype: torch.dtype, stage: int) -> Train:
     import deepspeed
 
     # Otherwise it compiles, for a minute, an operation that serves inference only.
@@ -90,31 +108,39 @@ def _deepspeed(model: GPT, stage: int) -> TrainStep:
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
+            "bf16": {"enabled": dtype == torch.bfloat16},
             "zero_optimization": {"stage": stage},
             "zero_force_ds_cpu_optimizer": False,
             "zero_allow_untested_optimizer": True,
         },
     )
 
-    def train(tokens: Tensor) -> None:
-        engine.backward(_loss(engine, tokens))
+    def train(tokens: Tensor) -> Iterator[str]:
+        loss = _loss(engine, tokens)
+        yield FORWARD
+        engine.backward(loss)
+        yield BACKWARD
         engine.step()
+        yield STEP
 
     return train
 
 
 ENGINES: dict[str, Builder] = {
     COMPUTE: _compute_only,
-    "ShardedAdaBelief ordered": partial(_sharded, reduction="ordered"),
-    "ShardedAdaBelief ordered, no overlap": partial(_sharded, overlap=False),
-    "ShardedAdaBelief ZeRO-2": partial(_sharded, stage=2),
-    "ShardedAdaBelief native": partial(_sharded, reduction="native"),
+    f"{OURS} ZeRO-1": _sharded,
+    f"{OURS} ZeRO-1, no overlap": partial(_sharded, overlap=False),
+    f"{OURS} ZeRO-2": partial(_sharded, stage=2),
+    f"{OURS} ZeRO-1, bf16 sent": partial(_sharded, reduce_dtype=torch.bfloat16),
+    f"{OURS} ZeRO-1, int8 sent": partial(_sharded, reduce_dtype=torch.int8),
+    f"{OURS} ZeRO-1, native": partial(_sharded, reduction="native"),
     BASELINE: partial(_ddp, make_optimizer=partial(AdamW, fused=True)),
     "DDP + official AdaBelief": partial(_ddp, make_optimizer=official_adabelief),
     "DDP + ZeroRedundancy AdamW": partial(_ddp, make_optimizer=_zero_redundancy),
     "FSDP2 + AdamW": _fsdp2,
     "DeepSpeed ZeRO-1 + AdamW": partial(_deepspeed, stage=1),
     "DeepSpeed ZeRO-2 + AdamW": partial(_deepspeed, stage=2),
+    "DeepSpeed ZeRO-3 + AdamW": partial(_deepspeed, stage=3),
 }
 _PACKAGES = {"official": "adabelief_pytorch", "DeepSpeed": "deepspeed"}
 

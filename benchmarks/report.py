@@ -23,7 +23,9 @@ class Row:
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    phases: dict[str, list[float]] = field(default_factory=dict)  # parts of `seconds`, by name
     peak_mib: float | None = None  # memory of one rank, beyond that of a process without a model
+    sent: int | None = None  # bytes that leave a rank per step
 
     @property
     def median(self) -> float:
@@ -40,6 +42,12 @@ class Result:
     rows: list[Row]
     baselines: Mapping[str, str]  # short names of rows that all are compared with, by row name
     notes: list[str] = field(default_factory=list)
+    beyond: str | None = None  # name of a row whose median the "exposed" column takes off
+
+    def exposed(self, row: Row) -> float | None:
+        """Return the seconds that a row takes longer than `beyond`, by medians."""
+        found = [other for other in self.rows if other.name == self.beyond]
+        return row.median - found[0].median if found else None
 
     def ratio(self, row: Row, baseline: str) -> float | None:
         """Return how many times as long as `baseline` a row takes, by medians."""
@@ -54,7 +62,10 @@ class Result:
                 "median_ms": row.median * 1e3,
                 "min_ms": min(row.seconds) * 1e3,
                 "ratios": {name: self.ratio(row, name) for name in self.baselines},
+                "exposed_ms": _milli(self.exposed(row)),
+                "phases_ms": {name: median(each) * 1e3 for name, each in row.phases.items()},
                 "peak_mib": row.peak_mib,
+                "bytes_sent": row.sent,
                 "ms": [seconds * 1e3 for seconds in row.seconds],
             }
             for row in self.rows
@@ -82,24 +93,36 @@ def machine_line() -> str:
     )
 
 
+def _milli(seconds: float | None) -> float | None:
+    return None if seconds is None else seconds * 1e3
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
 def show(console: Console, result: Result) -> None:
-    """Print a result as a table."""
-    settings = ", ".join(f"{key} {value}" for key, value in result.settings.items())
+    """Print a result as a table; columns that nothing was measured for are left out."""
+    phases = list(dict.fromkeys(phase for row in result.rows for phase in row.phases))
+    columns: dict[str, list[str]] = {"median\nms": [f"{r.median * 1e3:.1f}" for r in result.rows]}
+    columns["min\nms"] = [f"{min(row.seconds) * 1e3:.1f}" for row in result.rows]
+    for name, short in result.baselines.items():
+        columns[f"times\n{short}"] = [_cell(result.ratio(row, name), 2) for row in result.rows]
+    for phase in phases:
+        each = [row.phases.get(phase) for row in result.rows]
+        columns[f"{phase}\nms"] = [_cell(_milli(median(e) if e else None), 0) for e in each]
+    columns["exposed\nms"] = [_cell(_milli(result.exposed(row)), 0) for row in result.rows]
+    columns["peak\nMiB"] = [_cell(row.peak_mib, 0) for row in result.rows]
+    columns["sent\nMB"] = [_cell(row.sent and row.sent / 1e6, 1) for row in result.rows]
+    columns["runs"] = [str(len(row.seconds)) for row in result.rows]
+    columns = {heading: cells for heading, cells in columns.items() if set(cells) != {"-"}}
     table = Table(box=SIMPLE_HEAD)
     table.add_column(no_wrap=True)
-    ratios = [f"times\n{short}" for short in result.baselines.values()]
-    for heading in ("median\nms", "min\nms", *ratios, "peak\nMiB", "runs"):
-        table.add_column(heading, justify="right")
-    for row in result.rows:
-        compared = [result.ratio(row, name) for name in result.baselines]
-        table.add_row(
-            row.name,
-            f"{row.median * 1e3:.1f}",
-            f"{min(row.seconds) * 1e3:.1f}",
-            *("-" if ratio is None else f"{ratio:.2f}" for ratio in compared),
-            "-" if row.peak_mib is None else f"{row.peak_mib:.0f}",
-            str(len(row.seconds)),
-        )
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row, *cells in zip(result.rows, *columns.values(), strict=True):
+        table.add_row(row.name, *cells)
+    settings = ", ".join(f"{key} {value}" for key, value in result.settings.items())
     console.print(f"\n[bold]{result.title}[/bold]: {settings}")
     console.print(table)
     for note in result.notes:

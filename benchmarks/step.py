@@ -1,62 +1,86 @@
 """A whole training step on several ranks: forward, backward, communication and update.
 
-Every engine has processes of its own, and engines take turns, round by round: none works in memory
-that another has left behind, and whatever else the machine does slows all of them down. Ranks share
-the cores, so this shows the work that an engine causes, and little of what overlap gains on a real
-network.
+Engines take turns, round by round, so that whatever else the machine does slows all of them down.
+Ranks share the cores: on the loopback this shows the work that an engine causes. What overlap gains
+shows behind a link that is slower than memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
 
 from benchmarks.engines import BASELINE, COMPUTE, ENGINES, missing_package
+from benchmarks.network import Network
 from benchmarks.report import Result, Row
-from benchmarks.team import Team, Workload
+from benchmarks.team import Workload, take_turn
 
 
 def chosen_engines(only: Sequence[str]) -> list[str]:
-    """Return the engines whose name contains one of the words `only`; all if there are no words."""
-    return [n for n in ENGINES if not only or any(w.lower() in n.lower() for w in only)]
+    """Return the engines whose name contains one of the words `only`; all if there are no words.
+
+    Raises:
+        ValueError: There are none.
+    """
+    chosen = [n for n in ENGINES if not only or any(w.lower() in n.lower() for w in only)]
+    if not chosen:
+        raise ValueError(f"only={list(only)} is in no engine's name: {'; '.join(ENGINES)}.")
+    return chosen
 
 
-def run_step(work: Workload, rounds: int, only: Sequence[str]) -> Result:
+@contextlib.contextmanager
+def namespaces(ranks: int, gbit: float | None) -> Iterator[Sequence[str | None]]:
+    """Yield a network namespace per rank; without `gbit`, this process's own for all."""
+    if gbit is None:
+        yield [None] * ranks
+        return
+    with Network(ranks, gbit or None) as made:
+        yield [made.namespace(rank) for rank in range(ranks)]
+
+
+def run_step(work: Workload, rounds: int, only: Sequence[str], gbit: float | None) -> Result:
     """Time training steps.
 
     Args:
         work: What every engine trains.
         rounds: How often the engines take turns.
         only: As for `chosen_engines`.
+        gbit: Speed of the link between every two ranks in Gbit/s, both ways; 0 for links
+            that are not limited, None for the loopback.
     """
     chosen = chosen_engines(only)
     names = [name for name in chosen if missing_package(name) is None]
-    notes = ["AdamW is torch's, fused; peak memory is that of rank 0, beyond an idle process."]
+    notes = [
+        "AdamW is torch's, fused. Exposed is the median beyond that of compute only, the update "
+        "included. Peak memory is that of rank 0, beyond an idle process."
+    ]
     notes += [f"No {n}: {missing_package(n)} is not installed." for n in chosen if n not in names]
     threads = max(1, len(os.sched_getaffinity(0)) // work.ranks)
     rows = {name: Row(name) for name in names}
-    with tempfile.TemporaryDirectory() as folder:
-        teams = {name: Team(name, work, threads, folder) for name in names}
+    with namespaces(work.ranks, gbit) as places:
         for _ in range(rounds):
-            for name, team in teams.items():
-                seconds, rows[name].peak_mib = team.take_turn()
-                rows[name].seconds.extend(seconds)
-        for team in teams.values():
-            team.dismiss()
+            for name, row in rows.items():
+                turn = take_turn(name, work, threads, places)
+                row.seconds.extend(turn.seconds)
+                for phase, seconds in turn.phases.items():
+                    row.phases.setdefault(phase, []).extend(seconds)
+                row.peak_mib, row.sent = turn.peak_mib, turn.sent
     with torch.device("meta"):
         parameters = sum(param.numel() for param in work.model().parameters())
     return Result(
         title="One training step of a GPT",
         settings={
-            "float32 parameters": f"{parameters / 1e6:.1f} M",
+            "million parameters": round(parameters / 1e6, 1),
             **asdict(work),
             "threads per rank": threads,
+            "link": "loopback" if gbit is None else f"{gbit:g} Gbit/s" if gbit else "unlimited",
         },
         rows=list(rows.values()),
-        baselines={BASELINE: "DDP", COMPUTE: "compute"},
+        baselines={BASELINE: "DDP"},
+        beyond=COMPUTE,
         notes=notes,
     )

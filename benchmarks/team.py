@@ -1,12 +1,13 @@
-"""The processes of one engine: they build it once, then train whenever it is their turn."""
+"""The processes of one engine: they build it, train, report and end."""
 
 from __future__ import annotations
 
 import datetime
 import os
+import tempfile
 import time
-import uuid
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,11 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from benchmarks.engines import ENGINES, TrainStep, import_package
+from benchmarks import network
+from benchmarks.engines import ENGINES, import_package
 from examples.gpt.model import GPT, VOCABULARY
 
 _TIMEOUT = datetime.timedelta(minutes=3)
 _HEAD_WIDTH = 64
+_WARM_UP = 2  # steps
 
 
 @dataclass(frozen=True)
@@ -32,65 +35,73 @@ class Workload:
     width: int
     batch: int  # sequences per rank
     context: int
+    dtype: str  # "float32" or "bfloat16"
 
     def model(self) -> GPT:
-        """Return the model, equal on all ranks."""
+        """Return the model, equal on all ranks and float32."""
         torch.manual_seed(0)
         return GPT(self.layers, self.width, max(1, self.width // _HEAD_WIDTH), self.context)
 
 
-class Team:
-    """Starts the ranks of an engine and gives them their turns.
+@dataclass
+class Turn:
+    """What the first rank measured."""
+
+    seconds: list[float]  # of every step that counts
+    phases: dict[str, list[float]]  # parts of these, by name
+    peak_mib: float  # memory beyond that of a process without a model
+    sent: int | None  # bytes that left its interface per step, headers included
+
+
+def take_turn(name: str, work: Workload, threads: int, namespaces: Sequence[str | None]) -> Turn:
+    """Train with an engine in new processes, one for each of `namespaces`.
+
+    Every turn has processes of its own, so that no engine works in memory that another has left
+    behind, and only one engine's memory is in use at a time.
 
     Raises:
         RuntimeError: A rank fails; its traceback is on stderr.
     """
-
-    def __init__(self, name: str, work: Workload, threads: int, folder: str) -> None:
-        self._name = name
-        self._links: list[Connection] = []
-        os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a rank imports torch
-        context = mp.get_context("spawn")
-        store = f"file://{folder}/{uuid.uuid4().hex}"
-        self._processes = []
-        for rank in range(work.ranks):
-            ours, theirs = context.Pipe()
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a rank imports torch
+    context = mp.get_context("spawn")
+    links, processes = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank, namespace in enumerate(namespaces):
+            ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank_main, args=(rank, name, work, threads, store, theirs), daemon=True
+                target=_rank_main,
+                args=(rank, name, work, threads, f"file://{folder}/store", namespace, theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()  # so that the end of the process is the end of the connection
-            self._links.append(ours)
-            self._processes.append(process)
-        self._receive()
-
-    def take_turn(self) -> tuple[list[float], float]:
-        """Train; return the seconds of every step that counts, and a rank's peak memory in MiB."""
-        for link in self._links:
-            link.send(True)
-        return self._receive()
-
-    def dismiss(self) -> None:
-        """End the processes."""
-        for link in self._links:
-            link.send(False)
-        for process in self._processes:
-            process.join()
-
-    def _receive(self) -> tuple[list[float], float]:
-        """Return what the first rank reports, once all ranks have reported."""
+            links.append(ours)
+            processes.append(process)
         try:
-            reports = [link.recv() for link in self._links]
+            reports = [link.recv() for link in links]
         except EOFError as error:
-            raise RuntimeError(f"a rank of {self._name!r} has failed, see above") from error
-        return reports[0]
+            for process in processes:
+                process.terminate()
+            raise RuntimeError(f"a rank of {name!r} has failed, see above") from error
+        for process in processes:
+            process.join()
+    turn: Turn = reports[0]
+    return turn
 
 
 def _rank_main(
-    rank: int, name: str, work: Workload, threads: int, store: str, link: Connection
+    rank: int,
+    name: str,
+    work: Workload,
+    threads: int,
+    store: str,
+    namespace: str | None,
+    link: Connection,
 ) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
+    if namespace is not None:
+        network.enter(namespace)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": work.ranks}
     os.environ.update({key: str(value) for key, value in ranks.items()})  # DeepSpeed asks for them
     dist.init_process_group(
@@ -101,27 +112,27 @@ def _rank_main(
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(VOCABULARY, (work.batch, work.context + 1), generator=generator)
     model = work.model()
-    train = ENGINES[name](model)
-    train(tokens)  # allocates what the engine keeps
-    link.send(None)
-    while link.recv():
-        seconds = _turn(train, tokens, work.steps)
-        model.state_dict()  # reads all parameters: nothing stays under way
-        link.send((seconds, _memory("VmHWM") - before))
+    train = ENGINES[name](model, getattr(torch, work.dtype))
+    for _ in range(_WARM_UP):  # allocates what the engine keeps
+        list(train(tokens))
     dist.barrier()
-    dist.destroy_process_group()
-
-
-def _turn(train: TrainStep, tokens: torch.Tensor, steps: int) -> list[float]:
-    train(tokens)  # does not count: caches hold what others have left there
-    dist.barrier()
-    seconds = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        train(tokens)
+    seconds: list[float] = []
+    phases: dict[str, list[float]] = {}
+    sent = None if namespace is None else network.bytes_sent()
+    for _ in range(work.steps):
+        start = last = time.perf_counter()
+        for phase in train(tokens):
+            now = time.perf_counter()
+            phases.setdefault(phase, []).append(now - last)
+            last = now
         dist.barrier()
         seconds.append(time.perf_counter() - start)
-    return seconds
+    if sent is not None:
+        sent = (network.bytes_sent() - sent) // work.steps
+    model.state_dict()  # reads all parameters: nothing stays under way
+    link.send(Turn(seconds, phases, _memory("VmHWM") - before, sent))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _memory(field: str) -> float:
