@@ -24,20 +24,25 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from operator import is_
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _current_graph_task_id
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
 from belief_dist.buffers import BucketBuffers, Recycler
 from belief_dist.collectives import Collectives, Handle
-from belief_dist.dtensors import like_param, local_grad
+from belief_dist.dtensors import is_dtensor, like_param, local_grad
 from belief_dist.norm import NUM_WORDS
 from belief_dist.wire import encode_, encoded_nbytes
 
+# Bytes from which a gradient is copied into its place at once, while it is in cache. Smaller ones
+# wait for their bucket and go together: one call, on a GPU one kernel, for thousands.
+_AT_ONCE = 1 << 16
 # Flat buffers of gradients that exist at the same time, unless the order of arrival needs more.
 _RECYCLED = 2
 
@@ -102,6 +107,8 @@ class Gradients(ABC):
         for b, members in enumerate(self._members):
             for position, index in enumerate(members):
                 self._home[index] = (b, position)
+        self._is_cut = [is_dtensor(param) for param in params]
+        self._silent = False  # gradients stay on this rank for now
         self._recycler = Recycler(max((b.wire_nbytes(wire_dtype) for b in buckets), default=0))
         self._in_flight: deque[_InFlight] = deque()
         self._task = -1  # autograd's number of the running backward pass
@@ -112,7 +119,7 @@ class Gradients(ABC):
         self.set_order(range(len(buckets)))
         self._start_round()
         owner = weakref.ref(self)
-        self._hooks = [_add_hook(param, _Hook(owner, i)) for i, param in enumerate(params)]
+        self._hooks = [_add_hook(param, owner, i) for i, param in enumerate(params)]
 
     def close(self) -> None:
         """Let go of the parameters."""
@@ -135,29 +142,33 @@ class Gradients(ABC):
     def _count_gradients(self) -> list[int]:
         """Return how many gradients each bucket waits for; frozen parameters get none."""
         trains = [param.requires_grad for param in self._params]
-        return [sum(trains[index] for index in members) for members in self._members]
+        return [sum(map(trains.__getitem__, members)) for members in self._members]
 
     # - Backward
 
     def on_gradient(self, index: int) -> None:
-        """Take the gradient that backward has just accumulated for parameter `index`."""
-        task = torch._C._current_graph_task_id()
+        """Take the gradient that backward has just accumulated for parameter `index`.
+
+        Runs once for every parameter and backward: models have thousands, so it is kept short.
+        """
+        task = _current_graph_task_id()
         if task != self._task:
             self._task, self._nested = task, _in_nested_backward()
             self._enter_backward()
         self._take(index)
-        if self._is_silent():
+        if self._silent or self._nested or self._fired[index]:
             return
-        if not (self._fired[index] or self._nested):
-            self._fired[index] = True
-            if self._waiting is None:
-                self._waiting, self.completed = self._count_gradients(), []
-            bucket = self._home[index][0]
-            self._waiting[bucket] -= 1
-            if self._waiting[bucket] == 0:
-                self.completed.append(bucket)
-                if self._overlap:
-                    self._launch(self._waiting)
+        self._fired[index] = True
+        waiting = self._waiting
+        if waiting is None:
+            waiting = self._waiting = self._count_gradients()
+            self.completed = []
+        bucket = self._home[index][0]
+        waiting[bucket] -= 1
+        if not waiting[bucket]:
+            self.completed.append(bucket)
+            if self._overlap:
+                self._launch(waiting)
 
     def _launch(self, waiting: Sequence[int] | None = None) -> None:
         """Start the reductions whose turn it is, up to the first that is still `waiting`."""
@@ -237,10 +248,6 @@ class Gradients(ABC):
         """Return a context in which gradients add up without communication, where that helps."""
 
     @abstractmethod
-    def _is_silent(self) -> bool:
-        """Return whether gradients stay on this rank for now."""
-
-    @abstractmethod
     def _enter_backward(self) -> None:
         """Notice that a backward pass has begun, or a nested one has ended."""
 
@@ -277,11 +284,18 @@ class Gradients(ABC):
         """Return the bytes of recycled buffers."""
         return self._recycler.nbytes()
 
+    def _drop_grads(self) -> None:
+        with torch._C.DisableTorchFunction():  # whose modes slow it while gathers travel
+            for param in self._params:
+                param.grad = None
+
     def _local(self, index: int) -> Tensor:
         """Return the gradient of the part that this rank stores, dense."""
         param = self._params[index]
-        assert param.grad is not None
-        grad = local_grad(param.grad, param)
+        grad = param.grad
+        assert grad is not None
+        if self._is_cut[index]:
+            grad = local_grad(grad, param)
         if not grad.is_sparse:
             return grad
         if not self._has_densified:
@@ -300,55 +314,64 @@ class FullGradients(Gradients):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See `Gradients`."""
         super().__init__(*args, **kwargs)
-        self._synchronize = True
         self._places = [torch.empty(0)] * len(self._params)
         for members, buffers in zip(self._members, self._buckets, strict=True):
             for index, place in zip(members, buffers.grad_views, strict=True):
                 self._places[index] = place
         # What `param.grad` is; the places themselves, or DTensors around them.
         self._views = [like_param(*pair) for pair in zip(self._places, self._params, strict=True)]
+        self._at_once = [
+            is_cut or place.nbytes >= _AT_ONCE
+            for is_cut, place in zip(self._is_cut, self._places, strict=True)
+        ]
         # The version of a gradient when it was summed over the ranks.
         self._reduced_version: list[int | None] = [None] * len(self._params)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients locally inside the context."""
-        before, self._synchronize = self._synchronize, False
+        before, self._silent = self._silent, True
         try:
             yield
         finally:
-            self._synchronize = before
-
-    def _is_silent(self) -> bool:
-        return not self._synchronize
+            self._silent = before
 
     def _enter_backward(self) -> None:
         pass
 
     def _take(self, index: int) -> None:
-        view = self._views[index]
-        if self._params[index].grad is view:
+        reduced = self._reduced_version[index]
+        if reduced is not None:
+            view = self._views[index]
             # One in-place change since the reduction is this accumulation: onto a sum over ranks.
-            reduced = self._reduced_version[index]
-            if reduced is not None and view._version == reduced + 1:
+            if self._params[index].grad is view and view._version == reduced + 1:
                 raise RuntimeError(
                     f"backward reached parameter {self._label(index)} again after its gradient was "
                     f"summed over the ranks: call zero_grad() after step(), and run all but the "
                     f"last backward of a step under optimizer.no_sync()."
                 )
-        else:
-            self._adopt(index)
-        self._reduced_version[index] = None
+            self._reduced_version[index] = None
+        if self._at_once[index] and self._params[index].grad is not self._views[index]:
+            self._adopt([index])
 
-    def _adopt(self, index: int) -> None:
-        """Move a gradient that autograd or the user has made into its place in the bucket."""
-        self._places[index].copy_(self._local(index))
-        self._params[index].grad = self._views[index]
+    def _adopt(self, indices: Sequence[int]) -> None:
+        """Move gradients that autograd or the user has made into their places in the buckets."""
+        torch._foreach_copy_(
+            [self._places[index] for index in indices], [self._local(index) for index in indices]
+        )
+        for index in indices:
+            self._params[index].grad = self._views[index]
 
     def _reduce(self, bucket: int) -> None:
+        elsewhere = []
         for index in self._members[bucket]:
-            if self._params[index].grad is not self._views[index]:
+            grad = self._params[index].grad
+            if grad is None:
                 self._places[index].zero_()
+            elif grad is not self._views[index]:
+                elsewhere.append(index)
+        if elsewhere:
+            self._adopt(elsewhere)
         flat = self._buckets[bucket].flat_grad
         assert flat is not None
         self._start(bucket, flat, accumulate=False, recycled=False)
@@ -357,15 +380,17 @@ class FullGradients(Gradients):
 
     def finish(self) -> None:
         """See `Gradients.finish`."""
-        for index, param in enumerate(self._params):
-            if param.grad is not None and param.grad is not self._views[index]:
+        grads = [param.grad for param in self._params]
+        if not all(map(is_, grads, self._views)):
+            for index, grad in enumerate(grads):
+                if grad is None or grad is self._views[index]:
+                    continue
                 if self._reduced_version[index] is not None:
                     raise RuntimeError(
                         f"the gradient of parameter {self._label(index)} was replaced after it was "
                         f"summed over the ranks; change gradients before backward ends, or build "
                         f"the optimizer with overlap=False."
                     )
-                self._adopt(index)
         self._launch()
         self._drain()
 
@@ -381,8 +406,7 @@ class FullGradients(Gradients):
         """See `Gradients.zero_grad`."""
         self._reduced_version = [None] * len(self._params)
         if set_to_none:
-            for param in self._params:
-                param.grad = None
+            self._drop_grads()
         else:
             for buffers in self._buckets:
                 assert buffers.flat_grad is not None
@@ -409,9 +433,6 @@ class ShardedGradients(Gradients):
     def no_sync(self) -> Iterator[None]:
         """Do nothing: a full gradient that waits is what ZeRO-2 saves."""
         yield
-
-    def _is_silent(self) -> bool:
-        return False
 
     def _enter_backward(self) -> None:
         if not self._nested:
@@ -491,8 +512,7 @@ class ShardedGradients(Gradients):
     def zero_grad(self, *, set_to_none: bool) -> None:
         """See `Gradients.zero_grad`."""
         self._drain()
-        for param in self._params:
-            param.grad = None
+        self._drop_grads()
         for flat in self._filling.values():
             self._recycler.give_back(flat)
         self._filling.clear()
@@ -514,23 +534,20 @@ class _InFlight:
         self.recycled = recycled  # what may be used again afterwards
 
 
-def _add_hook(param: Tensor, hook: _Hook) -> RemovableHandle:
+def _add_hook(param: Tensor, owner: weakref.ref[Gradients], index: int) -> RemovableHandle:
+    def on_gradient(param: Tensor) -> None:
+        gradients = owner()  # a weak reference: hooks do not keep the buffers alive
+        if gradients is None:
+            return
+        if torch.is_grad_enabled():  # only in backward(create_graph=True)
+            with torch.no_grad():
+                gradients.on_gradient(index)
+        else:
+            gradients.on_gradient(index)
+
     # torch refuses the hook while a parameter is frozen, but keeps one that was there before.
     trains = param.requires_grad
     param.requires_grad_(True)
-    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(on_gradient)
     param.requires_grad_(trains)
     return handle
-
-
-class _Hook:
-    """Calls back without keeping the gradients' buffers alive."""
-
-    def __init__(self, owner: weakref.ref[Gradients], index: int) -> None:
-        self._owner, self._index = owner, index
-
-    def __call__(self, param: Tensor) -> None:
-        gradients = self._owner()
-        if gradients is not None:
-            with torch.no_grad():
-                gradients.on_gradient(self._index)

@@ -5,9 +5,10 @@ mode looks at the arguments of every torch function and settles those that are s
 a layer's forward waits for its own weights only, while reading anything else early (a tied weight,
 `state_dict()`, `copy.deepcopy`, another model that shares a parameter) waits just as well.
 
-The mode leaves at the first module call after everything has arrived (it cannot leave while one of
-its own calls is under way). What runs below torch functions does not pass
-through it: compiled and scripted modules. They are preceded by a forward hook that settles all.
+What runs below torch functions does not pass through the mode. A hook before every forward settles
+all for compiled and scripted modules, and for any module without children its own parameters, which
+it may hand to an extension. The mode leaves at the first module call after everything has arrived
+(it cannot leave while one of its own calls is under way).
 """
 
 from __future__ import annotations
@@ -62,15 +63,15 @@ class ReadGuard(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._pending: dict[int, Callable[[], None]] = {}
-        self._order: list[Callable[[], None]] = []
+        self._waiting: dict[Callable[[], None], list[int]] = {}  # keys of `_pending`
         self._hook: RemovableHandle | None = None
         self._active = False
 
     def expect(self, params: Sequence[Tensor], settle: Callable[[], None]) -> None:
         """Call `settle` once before the first use of any of `params`."""
-        for param in params:
-            self._pending[id(param)] = settle
-        self._order.append(settle)
+        keys = [id(param) for param in params]
+        self._pending.update(dict.fromkeys(keys, settle))
+        self._waiting[settle] = keys
 
     def arm(self) -> None:
         """Start to watch, if anything is on the way."""
@@ -81,27 +82,28 @@ class ReadGuard(TorchFunctionMode):
 
     def settle_all(self) -> None:
         """Wait for everything, in the order in which it was launched."""
-        waiting, self._order, self._pending = self._order, [], {}
+        waiting, self._waiting, self._pending = self._waiting, {}, {}
         for settle in waiting:
             settle()
         self._disarm()
 
     def _settle(self, settle: Callable[[], None]) -> None:
-        self._order.remove(settle)
-        self._pending = {key: other for key, other in self._pending.items() if other != settle}
+        for key in self._waiting.pop(settle):
+            del self._pending[key]
         settle()
 
     def _disarm(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        if self._active:
-            # Somebody may have entered a mode of their own above ours; then ours stays below it,
-            # idle, until it is on top again.
-            stack = _get_current_function_mode_stack()
-            if stack and stack[-1] is self:
-                self._active = False
-                self.__exit__(None, None, None)
+        # Somebody may have entered a mode of their own above ours; then ours stays below it, idle,
+        # until a step or another guard finds it on top.
+        while stack := _get_current_function_mode_stack():
+            top = stack[-1]
+            if not isinstance(top, ReadGuard) or top._pending:
+                return
+            top._active = False
+            top.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
         if not self._pending:
@@ -114,6 +116,12 @@ class ReadGuard(TorchFunctionMode):
         )
         if opaque:
             self.settle_all()
+        elif not module._modules:
+            # A layer of its own kind may hand its weights to an extension, unseen.
+            for param in module._parameters.values():
+                settle = self._pending.get(id(param))
+                if settle is not None:
+                    self._settle(settle)
 
     def __torch_function__(
         self,

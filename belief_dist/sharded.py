@@ -16,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
+from itertools import compress
 from typing import Any, Literal
 
 import torch
@@ -361,6 +362,9 @@ class ShardedAdaBelief(Optimizer):
         for index, param in enumerate(self._params):
             if param not in self.state:
                 self.state[param] = self._fragments(index)
+        # Lists beside what is found by tensors: a step looks thousands of times.
+        self._states = [self.state[param] for param in self._params]
+        self._members = [[slot.param for slot in plan.slots] for plan in layout.buckets]
         self._param_versions = [param._version for param in self._params]
         self._host_gradients = HostGradients(self._buckets) if self._offload else None
         if self._built:
@@ -449,9 +453,16 @@ class ShardedAdaBelief(Optimizer):
                 loss = closure()
         self._resolve_verdict()
         self._guard.settle_all()
-        for index, param in enumerate(self._params):
-            if param._version != self._param_versions[index]:
-                self._take_over(index)
+        # What follows looks at thousands of tensors, each through every torch function mode there
+        # is: another optimizer's guard, say. It needs none of them.
+        with torch._C.DisableTorchFunction():
+            self._step(grad_scaler)
+        return loss
+
+    def _step(self, grad_scaler: GradScaler | None) -> None:
+        versions = [param._version for param in self._params]
+        if versions != self._param_versions:
+            self._take_over(versions)
         self._gradients.finish()
         loss_scale = None if grad_scaler is None else grad_scaler._get_scale_async()
         agreed = self._agree(loss_scale)
@@ -468,13 +479,14 @@ class ShardedAdaBelief(Optimizer):
         self._verdict = (agreed.verdict, updated)
         if not self._defers_verdict:
             self._resolve_verdict()
-        return loss
 
-    def _take_over(self, index: int) -> None:
-        """Somebody has set a parameter (loaded weights, say): its master weights follow."""
-        self._param_versions[index] = self._params[index]._version
-        part = self._layout.fragment(index, self._links.rank)
-        self._buckets[part.bucket].refresh_master(part.in_shard, part.in_shard + part.numel)
+    def _take_over(self, versions: list[int]) -> None:
+        """Somebody has set parameters (loaded weights, say): their master weights follow."""
+        pairs = zip(self._param_versions, versions, strict=True)
+        for index in (index for index, (old, new) in enumerate(pairs) if old != new):
+            part = self._layout.fragment(index, self._links.rank)
+            self._buckets[part.bucket].refresh_master(part.in_shard, part.in_shard + part.numel)
+        self._param_versions = versions
 
     def _agree(self, loss_scale: Tensor | None) -> Agreed:
         """Exchange the one small message of a step."""
@@ -514,28 +526,27 @@ class ShardedAdaBelief(Optimizer):
 
     def _update(self, used: list[bool], scales: dict[bool, Tensor], skip: Tensor) -> list[int]:
         """Update every shard and send it on its way, in the order in which forward needs them."""
-        updated = [index for index, is_used in enumerate(used) if is_used]
+        updated = list(compress(range(len(used)), used))
         for index in updated:
-            state = self.state[self._params[index]]
-            state["step"] = state["step"] + 1
+            self._states[index]["step"] += 1
         if self._offload:
             skip = skip.cpu()
             scales = {clip: scale.cpu() for clip, scale in scales.items()}
         # What nobody has used has not changed.
         changed = [
-            bucket
-            for bucket in (self._buckets[number] for number in reversed(self._gradients.order))
-            if any(used[slot.param] for slot in bucket.bucket.slots)
+            number
+            for number in reversed(self._gradients.order)
+            if any(used[index] for index in self._members[number])
         ]
-        for bucket, grads in zip(changed, self._incoming(changed), strict=True):
+        buckets = [self._buckets[number] for number in changed]
+        for number, bucket, grads in zip(changed, buckets, self._incoming(buckets), strict=True):
             scale = scales[self.param_groups[bucket.bucket.group]["clip"]]
-            for start, stop, step in self._runs(bucket, used):
+            for start, stop, step in self._runs(number, used):
                 self._update_run(bucket, grads, slice(start, stop), step, scale, skip)
             bucket.send_back()
             if self._links.world_size > 1:
                 handle = self._links.start_gather(bucket.flat_param)
-                params = [self._params[slot.param] for slot in bucket.bucket.slots]
-                self._guard.expect(params, handle.wait)
+                self._guard.expect([self._params[i] for i in self._members[number]], handle.wait)
         if self._overlap:
             self._guard.arm()
         else:
@@ -548,16 +559,16 @@ class ShardedAdaBelief(Optimizer):
             return self._host_gradients.fetch(buckets)
         return (bucket.grad_shard for bucket in buckets)
 
-    def _runs(self, bucket: BucketBuffers, used: list[bool]) -> list[tuple[int, int, int]]:
+    def _runs(self, number: int, used: list[bool]) -> list[tuple[int, int, int]]:
         """Return (start, stop, step) of what to update, in elements of this rank's shard.
 
         Almost always that is the whole shard. Only parameters with another step count than their
         neighbours, or without a gradient on any rank, break it up.
         """
-        indices = [slot.param for slot in bucket.bucket.slots]
-        steps = [self.state[self._params[i]]["step"] if used[i] else 0 for i in indices]
+        indices = self._members[number]
+        steps = [self._states[index]["step"] if used[index] else 0 for index in indices]
         if len(set(steps)) == 1:
-            return [(0, bucket.bucket.shard_numel, steps[0])] if steps[0] else []
+            return [(0, self._layout.buckets[number].shard_numel, steps[0])] if steps[0] else []
         runs: list[tuple[int, int, int]] = []
         for index, step in zip(indices, steps, strict=True):
             part = self._layout.fragment(index, self._links.rank)
@@ -599,8 +610,7 @@ class ShardedAdaBelief(Optimizer):
         if verdict == Verdict.UPDATE:
             return
         for index in updated:
-            state = self.state[self._params[index]]
-            state["step"] = state["step"] - 1
+            self._states[index]["step"] -= 1
         self._raise_if_apart(verdict)
         self._skipped += 1
         self._gradients.forget_errors()

@@ -8,6 +8,7 @@ from typing import Literal
 from jsonargparse import auto_cli
 from rich.console import Console
 
+from benchmarks.overhead import run_overhead
 from benchmarks.report import Result, machine_line, save, show
 from benchmarks.step import run_step
 from benchmarks.team import Workload
@@ -78,6 +79,17 @@ def step(
     _tell({"step": run_step(work, rounds, only or [], link)}, json)
 
 
+def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> None:
+    """Time the Python of a step: many small parameters, no communication, no arithmetic.
+
+    Args:
+        count: Parameters.
+        rounds: How often contenders take turns.
+        json: Also write all timings here.
+    """
+    _tell({"overhead": run_overhead(count, rounds)}, json)
+
+
 def readme() -> None:
     """Print the tables of README."""
     update()
@@ -85,4 +97,4 @@ def readme() -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([readme, update, step], prog="python -m benchmarks", as_positional=False)
+    auto_cli([readme, update, step, overhead], prog="python -m benchmarks", as_positional=False)

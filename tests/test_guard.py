@@ -121,6 +121,45 @@ def test_works_below_a_mode_that_the_user_has_entered() -> None:
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
+class Unseen(nn.Module):
+    """Hands its weight to something that no torch function mode sees, as an extension does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch._C.DisableTorchFunction():
+            return x * self.weight
+
+
+def test_a_layer_without_children_has_its_weights_before_its_forward() -> None:
+    layers = nn.Sequential(Unseen(), Unseen())
+    log: list[str] = []
+    guard = ReadGuard()
+    for i, layer in enumerate(layers):
+        guard.expect([layer.weight], Late(layer.weight, log, str(i)).settle)
+    guard.arm()
+    layers[1](torch.ones(3))
+    assert log == ["1"]
+    layers(torch.ones(3))
+    assert log == ["1", "0"]
+    guard.settle_all()
+
+
+def test_guards_of_two_optimizers_leave_whichever_ends_first() -> None:
+    guards, params = [ReadGuard(), ReadGuard()], [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    log: list[str] = []
+    for name, guard, param in zip("ab", guards, params, strict=True):
+        guard.expect([param], Late(param, log, name).settle)
+        guard.arm()
+    guards[0].settle_all()  # below the other: it cannot leave yet
+    assert len(torch.overrides._get_current_function_mode_stack()) == 2
+    guards[1].settle_all()
+    assert torch.overrides._get_current_function_mode_stack() == []
+    assert log == ["a", "b"]
+
+
 class Slow:
     """Delays every gather of an optimizer until somebody waits, by withholding the start."""
 
