@@ -8,6 +8,7 @@ from typing import Literal
 from jsonargparse import auto_cli
 from rich.console import Console
 
+from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.overhead import run_overhead
 from benchmarks.report import Result, machine_line, save, show
 from benchmarks.step import run_step
@@ -17,10 +18,15 @@ from benchmarks.update import run_update
 _WIDTH = 124  # of the widest table
 
 
-def _tell(results: dict[str, Result], json: Path | None) -> None:
+def _console() -> Console:
     console = Console()
     console.width = max(console.width, _WIDTH)
     console.print(machine_line(), markup=False)
+    return console
+
+
+def _tell(results: dict[str, Result], json: Path | None) -> None:
+    console = _console()
     for result in results.values():
         show(console, result)
     if json is not None:
@@ -90,6 +96,64 @@ def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> No
     _tell({"overhead": run_overhead(count, rounds)}, json)
 
 
+def simulate(
+    ranks: list[int] | None = None,
+    links: list[float] | None = None,
+    rounds: int = 2,
+    steps: int = 4,
+    layers: int = 10,
+    width: int = 512,
+) -> None:
+    """Compare predicted with measured steps behind slow links (root only).
+
+    Args:
+        ranks: Processes; 2 and 4 by default.
+        links: Gbit/s; 1 and 10 by default.
+        rounds: How often engines take turns.
+        steps: Timed steps in each turn.
+        layers: Of the model.
+        width: Of the model, a multiple of 64.
+    """
+    found = []
+    for count in ranks or [2, 4]:
+        for gbit in links or [1.0, 10.0]:
+            work = Workload(count, steps, layers, width, 1, 128, "float32")
+            found += compare(work, gbit, rounds)
+    console = _console()
+    console.print(comparison_table(found))
+
+
+def scale(
+    layers: int = 80,
+    width: int = 10240,
+    ranks: list[int] | None = None,
+    rows: list[int] | None = None,
+    buckets: list[int] | None = None,
+    tokens: int = 8192,
+    cluster: Cluster = Cluster(),  # noqa: B008  # it cannot change
+) -> None:
+    """Plan a model of 100 billion parameters for thousands of ranks, and predict its step.
+
+    Args:
+        layers: Of the model.
+        width: Of the model, a multiple of 128.
+        ranks: Devices; 1,024 and 16,384 by default.
+        rows: Copies of all shards (HSDP); 1, and what leaves 1,024 ranks a row, by default.
+        buckets: Sizes of a bucket in MiB.
+        tokens: That each device trains on in a step.
+        cluster: Speeds of devices and links.
+    """
+    console = _console()
+    for count in ranks or [1024, 16384]:
+        for number in rows or sorted({1, count // 1024}):
+            plans = [
+                plan_at_scale(layers, width, count, number, mib, tokens, cluster)
+                for mib in buckets or [32, 512, 2048, 8192]
+            ]
+            console.print(scale_table(plans))
+            console.print(f"Shortest with buckets of {best(plans).bucket_mib} MiB.")
+
+
 def readme() -> None:
     """Print the tables of README."""
     update()
@@ -97,4 +161,8 @@ def readme() -> None:
 
 
 if __name__ == "__main__":
-    auto_cli([readme, update, step, overhead], prog="python -m benchmarks", as_positional=False)
+    auto_cli(
+        [readme, update, step, overhead, simulate, scale],
+        prog="python -m benchmarks",
+        as_positional=False,
+    )

@@ -130,6 +130,7 @@ ENGINES: dict[str, Builder] = {
     COMPUTE: _compute_only,
     f"{OURS} ZeRO-1": _sharded,
     f"{OURS} ZeRO-1, no overlap": partial(_sharded, overlap=False),
+    f"{OURS} ZeRO-1, 4 MiB buckets": partial(_sharded, bucket_bytes=4 << 20),
     f"{OURS} ZeRO-2": partial(_sharded, stage=2),
     f"{OURS} ZeRO-1, bf16 sent": partial(_sharded, reduce_dtype=torch.bfloat16),
     f"{OURS} ZeRO-1, int8 sent": partial(_sharded, reduce_dtype=torch.int8),

@@ -84,8 +84,9 @@ class Network:
             _run(f"ip -n {name} link set {INTERFACE} up")
             _run(f"ip -n {name} link set lo up")
             if self._gbit is not None:
-                # What half a millisecond sends, and never less than a segment that is not yet cut.
-                burst = max(64 << 10, int(self._gbit * 1e9 / 8 * 0.5e-3))
+                # What half a millisecond sends. What is shorter than the largest segment before
+                # it is cut into packets makes tbf cut it, and the many packets get lost.
+                burst = max(256 << 10, int(self._gbit * 1e9 / 8 * 0.5e-3))
                 limit = f"rate {self._gbit}gbit burst {burst} latency 50ms"
                 _run(f"tc -n {name} qdisc add dev {INTERFACE} root tbf {limit}")
                 _run(f"tc -n {hub} qdisc add dev {port} root tbf {limit}")
