@@ -8,8 +8,10 @@ from typing import Literal
 from jsonargparse import auto_cli
 from rich.console import Console
 
+from benchmarks.bits import bits_table, run_bits
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.overhead import run_overhead
+from benchmarks.plot import draw_steps
 from benchmarks.report import Result, machine_line, save, show
 from benchmarks.step import run_step
 from benchmarks.team import Workload
@@ -96,6 +98,16 @@ def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> No
     _tell({"overhead": run_overhead(count, rounds)}, json)
 
 
+def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
+    """Compare parameters bit for bit with one process that adds gradients in rank order.
+
+    Args:
+        ranks: Processes; 2, 3 and 4 by default.
+        steps: Of training.
+    """
+    _console().print(bits_table(run_bits(ranks or [2, 3, 4], steps)))
+
+
 def simulate(
     ranks: list[int] | None = None,
     links: list[float] | None = None,
@@ -154,6 +166,16 @@ def scale(
             console.print(f"Shortest with buckets of {best(plans).bucket_mib} MiB.")
 
 
+def plot(files: list[Path], out: Path) -> None:
+    """Draw the results of several `step --json FILE` next to each other.
+
+    Args:
+        files: What was written.
+        out: The picture, PNG or SVG.
+    """
+    draw_steps(files, out)
+
+
 def readme() -> None:
     """Print the tables of README."""
     update()
@@ -162,7 +184,7 @@ def readme() -> None:
 
 if __name__ == "__main__":
     auto_cli(
-        [readme, update, step, overhead, simulate, scale],
+        [readme, update, step, overhead, bits, simulate, scale, plot],
         prog="python -m benchmarks",
         as_positional=False,
     )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW, Optimizer
 
-from belief_dist import ShardedAdaBelief
+from belief_dist import AdaBelief, ShardedAdaBelief
 from benchmarks.update import official_adabelief
 from examples.gpt.model import GPT, next_byte_loss
 
@@ -30,21 +30,23 @@ FORWARD, BACKWARD, STEP = "forward", "backward", "step"
 # Trains on a batch; yields the name of each phase when that has ended.
 Train = Callable[[Tensor], Iterator[str]]
 Builder = Callable[[GPT, torch.dtype], Train]
+MakeOptimizer = Callable[..., Optimizer]
 
 COMPUTE = "compute only"
 OURS = "ShardedAdaBelief"
 BASELINE = "DDP + AdamW"
-_OPTIONS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
+_ADAMW = partial(AdamW, fused=True)
 
 
-def _loss(module: nn.Module, tokens: Tensor) -> Tensor:
+def loss_of(module: nn.Module, tokens: Tensor) -> Tensor:
     return next_byte_loss(module(tokens[:, :-1]), tokens[:, 1:])
 
 
 def _train_with(module: nn.Module, optimizer: Optimizer) -> Train:
     def train(tokens: Tensor) -> Iterator[str]:
         optimizer.zero_grad()
-        loss = _loss(module, tokens)
+        loss = loss_of(module, tokens)
         yield FORWARD
         loss.backward()
         yield BACKWARD
@@ -59,7 +61,7 @@ def _compute_only(model: GPT, dtype: torch.dtype) -> Train:
 
     def train(tokens: Tensor) -> Iterator[str]:
         model.zero_grad()
-        loss = _loss(model, tokens)
+        loss = loss_of(model, tokens)
         yield FORWARD
         loss.backward()
         yield BACKWARD
@@ -69,23 +71,23 @@ def _compute_only(model: GPT, dtype: torch.dtype) -> Train:
 
 def _sharded(model: GPT, dtype: torch.dtype, **options: Any) -> Train:
     model.to(dtype)
-    return _train_with(model, ShardedAdaBelief(model.parameters(), **_OPTIONS, **options))
+    return _train_with(model, ShardedAdaBelief(model.parameters(), **OPTIONS, **options))
 
 
-def _ddp(model: GPT, dtype: torch.dtype, make_optimizer: Callable[..., Optimizer]) -> Train:
+def _ddp(model: GPT, dtype: torch.dtype, make_optimizer: MakeOptimizer) -> Train:
     module = DistributedDataParallel(model.to(dtype), gradient_as_bucket_view=True)
-    return _train_with(module, make_optimizer(module.parameters(), **_OPTIONS))
+    return _train_with(module, make_optimizer(module.parameters(), **OPTIONS))
 
 
-def _zero_redundancy(params: Any, **options: Any) -> Optimizer:
+def _zero_redundancy(params: Any, optimizer_class: type[Optimizer], **options: Any) -> Optimizer:
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
     return ZeroRedundancyOptimizer(
-        params, optimizer_class=AdamW, parameters_as_bucket_view=True, fused=True, **options
+        params, optimizer_class=optimizer_class, parameters_as_bucket_view=True, **options
     )
 
 
-def _fsdp2(model: GPT, dtype: torch.dtype) -> Train:
+def _fsdp2(model: GPT, dtype: torch.dtype, make_optimizer: MakeOptimizer) -> Train:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -94,17 +96,17 @@ def _fsdp2(model: GPT, dtype: torch.dtype) -> Train:
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return _train_with(model, AdamW(model.parameters(), fused=True, **_OPTIONS))
+    return _train_with(model, make_optimizer(model.parameters(), **OPTIONS))
 
 
-def _deepspeed(model: GPT, dtype: torch.dtype, stage: int) -> Train:
+def _deepspeed(model: GPT, dtype: torch.dtype, stage: int, make_optimizer: MakeOptimizer) -> Train:
     import deepspeed
 
     # Otherwise it compiles, for a minute, an operation that serves inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=AdamW(model.parameters(), fused=True, **_OPTIONS),
+        optimizer=make_optimizer(model.parameters(), **OPTIONS),
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
@@ -116,7 +118,7 @@ def _deepspeed(model: GPT, dtype: torch.dtype, stage: int) -> Train:
     )
 
     def train(tokens: Tensor) -> Iterator[str]:
-        loss = _loss(engine, tokens)
+        loss = loss_of(engine, tokens)
         yield FORWARD
         engine.backward(loss)
         yield BACKWARD
@@ -135,13 +137,28 @@ ENGINES: dict[str, Builder] = {
     f"{OURS} ZeRO-1, bf16 sent": partial(_sharded, reduce_dtype=torch.bfloat16),
     f"{OURS} ZeRO-1, int8 sent": partial(_sharded, reduce_dtype=torch.int8),
     f"{OURS} ZeRO-1, native": partial(_sharded, reduction="native"),
-    BASELINE: partial(_ddp, make_optimizer=partial(AdamW, fused=True)),
+    BASELINE: partial(_ddp, make_optimizer=_ADAMW),
     "DDP + official AdaBelief": partial(_ddp, make_optimizer=official_adabelief),
-    "DDP + ZeroRedundancy AdamW": partial(_ddp, make_optimizer=_zero_redundancy),
-    "FSDP2 + AdamW": _fsdp2,
-    "DeepSpeed ZeRO-1 + AdamW": partial(_deepspeed, stage=1),
-    "DeepSpeed ZeRO-2 + AdamW": partial(_deepspeed, stage=2),
-    "DeepSpeed ZeRO-3 + AdamW": partial(_deepspeed, stage=3),
+    "DDP + ZeroRedundancy AdamW": partial(
+        _ddp, make_optimizer=partial(_zero_redundancy, optimizer_class=AdamW, fused=True)
+    ),
+    "FSDP2 + AdamW": partial(_fsdp2, make_optimizer=_ADAMW),
+    "DeepSpeed ZeRO-1 + AdamW": partial(_deepspeed, stage=1, make_optimizer=_ADAMW),
+    "DeepSpeed ZeRO-2 + AdamW": partial(_deepspeed, stage=2, make_optimizer=_ADAMW),
+    "DeepSpeed ZeRO-3 + AdamW": partial(_deepspeed, stage=3, make_optimizer=_ADAMW),
+}
+# All with the same rule, for comparing bits.
+SAME_RULE: dict[str, Builder] = {
+    f"{OURS} ZeRO-1": ENGINES[f"{OURS} ZeRO-1"],
+    f"{OURS} ZeRO-2": ENGINES[f"{OURS} ZeRO-2"],
+    f"{OURS} ZeRO-1, native": ENGINES[f"{OURS} ZeRO-1, native"],
+    "DDP + AdaBelief": partial(_ddp, make_optimizer=AdaBelief),
+    "DDP + ZeroRedundancy AdaBelief": partial(
+        _ddp, make_optimizer=partial(_zero_redundancy, optimizer_class=AdaBelief)
+    ),
+    "FSDP2 + AdaBelief": partial(_fsdp2, make_optimizer=AdaBelief),
+    "DeepSpeed ZeRO-1 + AdaBelief": partial(_deepspeed, stage=1, make_optimizer=AdaBelief),
+    "DeepSpeed ZeRO-2 + AdaBelief": partial(_deepspeed, stage=2, make_optimizer=AdaBelief),
 }
 _PACKAGES = {"official": "adabelief_pytorch", "DeepSpeed": "deepspeed"}
 

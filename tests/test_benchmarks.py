@@ -1,0 +1,57 @@
+"""The benchmark commands run, and the controls of the exactness tests are real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.bits import run_bits
+from benchmarks.engines import ENGINES
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_other_ways_to_sum_give_other_bits() -> None:
+    # At 2 ranks there is one order only; from 3 on DDP's ring adds in an order of its own.
+    found = run_bits([3], 3, ["ShardedAdaBelief ZeRO-1", "DDP + AdaBelief"])
+    assert found["ShardedAdaBelief ZeRO-1"][3].elements == 0
+    assert found["DDP + AdaBelief"][3].elements > 0.01
+
+
+def test_a_step_of_every_engine_is_timed_and_drawn(tmp_path: Path) -> None:
+    results = tmp_path / "step.json"
+    model = "--layers=1 --width=64 --context=16 --rounds=1 --steps=1".split()
+    done = run("step", *model, f"--json={results}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(results.read_text())["step"]
+    assert [row["name"] for row in result["rows"]] == list(ENGINES)
+    for row in result["rows"]:
+        assert row["median_ms"] > 0 and row["phases_ms"]["backward"] > 0
+        assert row["name"] in done.stdout
+    picture = tmp_path / "step.png"
+    done = run("plot", f"--files=[{results}]", f"--out={picture}")
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["step", "--only=[apex]"], "is in no engine's name: compute only; "),
+        (["step", "--ranks=2", "--dtype=float16"], "float16"),
+        (["draw"], "draw"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
