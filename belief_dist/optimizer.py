@@ -16,6 +16,7 @@ from belief_dist.options import complete_options
 from belief_dist.params import as_groups, prepare_group
 from belief_dist.rule import compute_dtype, step_scalars, update_reference_
 from belief_dist.state import check_state_dict, check_state_entry
+from belief_dist.storage import Operands
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
@@ -183,9 +184,9 @@ class AdaBelief(Optimizer):
             if flat is None:
                 update_reference_(**arguments, scalars=scalars)
             else:
-                kernels.update_(
-                    **dict(zip(names, flat, strict=True)), scalars=scalars, fused=self._fused
-                )
+                by_name: dict[str, Any] = dict(zip(names, flat, strict=True))
+                operands = Operands(**by_name)
+                kernels.update_([operands], scalars, fused=self._fused)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.

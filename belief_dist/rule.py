@@ -51,6 +51,7 @@ class StepScalars(NamedTuple):
     denom_scale: float
     direction: Direction
     sign: float  # -1 to maximize, else 1; multiplies the gradient
+    step: int  # 1-based; keys the noise of states that are rounded stochastically
 
 
 # Below this length of the simple moving average the variance of s is intractable
@@ -100,6 +101,7 @@ def step_scalars(options: Mapping[str, Any], step: int) -> StepScalars:
         denom_scale=denom_scale,
         direction=direction,
         sign=-1.0 if options["maximize"] else 1.0,
+        step=step,
     )
 
 

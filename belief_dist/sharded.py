@@ -62,6 +62,7 @@ from belief_dist.state import (
     check_state_dict,
     check_state_entry,
 )
+from belief_dist.storage import Operands
 from belief_dist.wire import BLOCK
 
 logger = logging.getLogger("belief_dist")
@@ -586,17 +587,16 @@ class ShardedAdaBelief(Optimizer):
         skip: Tensor,
     ) -> None:
         maximum = bucket.max_exp_avg_sq
-        kernels.update_(
-            bucket.master[window],
-            grads[window],
-            bucket.exp_avg[window],
-            bucket.exp_avg_sq[window],
-            step_scalars(self.param_groups[bucket.bucket.group], step),
-            grad_scale=scale,
-            skip=skip,
+        operands = Operands(
+            param=bucket.master[window],
+            grad=grads[window],
+            exp_avg=bucket.exp_avg[window],
+            exp_avg_sq=bucket.exp_avg_sq[window],
             max_exp_avg_sq=None if maximum is None else maximum[window],
             param_out=None if bucket.low_param is None else bucket.low_param[window],
         )
+        scalars = step_scalars(self.param_groups[bucket.bucket.group], step)
+        kernels.update_([operands], scalars, grad_scale=scale, skip=skip)
 
     def _resolve_verdict(self) -> None:
         """Read whether the last step was skipped, and count it back if so.

@@ -25,6 +25,7 @@ from belief_dist.layout import ParamSpec
 from belief_dist.norm import NUM_WORDS
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
+from belief_dist.storage import Operands
 from benchmarks import network
 from benchmarks.simulation import Device, Profile
 from benchmarks.team import Workload
@@ -135,9 +136,10 @@ def _speeds(work: Workload) -> Device:
     total, bins = torch.empty(shard), torch.zeros(NUM_WORDS, dtype=torch.int64)
     seconds = _median_seconds(lambda: ordered_sum_(total, pieces, bins, accumulate=False))
     addends = work.ranks * pieces[0].nbytes
-    states = [torch.zeros(shard) for _ in range(3)]
+    param, exp_avg, exp_avg_sq = (torch.zeros(shard) for _ in range(3))
+    operands = Operands(param, total, exp_avg, exp_avg_sq)
     scalars = step_scalars(DEFAULTS, 1)
-    update = _median_seconds(lambda: update_(states[0], total, states[1], states[2], scalars))
+    update = _median_seconds(lambda: update_([operands], scalars))
     flat = torch.zeros(_ELEMENTS, dtype=dtype)
     check = _median_seconds(lambda: checksums([flat]))
     return Device(addends / seconds, shard / update, flat.nbytes / check, _send_cost(work))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from belief_dist.rule import (
     step_scalars,
     update_reference_,
 )
+from belief_dist.storage import Operands
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 OPTIONS = {**DEFAULTS, "lr": 0.01, "eps": 1e-8, "weight_decay": 0.1}
@@ -70,12 +72,24 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def cpp(*args: Any, **kwargs: Any) -> None:
-    kernels.update_(*args, fused=True, **kwargs)
+def any_backend(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    scalars: StepScalars,
+    *,
+    grad_scale: Tensor | float = 1.0,
+    skip: Tensor | None = None,
+    fused: bool | None = None,
+    **optional: Tensor | None,
+) -> None:
+    operands = Operands(param, grad, exp_avg, exp_avg_sq, **optional)
+    kernels.update_([operands], scalars, grad_scale=grad_scale, skip=skip, fused=fused)
 
 
-def chunked(*args: Any, **kwargs: Any) -> None:
-    kernels.update_(*args, fused=False, **kwargs)
+cpp = partial(any_backend, fused=True)
+chunked = partial(any_backend, fused=False)
 
 
 def values(n: int, offset: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -160,7 +174,7 @@ def test_the_fallback_works_through_many_pieces() -> None:
 def test_any_mixture_of_dtypes(param_dtype: torch.dtype) -> None:
     """The kernel knows one arithmetic at a time; what mixes two is left to plain torch."""
     for grad_dtype, out_dtype in itertools.product((F32, F64, BF16, F16), (None, F32, BF16, F16)):
-        check(kernels.update_, 100, {}, (param_dtype, grad_dtype, out_dtype))
+        check(any_backend, 100, {}, (param_dtype, grad_dtype, out_dtype))
 
 
 @given(
@@ -222,10 +236,11 @@ def test_a_skip_is_not_read_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -
         tensors = [torch.rand(100) for _ in range(4)]
         more = {"max_exp_avg_sq": torch.rand(100)} if with_maximum else {}
         before = [t.clone() for t in (*tensors, *more.values())]
-        eager.update_(*tensors, step_scalars(OPTIONS, 1), skip=torch.tensor(True), **more)
+        operands = Operands(*tensors, **more)
+        eager.update_(operands, step_scalars(OPTIONS, 1), skip=torch.tensor(True))
         after = (*tensors, *more.values())
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
-        eager.update_(*tensors, step_scalars(OPTIONS, 1), skip=torch.tensor(False), **more)
+        eager.update_(operands, step_scalars(OPTIONS, 1), skip=torch.tensor(False))
         assert not torch.equal(tensors[0], before[0])
 
 

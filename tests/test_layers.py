@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "belief_dist"
 # A module imports only from rows above its own.
 ROWS = [
     {"rule", "layout", "options"},
-    {"norm"},
+    {"norm", "storage"},
     {"kernels", "params", "state", "buffers", "guard", "dtensors"},
     {"wire", "offload"},
     {"collectives"},

@@ -1,8 +1,8 @@
 """The fused updates, and which of them serves which tensors.
 
 The compiled C++ kernel serves CPU tensors where it is usable; chunked plain torch serves the rest.
-All give the same bits as `belief_dist.rule.update_reference_`. One log line says which is used;
-the environment variable BELIEF_DIST_BACKEND ("auto", "cpp" or "eager") forces one.
+All give the same bits as `belief_dist.storage.update_stored_reference_`. One log line says which
+is used; the environment variable BELIEF_DIST_BACKEND ("auto", "cpp" or "eager") forces one.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.rule import StepScalars, compute_dtype
+from belief_dist.storage import Operands
 
 __all__ = [
     "backends",
@@ -96,64 +97,40 @@ def prefers_foreach(
 
 
 def update_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    work: Sequence[Operands],
     scalars: StepScalars,
     *,
     grad_scale: Tensor | float = 1.0,
     skip: Tensor | None = None,
-    max_exp_avg_sq: Tensor | None = None,
-    param_out: Tensor | None = None,
     fused: bool | None = None,
 ) -> None:
-    """Apply one step in place to contiguous tensors by the fastest usable backend.
+    """Apply one step in place by the fastest usable backend: one call for many tensors.
 
     Args:
-        param: As all that is not described here, see `rule.update_reference_`.
-        grad: Likewise.
-        exp_avg: Likewise.
-        exp_avg_sq: Likewise.
-        scalars: Likewise.
-        grad_scale: Likewise.
-        max_exp_avg_sq: Likewise.
-        param_out: Likewise.
+        work: With contiguous tensors. All entries have the same dtypes and the same optional
+            tensors, on one device.
+        scalars: From `rule.step_scalars`.
+        grad_scale: As for `rule.update_reference_`.
         skip: One element on the tensors' device; unless it is zero, everything stays as it is.
         fused: True insists on a compiled kernel, False refuses it, None takes it if it is usable.
 
     Raises:
         RuntimeError: `fused` is True and no compiled kernel serves these tensors.
     """
-    tensors = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out)
+    if not work:
+        return
     kernel = None if fused is False else _cpp()
-    if (
-        isinstance(kernel, CppKernel)
-        and kernel.supports(*tensors)
-        and exp_avg.dtype == compute_dtype(param.dtype) == compute_dtype(grad.dtype)
-        and (param_out is None or (param_out.itemsize == 2 and exp_avg.itemsize == 4))
-    ):
+    if isinstance(kernel, CppKernel) and kernel.updates(work):
         if skip is None or not bool(skip):
-            scale = float(grad_scale)
-            kernel.update_(
-                param, grad, exp_avg, exp_avg_sq, scalars, scale, max_exp_avg_sq, param_out
-            )
+            kernel.update_(work, scalars, float(grad_scale))
         return
     if fused:
+        first = work[0].param
         raise RuntimeError(
-            f"fused=True, but no compiled kernel serves {param.dtype} tensors on {param.device}."
+            f"fused=True, but no compiled kernel serves {first.dtype} tensors on {first.device}."
         )
-    eager.update_(
-        param,
-        grad,
-        exp_avg,
-        exp_avg_sq,
-        scalars,
-        grad_scale=grad_scale,
-        skip=skip,
-        max_exp_avg_sq=max_exp_avg_sq,
-        param_out=param_out,
-    )
+    for operands in work:
+        eager.update_(operands, scalars, grad_scale=grad_scale, skip=skip)
 
 
 def ordered_sum_(

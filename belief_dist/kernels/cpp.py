@@ -10,7 +10,8 @@ from torch import Tensor
 
 from belief_dist.kernels.build import find_library
 from belief_dist.norm import NUM_WORDS
-from belief_dist.rule import StepScalars
+from belief_dist.rule import StepScalars, compute_dtype
+from belief_dist.storage import Operands
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
@@ -50,17 +51,21 @@ class CppKernel:
             for tensor in tensors
         )
 
-    def update_(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        scalars: StepScalars,
-        scale: float,
-        max_exp_avg_sq: Tensor | None,
-        param_out: Tensor | None,
-    ) -> None:
+    def updates(self, work: Sequence[Operands]) -> bool:
+        """Tell whether `update_` serves these tensors."""
+        first = work[0]
+        return (
+            all(self.supports(*(t for t in each if isinstance(t, Tensor))) for each in work)
+            and first.exp_avg.dtype == compute_dtype(first.param.dtype)
+            and first.exp_avg.dtype == compute_dtype(first.grad.dtype)
+            and first.remainder is None
+            and (
+                first.param_out is None
+                or (first.param_out.itemsize == 2 and first.exp_avg.itemsize == 4)
+            )
+        )
+
+    def update_(self, work: Sequence[Operands], scalars: StepScalars, scale: float) -> None:
         """Apply one step in a single pass."""
         by_name = (
             scale * scalars.sign,
@@ -73,21 +78,22 @@ class CppKernel:
             scalars.step_size,
             scalars.denom_scale,
         )
-        self._library.belief_update(
-            param.numel(),
-            param.data_ptr(),
-            _DTYPES[param.dtype],
-            grad.data_ptr(),
-            _DTYPES[grad.dtype],
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            None if max_exp_avg_sq is None else max_exp_avg_sq.data_ptr(),
-            None if param_out is None else param_out.data_ptr(),
-            0 if param_out is None else _DTYPES[param_out.dtype],
-            (ctypes.c_double * len(by_name))(*by_name),
-            int(scalars.direction),
-            torch.get_num_threads(),
-        )
+        for o in work:
+            self._library.belief_update(
+                o.param.numel(),
+                o.param.data_ptr(),
+                _DTYPES[o.param.dtype],
+                o.grad.data_ptr(),
+                _DTYPES[o.grad.dtype],
+                o.exp_avg.data_ptr(),
+                o.exp_avg_sq.data_ptr(),
+                None if o.max_exp_avg_sq is None else o.max_exp_avg_sq.data_ptr(),
+                None if o.param_out is None else o.param_out.data_ptr(),
+                0 if o.param_out is None else _DTYPES[o.param_out.dtype],
+                (ctypes.c_double * len(by_name))(*by_name),
+                int(scalars.direction),
+                torch.get_num_threads(),
+            )
 
     def ordered_sum_(
         self, out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None, *, accumulate: bool

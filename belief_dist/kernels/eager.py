@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from threading import get_ident
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from belief_dist.rule import Direction, StepScalars, update_reference_
+from belief_dist.rule import Direction, StepScalars
+from belief_dist.storage import BLOCK, Operands, update_stored_reference_
 
 # Elements per piece, as measured: what a piece touches stays in cache and its temporary tensors
 # below the size that the C library returns to the system. Accelerators have neither concern.
@@ -19,43 +21,47 @@ _ACCELERATOR_PIECE = 1 << 26
 
 
 def update_(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
+    operands: Operands,
     scalars: StepScalars,
     *,
     grad_scale: Tensor | float = 1.0,
     skip: Tensor | None = None,
-    max_exp_avg_sq: Tensor | None = None,
-    param_out: Tensor | None = None,
 ) -> None:
-    """Apply one step piece by piece; bit for bit `update_reference_`."""
-    on_cpu = _on_cpu(param)
+    """Apply one step piece by piece; bit for bit `storage.update_stored_reference_`."""
+    on_cpu = _on_cpu(operands.param)
     if on_cpu and skip is not None and bool(skip):
         return
-    tensors = (param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out)
-    flat = [None if tensor is None else tensor.view(-1) for tensor in tensors]
-    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
-    lean = on_cpu and dtypes == {torch.float32} and max_exp_avg_sq is None and param_out is None
+    lean = on_cpu and _is_plain_float32(operands)
     size = _LEAN_PIECE if lean else _PIECE if on_cpu else _ACCELERATOR_PIECE
-    for start in range(0, param.numel(), size):
-        p, g, m, s, maximum, out = (
-            None if tensor is None else tensor[start : start + size] for tensor in flat
-        )
-        assert p is not None and g is not None and m is not None and s is not None
+    for start in range(0, operands.param.numel(), size):
+        piece = _piece(operands, start, start + size)
         if lean:
-            _update_float32_(p, g, m, s, scalars, float(grad_scale))
+            _update_float32_(*piece[:4], scalars, float(grad_scale))
             continue
-        results = [t for t in (p, m, s, maximum, out) if t is not None]
-        before = [] if skip is None or on_cpu else [t.clone() for t in results]
-        update_reference_(
-            p, g, m, s, scalars, grad_scale=grad_scale, max_exp_avg_sq=maximum, param_out=out
-        )
+        written = [t for name, t in piece._asdict().items() if name != "grad"]
+        results = [tensor for tensor in written if isinstance(tensor, Tensor)]
+        before = [] if skip is None or on_cpu else [tensor.clone() for tensor in results]
+        update_stored_reference_(piece, scalars, grad_scale=grad_scale)
         # An accelerator would stop for the host to read `skip`.
         if skip is not None and not on_cpu:
             for old, new in zip(before, results, strict=True):
                 new.copy_(torch.where(skip.bool(), old, new))
+
+
+def _is_plain_float32(operands: Operands) -> bool:
+    """Tell whether there is nothing but four float32 tensors."""
+    needed, optional = operands[:4], operands[4:10]
+    return all(t.dtype == torch.float32 for t in needed) and all(t is None for t in optional)
+
+
+def _piece(operands: Operands, start: int, stop: int) -> Operands:
+    """Return elements [start, stop); `start` is a multiple of `BLOCK`."""
+    cut: dict[str, Any] = {}
+    for name, value in operands._asdict().items():
+        if isinstance(value, Tensor):
+            scale = BLOCK if name.endswith("_exponent") else 1
+            cut[name] = value.view(-1)[start // scale : -(-stop // scale)]
+    return operands._replace(**cut, first=operands.first + start)
 
 
 def _on_cpu(tensor: Tensor) -> bool:

@@ -1,0 +1,164 @@
+"""What is stored in fewer bits: exact where it must be, unbiased where it is rounded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from belief_dist.storage import (
+    BLOCK,
+    decode_m,
+    decode_s,
+    encode_m,
+    encode_s,
+    join_master,
+    noise,
+    noise_key,
+    round_to_bfloat16,
+    split_master,
+)
+
+CPU = torch.device("cpu")
+
+
+def floats(bits: Tensor) -> Tensor:
+    """Return the float32 numbers with these bits, int64 in [0, 2**32)."""
+    return torch.where(bits >= 1 << 31, bits - (1 << 32), bits).to(torch.int32).view(torch.float32)
+
+
+# - Noise
+
+
+def test_noise_depends_on_seed_parameter_step_and_element_alone() -> None:
+    key = noise_key(seed=3, param=7)
+    whole = noise(key, 5, 0, 1000, CPU)
+    assert torch.equal(whole[300:400], noise(key, 5, 300, 100, CPU))
+    others = [noise(noise_key(4, 7), 5, 0, 1000, CPU), noise(noise_key(3, 8), 5, 0, 1000, CPU)]
+    others += [noise(key, 6, 0, 1000, CPU), noise(key, 5, 1 << 32, 1000, CPU)]
+    for other in others:
+        assert (whole == other).sum() <= 1
+
+
+def test_noise_is_uniform_in_both_halves() -> None:
+    n = 1 << 20
+    for half in (noise(1, 1, 0, n, CPU) & 0xFFFF, noise(1, 1, 0, n, CPU) >> 16):
+        counts = torch.bincount(half >> 8, minlength=256).double()
+        # Chi squared with 255 degrees of freedom: mean 255, standard deviation 23.
+        assert 150 < ((counts - n / 256).square() / (n / 256)).sum() < 360
+
+
+def test_noise_of_one_element_is_uniform_over_steps() -> None:
+    """What an element meets in training: one number per step, not one per element."""
+    steps = torch.cat([noise(noise_key(0, 2), step, 17, 1, CPU) for step in range(4096)])
+    # The mean of 4,096 uniform numbers has a standard deviation of 0.0045.
+    assert abs((steps.double() / 2**32).mean() - 0.5) < 0.02
+    assert abs(torch.corrcoef(torch.stack([steps[1:], steps[:-1]]).double())[0, 1]) < 0.06
+
+
+# - Remainders
+
+
+def test_masters_are_lossless_and_parameters_their_nearest_bfloat16() -> None:
+    """All upper halves with the lower halves that matter, and a sample of all others."""
+    upper = torch.arange(1 << 16).view(-1, 1) << 16
+    edges = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    sample = torch.randint(0, 1 << 32, (1 << 20,), generator=torch.Generator().manual_seed(0))
+    master = floats(torch.cat([(upper + edges).flatten(), sample]))
+    param, remainder = split_master(master)
+    joined = join_master(param, remainder)
+    number = ~master.isnan()
+    assert torch.equal(joined[number].view(torch.int32), master[number].view(torch.int32))
+    assert joined[~number].isnan().all()
+    # Nearest: no further away than what rounds ties to even, which torch does.
+    wide = master.double()
+    finite = number & master.isfinite() & (master.abs() < 3e38)
+    off = (param.double() - wide).abs()[finite]
+    assert torch.equal(off, (master.to(torch.bfloat16).double() - wide).abs()[finite])
+
+
+# - Stochastic rounding
+
+
+def mean_error(exact: Tensor, rounded: Tensor, spacing: Tensor) -> float:
+    """Return the mean error in units of its standard deviation, at most half a spacing each."""
+    error = (rounded.double() - exact.double()) / spacing
+    return float(error.sum().abs() / (0.5 * len(error) ** 0.5))
+
+
+def spread(n: int, low: float, high: float, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 2 ** torch.empty(n).uniform_(low, high, generator=generator)
+
+
+def test_bfloat16_is_one_of_two_neighbours_and_unbiased() -> None:
+    x = spread(1 << 16, -100, 100) * torch.tensor([1.0, -1.0]).repeat(1 << 15)
+    rounded = round_to_bfloat16(x, noise(1, 1, 0, len(x), CPU) & 0xFFFF).double()
+    spacing = 2.0 ** (x.double().abs().log2().floor() - 7)
+    assert ((rounded - x.double()).abs() < spacing).all()
+    assert mean_error(x, rounded, spacing) < 4
+
+
+def test_special_numbers_survive() -> None:
+    x = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
+    most = torch.full((5,), 0xFFFF)
+    rounded = round_to_bfloat16(x, most)
+    assert torch.equal(rounded[:4], x[:4].to(torch.bfloat16)) and rounded[4].isnan()
+    assert torch.equal(rounded.signbit()[:4], x.signbit()[:4])
+    for special in x:
+        m = torch.ones(300)
+        m[3] = special
+        back = decode_m(*encode_m(m, torch.zeros(300, dtype=torch.int64)))
+        assert torch.equal(back[3], special) or (back[3].isnan() and special.isnan())
+    s = torch.tensor([0.0, float("inf"), float("nan"), 1.0])
+    back = decode_s(*encode_s(s, most[:4]))
+    assert back[1] == float("inf") and back[2].isnan()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_8_bit_m_is_near_and_unbiased(scale: float) -> None:
+    n = 256 * BLOCK
+    signs = torch.tensor([1.0, -1.0, -1.0]).repeat(n)[:n]
+    m = spread(n, -16, 0) * signs * scale
+    m[::BLOCK] = scale * 0.999  # every block reaches the same power of two
+    back = decode_m(*encode_m(m, noise(1, 1, 0, n, CPU) & 0xFFFF)).double()
+    # Constant around zero, relative above; see the module.
+    top = 2.0 ** torch.tensor(scale * 0.999).double().log2().floor()
+    spacing = torch.maximum((m.double().abs() + top / 128) / 16, top / 2048)
+    assert ((back - m.double()).abs() <= spacing).all()
+    assert mean_error(m, back, spacing) < 4
+    assert (back.signbit() == m.signbit()).all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e30])
+def test_8_bit_s_is_near_unbiased_and_never_too_small(scale: float) -> None:
+    n = 256 * BLOCK
+    s = spread(n, -25, 0) * scale
+    s[::BLOCK] = scale * 0.75
+    back = decode_s(*encode_s(s, noise(1, 1, 0, n, CPU) >> 16)).double()
+    spacing = s.double() / 8
+    assert ((back - s.double()).abs() <= spacing).all()
+    assert mean_error(s, back, spacing) < 4
+    # Far below the largest: raised to the smallest code, never zero.
+    s[1] = scale * 1e-14
+    back = decode_s(*encode_s(s, torch.zeros(n, dtype=torch.int64)))
+    assert back[1] >= s[1] and back[1] > 0
+    assert back[1] <= scale * 2.0**-31
+
+
+def test_what_is_decoded_is_encoded_as_it_was() -> None:
+    """A number that has a code keeps it whatever the noise, while its block's largest stays."""
+    m = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    zero, most = torch.zeros(1000, dtype=torch.int64), torch.full((1000,), 0xFFFF)
+    code, exponent = encode_s(m.square(), zero)
+    again, same = encode_s(decode_s(code, exponent), most)
+    assert torch.equal(code, again) and torch.equal(exponent, same)
+
+
+def test_fresh_states_are_zero() -> None:
+    zeros = torch.zeros(700)
+    none = torch.zeros(3, dtype=torch.uint8)
+    assert torch.equal(decode_s(torch.zeros(700, dtype=torch.uint8), none), zeros)
+    m = decode_m(torch.zeros(700, dtype=torch.uint8), torch.ones(3, dtype=torch.uint8))
+    assert torch.equal(m, zeros)
+    assert torch.equal(decode_m(torch.zeros(700, dtype=torch.uint8), none), zeros)
