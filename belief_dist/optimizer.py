@@ -25,18 +25,24 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return to_local() if to_local is not None else tensor
 
 
-def _flat_views(tensors: list[Tensor]) -> list[Tensor] | None:
-    """Return 1-D views in memory order, or None if the tensors' elements are laid out differently.
+def _in_memory_order(operands: Operands) -> Operands | None:
+    """Return contiguous operands, or None if their elements are laid out differently.
 
     Works for any dense strides that all tensors share, such as channels-last.
     """
-    first = tensors[0]
+    tensors = [value for value in operands if isinstance(value, Tensor)]
     if all(tensor.is_contiguous() for tensor in tensors):
-        return [tensor.view(-1) for tensor in tensors]
+        return operands
+    first = tensors[0]
     dense = sum((n - 1) * s for n, s in zip(first.shape, first.stride(), strict=True)) + 1
     if dense != first.numel() or any(tensor.stride() != first.stride() for tensor in tensors):
         return None
-    return [tensor.as_strided((first.numel(),), (1,)) for tensor in tensors]
+    flat: dict[str, Any] = {
+        name: value.as_strided((first.numel(),), (1,))
+        for name, value in operands._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    return operands._replace(**flat)
 
 
 class AdaBelief(Optimizer):
@@ -135,7 +141,7 @@ class AdaBelief(Optimizer):
             for param in params:
                 self._complete_state(param, group)
             if not rehearsal:
-                self._update([self._arguments(param) for param in params], group)
+                self._update(params, group)
         return loss
 
     def _complete_state(self, param: Tensor, group: Mapping[str, Any]) -> None:
@@ -147,21 +153,6 @@ class AdaBelief(Optimizer):
         if not self.state[param]:
             self.state[param] = self._new_state(param, group["amsgrad"], param.device)
 
-    def _arguments(self, param: Tensor) -> dict[str, Any]:
-        state = self.state[param]
-        # Rebound, never changed in place: DeepSpeed's stage-3 loader shares one step object
-        # between all sub-groups.
-        state["step"] = int(state["step"]) + 1
-        maximum = state.get("max_exp_avg_sq")
-        return {
-            "param": local_tensor(param),
-            "grad": local_tensor(cast(Tensor, param.grad)),
-            "exp_avg": local_tensor(state["exp_avg"]),
-            "exp_avg_sq": local_tensor(state["exp_avg_sq"]),
-            "max_exp_avg_sq": None if maximum is None else local_tensor(maximum),
-            "step": state["step"],
-        }
-
     @staticmethod
     def _new_state(param: Tensor, amsgrad: bool, device: torch.device | str) -> dict[str, Any]:
         keys = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
@@ -171,22 +162,35 @@ class AdaBelief(Optimizer):
             **{key: torch.zeros_like(param, dtype=dtype, device=device) for key in keys},
         }
 
-    def _update(self, work: list[dict[str, Any]], group: Mapping[str, Any]) -> None:
-        if kernels.prefers_foreach(work, self._foreach, self._fused):
-            for step in {arguments["step"] for arguments in work}:
-                same = [arguments for arguments in work if arguments["step"] == step]
-                kernels.foreach_update_(same, step_scalars(group, step))
-            return
-        for arguments in work:
-            scalars = step_scalars(group, arguments.pop("step"))
-            names = [name for name, value in arguments.items() if value is not None]
-            flat = _flat_views([arguments[name] for name in names])
-            if flat is None:
-                update_reference_(**arguments, scalars=scalars)
-            else:
-                by_name: dict[str, Any] = dict(zip(names, flat, strict=True))
-                operands = Operands(**by_name)
-                kernels.update_([operands], scalars, fused=self._fused)
+    def _update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        # What one call can take together: nearly always all tensors of a group.
+        work: dict[tuple[int, torch.dtype, torch.dtype], list[Operands]] = {}
+        for param in params:
+            state = self.state[param]
+            # Rebound, never changed in place: DeepSpeed's stage-3 loader shares one step object
+            # between all sub-groups.
+            step = state["step"] = int(state["step"]) + 1
+            operands = Operands(
+                local_tensor(param),
+                local_tensor(cast(Tensor, param.grad)),
+                local_tensor(state["exp_avg"]),
+                local_tensor(state["exp_avg_sq"]),
+                local_tensor(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None,
+            )
+            kind = (step, operands.param.dtype, operands.grad.dtype)
+            work.setdefault(kind, []).append(operands)
+        for (step, *_), entries in work.items():
+            scalars = step_scalars(group, step)
+            if kernels.prefers_foreach(entries[0].param, self._foreach, self._fused):
+                kernels.foreach_update_(entries, scalars)
+                continue
+            flat = [_in_memory_order(operands) for operands in entries]
+            kernels.update_([o for o in flat if o is not None], scalars, fused=self._fused)
+            for operands, is_flat in zip(entries, flat, strict=True):
+                if is_flat is None:
+                    update_reference_(
+                        *operands[:4], scalars, max_exp_avg_sq=operands.max_exp_avg_sq
+                    )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.

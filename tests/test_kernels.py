@@ -199,7 +199,8 @@ def test_multi_tensor_operations(switches: dict[str, Any]) -> None:
     def update(scalars: StepScalars, grad_scale: float, **tensors: Any) -> None:
         # Optimizers without clipping hand over unscaled gradients only.
         tensors["grad"] = tensors["grad"].to(tensors["exp_avg"].dtype) * grad_scale
-        kernels.foreach_update_([tensors], scalars)
+        tensors.pop("param_out")
+        kernels.foreach_update_([Operands(**tensors)], scalars)
 
     for dtypes in ((F32, F32, None), (BF16, BF16, None), (F64, F64, None)):
         check(update, 1023, switches, dtypes)

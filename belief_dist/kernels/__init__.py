@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 from torch import Tensor
 
@@ -87,13 +86,11 @@ def require_fused() -> None:
         raise RuntimeError(f"fused=True needs the compiled kernel, but {kernel}.")
 
 
-def prefers_foreach(
-    work: Sequence[Mapping[str, Any]], foreach: bool | None, fused: bool | None
-) -> bool:
-    """Tell whether a group's tensors are best updated together by multi-tensor operations."""
-    if foreach is not None or not work:
-        return bool(foreach)
-    return not fused and work[0]["param"].device.type != "cpu"
+def prefers_foreach(param: Tensor, foreach: bool | None, fused: bool | None) -> bool:
+    """Tell whether tensors like `param` are best updated together by multi-tensor operations."""
+    if foreach is not None:
+        return foreach
+    return not fused and param.device.type != "cpu"
 
 
 def update_(

@@ -6,36 +6,30 @@ of 15 for each. Bit for bit `belief_dist.rule.update_reference_`, operation by o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from belief_dist.rule import Direction, StepScalars, correctly_rounded_sqrt
+from belief_dist.storage import Operands
 
 
-def foreach_update_(work: Sequence[Mapping[str, Any]], scalars: StepScalars) -> None:
+def foreach_update_(work: Sequence[Operands], scalars: StepScalars) -> None:
     """Apply one step to every entry of `work`.
 
     Args:
-        work: Dicts with the tensors param, grad, exp_avg, exp_avg_sq and max_exp_avg_sq (or None),
-            each as in `update_reference_`.
+        work: Whose states are float32 or float64, of any shapes and strides; all entries have the
+            same dtypes.
         scalars: The same for all.
     """
-    by_dtype: dict[torch.dtype, list[Mapping[str, Any]]] = {}
-    for entry in work:
-        by_dtype.setdefault(entry["exp_avg"].dtype, []).append(entry)
-    for compute, entries in by_dtype.items():
-        _update(entries, scalars, compute)
-
-
-def _update(work: Sequence[Mapping[str, Any]], scalars: StepScalars, compute: torch.dtype) -> None:
-    exp_avg: list[Tensor] = [entry["exp_avg"] for entry in work]
-    exp_avg_sq: list[Tensor] = [entry["exp_avg_sq"] for entry in work]
-    targets: list[Tensor] = [entry["param"] for entry in work]
+    compute = work[0].exp_avg.dtype
+    exp_avg = [entry.exp_avg for entry in work]
+    exp_avg_sq = [entry.exp_avg_sq for entry in work]
+    targets = [entry.param for entry in work]
     params = [param.to(compute) for param in targets]  # the same tensor where nothing changes
-    grads = list(torch._foreach_mul([entry["grad"].to(compute) for entry in work], scalars.sign))
+    grads = list(torch._foreach_mul([entry.grad.to(compute) for entry in work], scalars.sign))
     if scalars.coupled_decay != 0.0:
         torch._foreach_add_(grads, torch._foreach_mul(params, scalars.coupled_decay))
 
@@ -51,8 +45,8 @@ def _update(work: Sequence[Mapping[str, Any]], scalars: StepScalars, compute: to
     torch._foreach_add_(exp_avg_sq, scalars.eps)
 
     second = exp_avg_sq
-    if work[0]["max_exp_avg_sq"] is not None:
-        second = [entry["max_exp_avg_sq"] for entry in work]
+    if work[0].max_exp_avg_sq is not None:
+        second = [cast(Tensor, entry.max_exp_avg_sq) for entry in work]
         torch._foreach_maximum_(second, exp_avg_sq)
 
     if scalars.decay != 1.0:
