@@ -6,12 +6,14 @@ Because parameters and gradients are views, both collectives run in place and co
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from belief_dist.layout import Bucket
 from belief_dist.rule import compute_dtype
+from belief_dist.storage import BLOCK, Operands
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
@@ -40,10 +42,12 @@ class BucketBuffers:
         param_shard: (bucket.shard_numel,), this rank's piece of `flat_param`.
         grad_shard: (bucket.shard_numel,) in the compute dtype: where reduced gradients arrive. It
             is this rank's piece of `flat_grad` if there is one in that dtype.
-        master: (bucket.shard_numel,) in the compute dtype: the parameters that are updated. It is
-            `param_shard` itself unless parameters are 16 bits wide or it is on the host.
-        exp_avg, exp_avg_sq, max_exp_avg_sq: (bucket.shard_numel,) in the compute dtype; the last
-            is None without amsgrad.
+        master: (bucket.shard_numel,): the parameters that are updated, in the compute dtype. It is
+            `param_shard` itself unless parameters are 16 bits wide or it is on the host. With
+            `remainders`, the bfloat16 parameters whose other half is in `remainder`.
+        remainder: (bucket.shard_numel,), int16: the lower halves of the masters, or None.
+        states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each (bucket.shard_numel,),
+            in the compute dtype or `state_dtype`; with uint8 also the exponents of each.
         low_param: (bucket.shard_numel,): where the update writes 16-bit parameters, else None.
         wire_error: (bucket.numel,) in the parameters' dtype: what `wire.encode_` keeps, or None.
         on_host: Whether `master`, states and `low_param` are in the host's memory, which is pinned
@@ -60,8 +64,22 @@ class BucketBuffers:
         keep_grad: bool,
         offload: bool = False,
         encodes: bool = False,
+        remainders: bool = False,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
-        """Move `params` (one for each slot) into flat storage; their values stay."""
+        """Move `params` (one for each slot) into flat storage; their values stay.
+
+        Args:
+            bucket: The plan.
+            params: The parameters of its slots.
+            rank: Which shard to keep.
+            amsgrad: Also keep the largest s so far.
+            keep_grad: Keep full gradients.
+            offload: Keep masters and states on the host.
+            encodes: Keep what `wire.encode_` cuts off.
+            remainders: Keep 16-bit remainders instead of float32 masters of bfloat16 parameters.
+            state_dtype: bfloat16 or uint8 for smaller states; None for the compute dtype.
+        """
         first = params[0]
         compute = compute_dtype(first.dtype)
         start, stop = bucket.shard_range(rank)
@@ -85,26 +103,37 @@ class BucketBuffers:
         self.gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
         self.param_shard = self.flat_param[start:stop]
         self.on_host = offload
+        is_low = first.dtype != compute
+        self.low_param: Tensor | None = self.param_shard if is_low else None
+        if is_low and offload:
+            self.low_param = self._on_host_like(self.param_shard, first.dtype)
+        self.remainder: Tensor | None = None
         self.master = self.param_shard
-        if offload:
+        if is_low and remainders:
+            assert self.low_param is not None
+            self.master = self.low_param
+            self.remainder = self._zeros(torch.int16)
+        elif offload:
             self.master = self._on_host_like(self.param_shard, compute)
-        elif first.dtype != compute:
+        elif is_low:
             self.master = self.param_shard.to(compute)
         if self.flat_grad is not None and first.dtype == compute:
             self.grad_shard = self.flat_grad[start:stop]
         else:
             self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)
 
-        def state() -> Tensor:
-            return torch.zeros_like(self.master, pin_memory=self.master.is_pinned())
+        self.states: dict[str, Tensor] = {}
+        for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
+            self.states[name] = self._zeros(state_dtype or compute)
+            if state_dtype == torch.uint8:
+                self.states[f"{name}_exponent"] = self._zeros(torch.uint8, BLOCK)
 
-        self.exp_avg, self.exp_avg_sq = state(), state()
-        self.max_exp_avg_sq = state() if amsgrad else None
-        self.low_param: Tensor | None = None
-        if first.dtype != compute:
-            self.low_param = self.param_shard
-            if offload:
-                self.low_param = self._on_host_like(self.param_shard, first.dtype)
+    def _zeros(self, dtype: torch.dtype, per: int = 1) -> Tensor:
+        """Return a zero for every `per` elements of the shard, where the masters are."""
+        like = self.master
+        return torch.zeros(
+            like.numel() // per, dtype=dtype, device=like.device, pin_memory=like.is_pinned()
+        )
 
     @staticmethod
     def _on_host_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -121,16 +150,26 @@ class BucketBuffers:
 
     @property
     def has_master(self) -> bool:
-        """Whether master weights are stored apart from the parameters."""
-        return self.master is not self.param_shard
+        """Whether float32 or float64 master weights are stored apart from the parameters."""
+        return self.remainder is None and self.master is not self.param_shard
 
     def refresh_master(self, start: int = 0, stop: int | None = None) -> None:
         """Take master weights [start, stop) from the parameters, whose values somebody has set."""
         window = slice(start, stop)
         if self.has_master:
             self.master[window].copy_(self.param_shard[window])
+        if self.remainder is not None:
+            self.remainder[window].zero_()
         if self.on_host and self.low_param is not None:
             self.low_param[window].copy_(self.param_shard[window])
+
+    def operands(self, grads: Tensor) -> Operands:
+        """Return what a step with the reduced gradients `grads` works on: the whole shard."""
+        states: dict[str, Any] = self.states
+        out = None if self.remainder is not None else self.low_param
+        return Operands(
+            param=self.master, grad=grads, param_out=out, remainder=self.remainder, **states
+        )
 
     def send_back(self) -> None:
         """Copy updated parameters from the host to their place, in the order of the stream."""
@@ -148,17 +187,20 @@ class BucketBuffers:
         grads = 0 if self.flat_grad is None else self.flat_grad.nbytes
         if self.flat_grad is None or self.grad_shard.dtype != self.flat_grad.dtype:
             grads += self.grad_shard.nbytes
-        maximum = self.max_exp_avg_sq
         masters = self.master.nbytes if self.has_master else 0
+        if self.remainder is not None:
+            masters += self.remainder.nbytes
         if self.on_host and self.low_param is not None:
             masters += self.low_param.nbytes
         held = {
             "parameters": self.flat_param.nbytes,
             "gradients": grads,
             "masters": masters,
-            "exp_avg": self.exp_avg.nbytes,
-            "exp_avg_sq": self.exp_avg_sq.nbytes + (maximum.nbytes if maximum is not None else 0),
+            "exp_avg": 0,
+            "exp_avg_sq": 0,
         }
+        for name, state in self.states.items():
+            held["exp_avg_sq" if "exp_avg_sq" in name else "exp_avg"] += state.nbytes
         if self.wire_error is not None:
             held["wire errors"] = self.wire_error.nbytes
         return held

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from itertools import compress
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from belief_dist import kernels
+from belief_dist import kernels, storage, wire
 from belief_dist.agreement import (
     Agreed,
     Verdict,
@@ -53,7 +53,7 @@ from belief_dist.guard import ReadGuard
 from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
-from belief_dist.options import complete_options
+from belief_dist.options import check_engine_options, complete_options
 from belief_dist.params import as_groups, prepare_group
 from belief_dist.rule import step_scalars
 from belief_dist.state import (
@@ -63,9 +63,15 @@ from belief_dist.state import (
     check_state_entry,
 )
 from belief_dist.storage import Operands
-from belief_dist.wire import BLOCK
 
 logger = logging.getLogger("belief_dist")
+
+
+class _Work(NamedTuple):
+    """What a step updates of one bucket: as a whole, or parameter by parameter."""
+
+    whole: Operands
+    parts: list[tuple[int, Operands]]  # with the index of the parameter
 
 
 class ShardedAdaBelief(Optimizer):
@@ -97,6 +103,13 @@ class ShardedAdaBelief(Optimizer):
         reduce_dtype: Gradients are rounded to this dtype before they travel, and summed in float32:
             torch.float32, torch.bfloat16, or torch.int8 with a scale for every 256 elements and
             error feedback, see `wire`. None sends them as they are.
+        master: "remainder" keeps the lower half only of a bfloat16 parameter's float32 master, as
+            the parameter itself is the upper one: 2 bytes less and the same masters, see `storage`.
+            "fp32" keeps the whole.
+        state_dtype: torch.float32, or torch.bfloat16 (2 bytes) or torch.uint8 (1 byte and 1/256)
+            for each element of exp_avg and exp_avg_sq, rounded stochastically, see `storage`. The
+            bits then are still the same for any number of ranks and any bucket size.
+        seed: Of the noise that rounds them.
         bucket_bytes: Size of a communication bucket in bytes.
         max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
         overlap: Reduce during backward and gather behind the next forward. False does both inside
@@ -109,8 +122,8 @@ class ShardedAdaBelief(Optimizer):
 
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
         parameters' dtype (no flat gradients at stage 2); master, exp_avg and exp_avg_sq are
-        (n / world_size,), float32 (float64 for float64 parameters); wire errors are (n,) in the
-        parameters' dtype, with int8 only.
+        (n / world_size,), float32 (float64 for float64 parameters) or what `master` and
+        `state_dtype` say; wire errors are (n,) in the parameters' dtype, with int8 only.
 
     Raises:
         TypeError: An argument has the wrong type, or an option is unknown.
@@ -142,6 +155,9 @@ class ShardedAdaBelief(Optimizer):
         stage: Literal[1, 2] = 1,
         reduction: Reduction = "auto",
         reduce_dtype: torch.dtype | None = None,
+        master: Literal["fp32", "remainder"] = "fp32",
+        state_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
         bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
         overlap: bool = True,
@@ -154,14 +170,15 @@ class ShardedAdaBelief(Optimizer):
         arguments = locals()
         self._built = False
         self._reduce_dtype = reduce_dtype
+        self._master = master
+        self._state_dtype = state_dtype
+        self._seed = seed
         self._buckets: list[BucketBuffers] = []
         device = torch.device("cpu")
         problem: Exception | None = None
         try:
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
-            _check_engine_options(
-                bucket_bytes, max_grad_norm, reduction, stage, reduce_dtype, offload
-            )
+            check_engine_options(arguments)
             super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)
             device = self._check_params()
         except (TypeError, ValueError) as error:
@@ -262,14 +279,26 @@ class ShardedAdaBelief(Optimizer):
         device: torch.device = devices.pop()
         if device.type == "meta":
             raise ValueError("ShardedAdaBelief needs real parameters, got the meta device.")
-        if self._reduce_dtype is not None:
-            for index, param in enumerate(self._params):
-                if param.dtype == torch.float64:
-                    raise ValueError(
-                        f"reduce_dtype={self._reduce_dtype} would narrow the gradient of float64 "
-                        f"parameter {self._label(index)}; leave it None, or use float32 parameters."
-                    )
+        for index, param in enumerate(self._params):
+            self._check_dtype(index, param.dtype)
         return device
+
+    def _check_dtype(self, index: int, dtype: torch.dtype) -> None:
+        if dtype == torch.float64 and self._reduce_dtype is not None:
+            raise ValueError(
+                f"reduce_dtype={self._reduce_dtype} would narrow the gradient of float64 "
+                f"parameter {self._label(index)}; leave it None, or use float32 parameters."
+            )
+        if dtype == torch.float64 and self._state_dtype != torch.float32:
+            raise ValueError(
+                f"state_dtype={self._state_dtype} would narrow the states of float64 parameter "
+                f"{self._label(index)}; leave it out, or use float32 parameters."
+            )
+        if dtype == torch.float16 and self._master == "remainder":
+            raise ValueError(
+                f"master='remainder' cannot serve float16 parameter {self._label(index)}, which "
+                f"is not the upper half of a float32 number; use bfloat16, or master='fp32'."
+            )
 
     def _label(self, index: int) -> str:
         for group in self.param_groups:
@@ -313,11 +342,14 @@ class ShardedAdaBelief(Optimizer):
             self._reduce_dtype,
             self._check_replicas,
             self._offload,
+            self._master,
+            self._state_dtype,
+            self._seed,
         )
         options: dict[str, list[Any]] = {
             "options of param group": self._options(),
             "(bucket_bytes, max_grad_norm, overlap, reduction, stage, reduce_dtype, "
-            "check_replicas, offload)": [engine],
+            "check_replicas, offload, master, state_dtype, seed)": [engine],
         }
         model: dict[str, list[Any]] = {
             "number of parameters": [len(self._params)],
@@ -337,7 +369,10 @@ class ShardedAdaBelief(Optimizer):
             self._links.world_size,
             self._bucket_bytes,
             copies=self._links.copies,
-            block=BLOCK if self._reduce_dtype == torch.int8 else 1,
+            block=max(
+                wire.BLOCK if self._reduce_dtype == torch.int8 else 1,
+                storage.BLOCK if self._state_dtype == torch.uint8 else 1,
+            ),
         )
         self._agree_on_everything(layout)
         self._layout = layout
@@ -356,6 +391,8 @@ class ShardedAdaBelief(Optimizer):
                 keep_grad=self._stage == 1,
                 offload=self._offload is not None,
                 encodes=self._reduce_dtype == torch.int8,
+                remainders=self._master == "remainder",
+                state_dtype=None if self._state_dtype == torch.float32 else self._state_dtype,
             )
             self._links.broadcast_(bucket.flat_param)
             bucket.refresh_master()
@@ -366,6 +403,7 @@ class ShardedAdaBelief(Optimizer):
         # Lists beside what is found by tensors: a step looks thousands of times.
         self._states = [self.state[param] for param in self._params]
         self._members = [[slot.param for slot in plan.slots] for plan in layout.buckets]
+        self._work: dict[tuple[int, int], _Work] = {}
         self._param_versions = [param._version for param in self._params]
         self._host_gradients = HostGradients(self._buckets) if self._offload else None
         if self._built:
@@ -391,16 +429,13 @@ class ShardedAdaBelief(Optimizer):
         """Return the state of one parameter: views of the part that this rank owns."""
         part = self._layout.fragment(index, self._links.rank)
         buffers = self._buckets[part.bucket]
-        window = slice(part.in_shard, part.in_shard + part.numel)
-        state: dict[str, Any] = {
-            "step": 0,
-            "exp_avg": buffers.exp_avg[window],
-            "exp_avg_sq": buffers.exp_avg_sq[window],
-        }
-        if buffers.max_exp_avg_sq is not None:
-            state["max_exp_avg_sq"] = buffers.max_exp_avg_sq[window]
+        whole = buffers.operands(buffers.grad_shard)
+        own = storage.cut(whole, part.in_shard, part.in_shard + part.numel)._asdict()
+        state: dict[str, Any] = {"step": 0, **{name: own[name] for name in buffers.states}}
         if buffers.has_master:
-            state["master"] = buffers.master[window]
+            state["master"] = own["param"]
+        if buffers.remainder is not None:
+            state["remainder"] = own["remainder"]
         if buffers.wire_error is not None:
             slot = self._layout.place(index)[1]
             state["wire_error"] = buffers.wire_error[slot.start : slot.stop]
@@ -541,9 +576,10 @@ class ShardedAdaBelief(Optimizer):
         ]
         buckets = [self._buckets[number] for number in changed]
         for number, bucket, grads in zip(changed, buckets, self._incoming(buckets), strict=True):
-            scale = scales[self.param_groups[bucket.bucket.group]["clip"]]
-            for start, stop, step in self._runs(number, used):
-                self._update_run(bucket, grads, slice(start, stop), step, scale, skip)
+            group = self.param_groups[bucket.bucket.group]
+            for step, work in self._work_of(number, grads, used).items():
+                scalars = step_scalars(group, step)
+                kernels.update_(work, scalars, grad_scale=scales[group["clip"]], skip=skip)
             bucket.send_back()
             if self._links.world_size > 1:
                 handle = self._links.start_gather(bucket.flat_param)
@@ -560,43 +596,39 @@ class ShardedAdaBelief(Optimizer):
             return self._host_gradients.fetch(buckets)
         return (bucket.grad_shard for bucket in buckets)
 
-    def _runs(self, number: int, used: list[bool]) -> list[tuple[int, int, int]]:
-        """Return (start, stop, step) of what to update, in elements of this rank's shard.
+    def _work_of(
+        self, number: int, grads: Tensor, used: list[bool]
+    ) -> dict[int, Sequence[Operands]]:
+        """Return what to update of this rank's shard of a bucket, by number of the step.
 
-        Almost always that is the whole shard. Only parameters with another step count than their
-        neighbours, or without a gradient on any rank, break it up.
+        Almost always that is the whole shard at once. Parameters with another step count than
+        their neighbours, or without a gradient on any rank, break it up; and so does stochastic
+        rounding, whose noise belongs to the elements of a parameter.
         """
+        key = (number, grads.data_ptr())
+        work = self._work.get(key)
+        if work is None:
+            work = self._work[key] = self._plan_work(number, grads)
         indices = self._members[number]
-        steps = [self._states[index]["step"] if used[index] else 0 for index in indices]
-        if len(set(steps)) == 1:
-            return [(0, self._layout.buckets[number].shard_numel, steps[0])] if steps[0] else []
-        runs: list[tuple[int, int, int]] = []
-        for index, step in zip(indices, steps, strict=True):
-            part = self._layout.fragment(index, self._links.rank)
-            if step and part.numel:
-                runs.append((part.in_shard, part.in_shard + part.numel, step))
-        return runs
+        steps = {self._states[index]["step"] if used[index] else 0 for index in indices}
+        if len(steps) == 1 and not storage.is_stochastic(self._state_dtype):
+            return {step: [work.whole] for step in steps if step}
+        found: dict[int, list[Operands]] = {}
+        for index, part in work.parts:
+            if used[index]:
+                found.setdefault(self._states[index]["step"], []).append(part)
+        return dict(found)
 
-    def _update_run(
-        self,
-        bucket: BucketBuffers,
-        grads: Tensor,
-        window: slice,
-        step: int,
-        scale: Tensor,
-        skip: Tensor,
-    ) -> None:
-        maximum = bucket.max_exp_avg_sq
-        operands = Operands(
-            param=bucket.master[window],
-            grad=grads[window],
-            exp_avg=bucket.exp_avg[window],
-            exp_avg_sq=bucket.exp_avg_sq[window],
-            max_exp_avg_sq=None if maximum is None else maximum[window],
-            param_out=None if bucket.low_param is None else bucket.low_param[window],
-        )
-        scalars = step_scalars(self.param_groups[bucket.bucket.group], step)
-        kernels.update_([operands], scalars, grad_scale=scale, skip=skip)
+    def _plan_work(self, number: int, grads: Tensor) -> _Work:
+        whole = self._buckets[number].operands(grads)
+        parts = []
+        for index in self._members[number]:
+            part = self._layout.fragment(index, self._links.rank)
+            if part.numel:
+                own = storage.cut(whole, part.in_shard, part.in_shard + part.numel)
+                key = storage.noise_key(self._seed, index)
+                parts.append((index, own._replace(key=key, first=part.in_param)))
+        return _Work(whole, parts)
 
     def _resolve_verdict(self) -> None:
         """Read whether the last step was skipped, and count it back if so.
@@ -741,35 +773,3 @@ class ShardedAdaBelief(Optimizer):
 
 def _is_unscaled(grad_scaler: GradScaler, optimizer: Optimizer) -> bool:
     return bool(grad_scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED)
-
-
-def _check_engine_options(
-    bucket_bytes: Any,
-    max_grad_norm: Any,
-    reduction: Any,
-    stage: Any,
-    reduce_dtype: Any,
-    offload: Any,
-) -> None:
-    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
-        raise ValueError(f"bucket_bytes must be an integer >= 1, got {bucket_bytes!r}.")
-    if max_grad_norm is not None and not max_grad_norm > 0.0:
-        raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm!r}.")
-    if reduction not in ("auto", "ordered", "native"):
-        raise ValueError(f"reduction must be 'auto', 'ordered' or 'native', got {reduction!r}.")
-    if isinstance(stage, bool) or stage not in (1, 2):
-        raise ValueError(
-            f"stage must be 1 or 2, got {stage!r}; for sharded parameters (stage 3) use AdaBelief "
-            f"with FSDP2 or DeepSpeed."
-        )
-    if reduce_dtype not in (None, torch.float32, torch.bfloat16, torch.int8):
-        raise ValueError(
-            f"reduce_dtype must be None, torch.float32, torch.bfloat16 or torch.int8, got "
-            f"{reduce_dtype!r}."
-        )
-    if reduce_dtype == torch.int8 and reduction == "native":
-        raise ValueError(
-            "reduce_dtype=torch.int8 needs reduction='ordered': backends cannot add it."
-        )
-    if offload not in (None, "cpu"):
-        raise ValueError(f"offload must be None or 'cpu', got {offload!r}.")

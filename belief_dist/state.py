@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from belief_dist.options import OPTION_NAMES
@@ -60,16 +61,25 @@ def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, An
         if "exp_avg_var" in entry:
             origin = " This is a state of adabelief-pytorch or timm, whose s is called exp_avg_var."
         elif {"exp_avg", "exp_avg_sq"} <= set(entry):
-            origin = " Were amsgrad or the parameters' dtype different when it was saved?"
+            origin = " Were amsgrad, master, state_dtype or the parameters' dtype other then?"
         raise ValueError(
             f"cannot load the state of parameter {label}: it has {sorted(entry)}, "
             f"but {sorted(own)} are needed.{origin}"
         )
     for key, value in own.items():
-        if isinstance(value, Tensor) and entry[key].shape != value.shape:
+        if not isinstance(value, Tensor):
+            continue
+        loaded = entry[key]
+        if loaded.shape != value.shape:
             raise ValueError(
                 f"cannot load {key} of parameter {label}: its shape is "
-                f"{tuple(entry[key].shape)}, {tuple(value.shape)} is needed."
+                f"{tuple(loaded.shape)}, {tuple(value.shape)} is needed."
+            )
+        # Numbers widen and narrow; the codes of 8-bit states are no numbers.
+        if loaded.dtype != value.dtype and torch.uint8 in (loaded.dtype, value.dtype):
+            raise ValueError(
+                f"cannot load {key} of parameter {label}: its dtype is {loaded.dtype}, "
+                f"{value.dtype} is needed; build the optimizer with the state_dtype of then."
             )
 
 

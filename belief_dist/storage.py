@@ -46,7 +46,7 @@ hash: C. Wellons, hash-prospector, "lowbias32" (public domain).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,6 +85,19 @@ class Operands(NamedTuple):
 def is_stochastic(dtype: torch.dtype) -> bool:
     """Return whether states of this dtype are rounded stochastically."""
     return dtype in (torch.bfloat16, torch.uint8)
+
+
+def cut(operands: Operands, start: int, stop: int) -> Operands:
+    """Return the part with elements [start, stop) of 1-D operands, as views.
+
+    With uint8 states `start` must be a multiple of `BLOCK`.
+    """
+    parts: dict[str, Any] = {}
+    for name, value in operands._asdict().items():
+        if isinstance(value, Tensor):
+            scale = BLOCK if name.endswith("_exponent") else 1
+            parts[name] = value[start // scale : -(-stop // scale)]
+    return operands._replace(**parts, first=operands.first + start)
 
 
 # - Noise

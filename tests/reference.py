@@ -10,26 +10,50 @@ import torch
 from belief_dist import ShardedAdaBelief
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
-from belief_dist.rule import compute_dtype, step_scalars, update_reference_
+from belief_dist.rule import compute_dtype, step_scalars
+from belief_dist.storage import BLOCK, Operands, noise_key, update_stored_reference_
 from models import rank_order_sum
 
 
 class Reference:
     """One process that holds everything and adds the ranks' gradients in rank order."""
 
-    def __init__(self, params: list[torch.nn.Parameter], options: list[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        params: list[torch.nn.Parameter],
+        options: list[dict[str, Any]],
+        *,
+        remainders: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
         self.options = options  # one for each parameter
         self.low = [p.detach().clone() for p in params]
         dtype = [compute_dtype(p.dtype) for p in params]
         self.master = [p.detach().to(d) for p, d in zip(params, dtype, strict=True)]
-        self.exp_avg = [torch.zeros_like(p) for p in self.master]
-        self.exp_avg_sq = [torch.zeros_like(p) for p in self.master]
-        self.maximum = [
-            torch.zeros_like(p) if o["amsgrad"] else None
-            for p, o in zip(self.master, options, strict=True)
+        self.keys = [noise_key(seed, index) for index in range(len(params))]
+        # Of each parameter, by the name in the optimizer's state.
+        self.states: list[dict[str, torch.Tensor]] = []
+        for master, each in zip(self.master, options, strict=True):
+            form = master.dtype if state_dtype == torch.float32 else state_dtype
+            count = master.numel()
+            state = {}
+            for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * each["amsgrad"]:
+                state[name] = torch.zeros(count, dtype=form)
+                if form == torch.uint8:
+                    state[f"{name}_exponent"] = torch.zeros(-(-count // BLOCK), dtype=form)
+            self.states.append(state)
+        self.remainder = [
+            torch.zeros(p.numel(), dtype=torch.int16) if remainders else None for p in params
         ]
         self.steps = [0] * len(params)
         self.norm = torch.tensor(0.0)
+
+    @property
+    def exp_avg_sq(self) -> list[torch.Tensor]:
+        """Return s of every parameter, in its shape."""
+        pairs = zip(self.states, self.low, strict=True)
+        return [state["exp_avg_sq"].view(low.shape) for state, low in pairs]
 
     def step(
         self,
@@ -59,15 +83,19 @@ class Reference:
             if total is None:
                 continue
             self.steps[i] += 1
-            update_reference_(
-                self.master[i],
-                total,
-                self.exp_avg[i],
-                self.exp_avg_sq[i],
+            halves = self.remainder[i] is not None
+            operands = Operands(
+                param=(self.low if halves else self.master)[i].view(-1),
+                grad=total.reshape(-1),
+                param_out=None if halves else self.low[i].view(-1),
+                remainder=self.remainder[i],
+                key=self.keys[i],
+                **self.states[i],
+            )
+            update_stored_reference_(
+                operands,
                 step_scalars(self.options[i], self.steps[i]),
                 grad_scale=scale if self.options[i].get("clip", True) else mean,
-                max_exp_avg_sq=self.maximum[i],
-                param_out=self.low[i],
             )
 
 
@@ -88,11 +116,11 @@ def compare(optimizer: ShardedAdaBelief, reference: Reference, context: str) -> 
     for i, param in enumerate(params):
         assert torch.equal(param, reference.low[i]), f"{context}: parameter {i}"
         assert optimizer.state[param]["step"] == reference.steps[i], f"{context}: step of {i}"
-    states = {"exp_avg": reference.exp_avg, "exp_avg_sq": reference.exp_avg_sq}
+    states = {name: [each[name] for each in reference.states] for name in reference.states[0]}
     if "master" in optimizer.state[params[0]]:
         states["master"] = reference.master
-    if "max_exp_avg_sq" in optimizer.state[params[0]]:
-        states["max_exp_avg_sq"] = [m for m in reference.maximum if m is not None]
+    if "remainder" in optimizer.state[params[0]]:
+        states["remainder"] = [half for half in reference.remainder if half is not None]
     for key, whole in zip(states, collect(optimizer, list(states)), strict=True):
         for i, (ours, theirs) in enumerate(zip(whole, states[key], strict=True)):
             assert torch.equal(ours, theirs.reshape(-1)), f"{context}: {key} of {i}"

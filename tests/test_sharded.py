@@ -46,6 +46,8 @@ def equals_reference(
     stage: Literal[1, 2] = 1,
     reduce_dtype: torch.dtype | None = None,
     offload: Literal["cpu"] | None = None,
+    master: Literal["fp32", "remainder"] = "fp32",
+    state_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Train a few steps on all ranks and compare everything after each."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -55,7 +57,10 @@ def equals_reference(
     groups = [{"params": first}, {"params": second, "lr": 0.02, "weight_decay": 0.0}]
     own = [{**DEFAULTS, **hyper}] * len(first)
     own += [{**DEFAULTS, **hyper, "lr": 0.02, "weight_decay": 0.0}] * len(second)
-    reference = Reference(make_params(dtype, seed=0), own)
+    small = {"state_dtype": state_dtype, "seed": 3}
+    reference = Reference(
+        make_params(dtype, seed=0), own, remainders=master == "remainder", **small
+    )
     optimizer = ShardedAdaBelief(
         groups,
         bucket_bytes=bucket_bytes,
@@ -64,6 +69,8 @@ def equals_reference(
         stage=stage,
         reduce_dtype=reduce_dtype,
         offload=offload,
+        master=master,
+        **small,
         **hyper,
     )
     wire = reduce_dtype or dtype
@@ -166,6 +173,36 @@ def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None
     run_ranks(world_size, tmp_path, *cases)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_smaller_states_depend_on_no_sharding(world_size: int, tmp_path: Path) -> None:
+    """Noise belongs to parameter, step and element; blocks of 8-bit states to their parameter."""
+    choices = itertools.product(
+        (1, 1500, 10**9),
+        (
+            {"state_dtype": torch.bfloat16},
+            {"state_dtype": torch.uint8},
+            {"state_dtype": torch.uint8, "unused": True, "options": {"amsgrad": True}},
+            {"state_dtype": torch.uint8, "reduce_dtype": torch.bfloat16, "stage": 2},
+            {"dtype": torch.bfloat16, "master": "remainder", "max_grad_norm": 1.0},
+            {"dtype": torch.bfloat16, "state_dtype": torch.uint8, "micro_batches": 2},
+            {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.bfloat16},
+            {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
+            {
+                "dtype": torch.bfloat16,
+                "master": "remainder",
+                "state_dtype": torch.uint8,
+                "offload": "cpu",
+                "unused": True,
+            },
+        ),
+    )
+    run_ranks(
+        world_size,
+        tmp_path,
+        *(partial(equals_reference, bytes_, True, **more) for bytes_, more in choices),
+    )
+
+
 def combinations() -> list[partial[None]]:
     """Return a case for each choice of schedule, stage, wire dtype, clipping and accumulation."""
     choices = itertools.product(
@@ -238,6 +275,38 @@ def test_step_copies_and_allocates_nothing(world_size: int, tmp_path: Path) -> N
     run_ranks(world_size, tmp_path, storage_is_stable)
 
 
+def check_storages(optimizer: ShardedAdaBelief) -> None:
+    """What the optimizer says that it holds is what is allocated."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for bucket in optimizer._buckets
+        for tensor in (*vars(bucket).values(), *bucket.states.values())
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert sum(storages.values()) == sum(optimizer.bytes_per_rank().values())
+
+
+def smaller_memory_is_as_documented() -> None:
+    """README's bytes per parameter of the smaller states and masters."""
+    world_size, count = dist.get_world_size(), 3 * 128 * 1000
+    for master, state_dtype, per_param in (
+        ("remainder", torch.float32, 2 + 8),
+        ("fp32", torch.bfloat16, 4 + 4),
+        ("fp32", torch.uint8, 4 + 2 + 2 / 256),
+        ("remainder", torch.uint8, 2 + 2 + 2 / 256),
+    ):
+        params = [nn.Parameter(torch.zeros(128, 1000, dtype=torch.bfloat16)) for _ in range(3)]
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=300_000, master=master, state_dtype=state_dtype
+        )
+        held = optimizer.bytes_per_rank()
+        states = held["masters"] + held["exp_avg"] + held["exp_avg_sq"]
+        # A bucket is padded until every rank's piece is a multiple of 256 elements.
+        padding = len(optimizer.layout.buckets) * 256 * per_param
+        assert 0 <= states - per_param * count / world_size <= padding, (master, state_dtype)
+        check_storages(optimizer)
+
+
 def memory_is_as_documented() -> None:
     """README's bytes per parameter, counted on the storages that the optimizer really holds."""
     world_size, count = dist.get_world_size(), 3 * 128 * 1000
@@ -260,13 +329,7 @@ def memory_is_as_documented() -> None:
             # A bucket is padded until every rank's piece is a multiple of 128 bytes.
             padding = buckets * world_size * 128 * 2
             assert 0 <= held[kind] - bytes_per_param * count <= padding, (dtype, kind)
-        storages = {
-            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-            for bucket in optimizer._buckets
-            for tensor in vars(bucket).values()
-            if isinstance(tensor, torch.Tensor)
-        }
-        assert sum(storages.values()) == sum(optimizer.bytes_per_rank().values())
+        check_storages(optimizer)
 
         host = ShardedAdaBelief(params, bucket_bytes=600_000, offload="cpu")
         held = host.bytes_per_rank()
@@ -278,9 +341,9 @@ def memory_is_as_documented() -> None:
         assert held["gradients on the host"] == 2 * 4 * shard
 
 
-@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_memory_is_as_documented(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, tmp_path, memory_is_as_documented)
+    run_ranks(world_size, tmp_path, memory_is_as_documented, smaller_memory_is_as_documented)
 
 
 def traffic_is_as_documented() -> None:

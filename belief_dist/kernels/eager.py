@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.rule import Direction, StepScalars
-from belief_dist.storage import BLOCK, Operands, update_stored_reference_
+from belief_dist.storage import Operands, cut, update_stored_reference_
 
 # Elements per piece, as measured: what a piece touches stays in cache and its temporary tensors
 # below the size that the C library returns to the system. Accelerators have neither concern.
@@ -33,8 +33,14 @@ def update_(
         return
     lean = on_cpu and _is_plain_float32(operands)
     size = _LEAN_PIECE if lean else _PIECE if on_cpu else _ACCELERATOR_PIECE
+    flat: dict[str, Any] = {
+        name: value.view(-1)
+        for name, value in operands._asdict().items()
+        if isinstance(value, Tensor)
+    }
+    operands = operands._replace(**flat)
     for start in range(0, operands.param.numel(), size):
-        piece = _piece(operands, start, start + size)
+        piece = cut(operands, start, min(start + size, operands.param.numel()))
         if lean:
             _update_float32_(*piece[:4], scalars, float(grad_scale))
             continue
@@ -52,16 +58,6 @@ def _is_plain_float32(operands: Operands) -> bool:
     """Tell whether there is nothing but four float32 tensors."""
     needed, optional = operands[:4], operands[4:10]
     return all(t.dtype == torch.float32 for t in needed) and all(t is None for t in optional)
-
-
-def _piece(operands: Operands, start: int, stop: int) -> Operands:
-    """Return elements [start, stop); `start` is a multiple of `BLOCK`."""
-    cut: dict[str, Any] = {}
-    for name, value in operands._asdict().items():
-        if isinstance(value, Tensor):
-            scale = BLOCK if name.endswith("_exponent") else 1
-            cut[name] = value.view(-1)[start // scale : -(-stop // scale)]
-    return operands._replace(**cut, first=operands.first + start)
 
 
 def _on_cpu(tensor: Tensor) -> bool:
