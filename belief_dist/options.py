@@ -197,5 +197,13 @@ def check_engine_options(given: Mapping[str, Any]) -> None:
         raise TypeError(f"seed must be an integer, got {seed!r}.")
 
 
+def as_dtype(value: Any) -> Any:
+    """Return the dtype that a string names, as in JSON or YAML; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    found = getattr(torch, value.removeprefix("torch."), None)
+    return found if isinstance(found, torch.dtype) else value
+
+
 def _shown(value: Any) -> str:
     return str(value) if isinstance(value, torch.dtype) else repr(value)

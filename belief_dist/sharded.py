@@ -53,7 +53,7 @@ from belief_dist.guard import ReadGuard
 from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
-from belief_dist.options import check_engine_options, complete_options
+from belief_dist.options import as_dtype, check_engine_options, complete_options
 from belief_dist.params import as_groups, prepare_group
 from belief_dist.rule import step_scalars
 from belief_dist.state import (
@@ -102,7 +102,8 @@ class ShardedAdaBelief(Optimizer):
             reduce-scatter; "auto" is "ordered".
         reduce_dtype: Gradients are rounded to this dtype before they travel, and summed in float32:
             torch.float32, torch.bfloat16, or torch.int8 with a scale for every 256 elements and
-            error feedback, see `wire`. None sends them as they are.
+            error feedback, see `wire`. None sends them as they are. Like state_dtype, it may be a
+            name ("bfloat16"), as in JSON or YAML.
         master: "remainder" keeps the lower half only of a bfloat16 parameter's float32 master, as
             the parameter itself is the upper one: 2 bytes less and the same masters, see `storage`.
             "fp32" keeps the whole.
@@ -154,9 +155,9 @@ class ShardedAdaBelief(Optimizer):
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         stage: Literal[1, 2] = 1,
         reduction: Reduction = "auto",
-        reduce_dtype: torch.dtype | None = None,
+        reduce_dtype: torch.dtype | str | None = None,
         master: Literal["fp32", "remainder"] = "fp32",
-        state_dtype: torch.dtype = torch.float32,
+        state_dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
         bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
@@ -167,11 +168,12 @@ class ShardedAdaBelief(Optimizer):
         **other_spellings: Any,
     ) -> None:
         """See the class."""
-        arguments = locals()
+        self._reduce_dtype: torch.dtype | None = as_dtype(reduce_dtype)
+        self._state_dtype: torch.dtype = as_dtype(state_dtype)
+        dtypes = {"reduce_dtype": self._reduce_dtype, "state_dtype": self._state_dtype}
+        arguments = {**locals(), **dtypes}
         self._built = False
-        self._reduce_dtype = reduce_dtype
         self._master = master
-        self._state_dtype = state_dtype
         self._seed = seed
         self._buckets: list[BucketBuffers] = []
         device = torch.device("cpu")
