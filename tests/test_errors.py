@@ -113,7 +113,7 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         lambda: [p(2)],
         {"reduce_dtype": torch.float16},
         ValueError,
-        "must be None, torch.float32 or torch.bfloat16, got torch.float16",
+        "must be None, torch.float32, torch.bfloat16 or torch.int8, got torch.float16",
     ),
     (
         lambda: [p(2, dtype=torch.float64)],
