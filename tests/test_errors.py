@@ -121,7 +121,7 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         ValueError,
         "would narrow the gradient of float64 parameter",
     ),
-    (lambda: [p(2)], {"state_dtype": "int3"}, ValueError, "or torch.uint8, got 'int3'"),
+    (lambda: [p(2)], {"state_dtype": "int9"}, ValueError, "or torch.uint8, got 'int9'"),
     (lambda: [p(2)], {"state_dtype": torch.int8}, ValueError, "or torch.uint8, got torch.int8"),
     (lambda: [p(2)], {"master": "fp16"}, ValueError, "master must be 'fp32' or 'remainder', got"),
     (lambda: [p(2)], {"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
