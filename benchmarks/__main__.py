@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 
 from benchmarks.bits import bits_table, run_bits
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.overhead import run_overhead
+from benchmarks.peak import peak_line
 from benchmarks.plot import draw_steps
 from benchmarks.report import Result, machine_line, save, show
 from benchmarks.step import run_step
 from benchmarks.team import Workload
-from benchmarks.update import run_update
+from benchmarks.update import run_tensors, run_update
+from benchmarks.updates_report import draw_updates, save_updates, show_updates
 
 _WIDTH = 124  # of the widest table
 
@@ -36,22 +39,47 @@ def _tell(results: dict[str, Result], json: Path | None) -> None:
 
 
 def update(
-    elements: int = 64 << 20,
-    tensor: int = 1 << 20,
-    repeats: int = 9,
-    threads: int | None = None,
+    sizes: list[int] | None = None,
+    threads: list[int] | None = None,
+    rounds: int = 9,
     json: Path | None = None,
+    png: Path | None = None,
 ) -> None:
-    """Time one optimizer step in one process, next to the memory floor and other optimizers.
+    """Time one update in one process, next to the memory floor and other optimizers.
+
+    Args:
+        sizes: Numbers of parameters; 64 Mi by default.
+        threads: Of torch; its own choice by default.
+        rounds: How often each contender runs.
+        json: Also write all timings here.
+        png: Also draw them here.
+    """
+    updates = run_update(sizes or [64 << 20], threads or [torch.get_num_threads()], rounds)
+    show_updates(_console(), updates)
+    if json is not None:
+        save_updates(json, updates)
+    if png is not None:
+        draw_updates(png, updates)
+
+
+def tensors(elements: int = 64 << 20, counts: list[int] | None = None, rounds: int = 9) -> None:
+    """Time optimizer steps on one tensor and on as many parameters in many tensors.
 
     Args:
         elements: Parameters.
-        tensor: Parameters in each tensor.
-        repeats: Of each contender.
-        threads: Instead of torch's own choice.
-        json: Also write all timings here.
+        counts: Numbers of tensors; 1, 1,024 and 16,384 by default.
+        rounds: How often each contender runs.
     """
-    _tell({"update": run_update(elements, tensor, repeats, threads)}, json)
+    show_updates(_console(), run_tensors(elements, counts or [1, 1024, 16384], rounds))
+
+
+def peak(elements: int = 1 << 30) -> None:
+    """Measure what one update allocates beyond parameters, gradients and states.
+
+    Args:
+        elements: Float32 parameters, 16 bytes each.
+    """
+    _console().print(peak_line(elements), markup=False)
 
 
 def step(
@@ -184,7 +212,7 @@ def readme() -> None:
 
 if __name__ == "__main__":
     auto_cli(
-        [readme, update, step, overhead, bits, simulate, scale, plot],
+        [readme, update, tensors, peak, step, overhead, bits, simulate, scale, plot],
         prog="python -m benchmarks",
         as_positional=False,
     )

@@ -1,7 +1,7 @@
-"""The update alone: how close the fused kernel comes to the memory traffic it cannot avoid.
+"""The update alone: how close every form of it comes to the memory traffic it cannot avoid.
 
-All contenders work on the same parameters and gradients, cut into the same tensors; each has its
-own states. They take turns, so that whatever else the machine does slows all of them down.
+Contenders take turns, so that whatever else the machine does slows all of them down. Each has its
+own states; those of one form share them with a plain pass over the same memory, their *floor*.
 """
 
 from __future__ import annotations
@@ -9,101 +9,232 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import os
 import subprocess
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from belief_dist import AdaBelief
-from belief_dist.kernels import require_fused
+from belief_dist import AdaBelief, kernels
 from belief_dist.kernels.build import Unavailable
-from benchmarks.floor import compile_floor
-from benchmarks.report import Result, Row
+from belief_dist.options import DEFAULTS
+from belief_dist.rule import step_scalars, update_reference_
+from belief_dist.storage import BLOCK, Operands
+from benchmarks.floor import bytes_moved, floor_pass
 
-FLOOR = "plain pass"
-ADAMW_FUSED = "torch AdamW fused"
-OFFICIAL = "official AdaBelief"
-_OFFICIAL_ROUNDS = 3  # several times slower than the others
+ADAMW = "torch AdamW, fused"
+OFFICIAL = "official adabelief-pytorch"
+OURS = "belief_dist"
+_OPTIONS: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
+_PER_TIMING = 4 << 20  # elements: a smaller update is repeated, or the clock would not see it
+_SLOW_ROUNDS = 3  # of what takes several times as long as the others
+_LARGE = 64 << 20  # elements from which memory does not hold all contenders at once
 
 Step = Callable[[], Any]
 
 
-def run_update(elements: int, tensor_elements: int, rounds: int, threads: int | None) -> Result:
-    """Time one optimizer step on float32 parameters.
+@dataclass(frozen=True)
+class Form:
+    """What is stored of an element between two steps."""
+
+    name: str
+    param: torch.dtype = torch.float32
+    grad: torch.dtype = torch.float32
+    state: torch.dtype = torch.float32
+    remainder: bool = False
+    param_out: bool = False  # bfloat16 copies beside float32 masters
+
+    def operands(self, numel: int) -> Operands:
+        """Return tensors as after some training."""
+        states: dict[str, Tensor] = {}
+        for name in ("exp_avg", "exp_avg_sq"):
+            if self.state == torch.uint8:
+                states[name] = torch.randint(0, 255, (numel,), dtype=torch.uint8)
+                states[f"{name}_exponent"] = torch.full(
+                    (-(-numel // BLOCK),), 90, dtype=torch.uint8
+                )
+            else:
+                states[name] = torch.full((numel,), 1e-3, dtype=self.state)
+        return Operands(
+            param=torch.randn(numel).to(self.param),
+            grad=(1e-2 * torch.randn(numel)).to(self.grad),
+            param_out=torch.zeros(numel, dtype=torch.bfloat16) if self.param_out else None,
+            remainder=torch.zeros(numel, dtype=torch.int16) if self.remainder else None,
+            **states,
+        )
+
+
+_BF16 = torch.bfloat16
+FORMS = [
+    Form("float32"),
+    Form("bfloat16, float32 masters", grad=_BF16, param_out=True),
+    Form("bfloat16, remainders", param=_BF16, grad=_BF16, remainder=True),
+    Form("float32, bfloat16 states", state=_BF16),
+    Form("float32, 8-bit states", state=torch.uint8),
+    Form("bfloat16, remainders, 8-bit states", _BF16, _BF16, torch.uint8, remainder=True),
+]
+
+
+@dataclass
+class Contender:
+    """Something that updates parameters."""
+
+    name: str
+    step: Step
+    floor: str | None = None  # the contender whose memory it shares
+    nbytes: int | None = None  # per element, that it cannot avoid to move
+    rounds: int | None = None  # fewer than the others
+    seconds: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Timing:
+    """A contender at one size and number of threads."""
+
+    name: str
+    elements: int
+    threads: int
+    floor: str | None
+    nbytes: int | None
+    seconds: list[float]  # per step
+
+    @property
+    def median(self) -> float:
+        """Return the median in seconds."""
+        return median(self.seconds)
+
+
+@dataclass
+class Updates:
+    """All timings, and a sentence for each contender that could not run."""
+
+    timings: list[Timing]
+    notes: list[str]
+
+
+def run_update(sizes: Sequence[int], threads: Sequence[int], rounds: int) -> Updates:
+    """Time one update at each size and number of threads.
 
     Args:
-        elements: Number of parameters.
-        tensor_elements: Size of the tensors that they are cut into.
+        sizes: Numbers of parameters, multiples of 1,024.
+        threads: Of torch.
         rounds: How often each contender runs.
-        threads: Of torch; None leaves torch's own choice.
     """
-    if threads is not None:
-        torch.set_num_threads(threads)
-    params = [p.requires_grad_() for p in torch.randn(elements).split(tensor_elements)]
-    grads = (1e-2 * torch.randn(elements)).split(tensor_elements)
-    for param, grad in zip(params, grads, strict=True):
-        param.grad = grad
-    steps, notes = _contenders(params)
-    rows = {name: Row(name) for name in steps}
-    for number in range(-1, rounds):  # the first one allocates states and does not count
-        for name, step in steps.items():
-            if name == OFFICIAL and number >= _OFFICIAL_ROUNDS:
-                continue
-            start = time.perf_counter()
-            step()
-            if number >= 0:
-                rows[name].seconds.append(time.perf_counter() - start)
-    return Result(
-        title="One optimizer step in one process",
-        settings={
-            "float32 parameters": f"{elements / 2**20:g} Mi",
-            "tensors": len(params),
-            "threads": torch.get_num_threads(),
-        },
-        rows=list(rows.values()),
-        baselines={FLOOR: "pass", ADAMW_FUSED: "AdamW"},
-        notes=notes,
+    before = torch.get_num_threads()
+    found = Updates([], [])
+    for elements in sizes:
+        contenders, notes = _contenders(elements)
+        found.notes = notes
+        for count in threads:
+            torch.set_num_threads(count)
+            _take_turns(contenders, elements, rounds)
+            for each in contenders:
+                timing = Timing(each.name, elements, count, each.floor, each.nbytes, each.seconds)
+                found.timings.append(timing)
+                each.seconds = []
+    torch.set_num_threads(before)
+    return found
+
+
+def run_tensors(elements: int, counts: Sequence[int], rounds: int) -> Updates:
+    """Time optimizer steps on the same number of parameters in one tensor and in many."""
+    contenders = []
+    for count in counts:
+        params = _params(elements, elements // count)
+        for name, make in ((OURS, AdaBelief), (ADAMW, partial(AdamW, fused=True))):
+            step = make(params, **_OPTIONS).step
+            contenders.append(Contender(f"{name}, {count:,} tensors", step))
+    _take_turns(contenders, elements, rounds)
+    threads = torch.get_num_threads()
+    return Updates(
+        [Timing(c.name, elements, threads, None, None, c.seconds) for c in contenders], []
     )
 
 
-def _contenders(params: Sequence[Tensor]) -> tuple[dict[str, Step], list[str]]:
+def _take_turns(contenders: Sequence[Contender], elements: int, rounds: int) -> None:
+    repeats = max(1, _PER_TIMING // elements)
+    for number in range(-1, rounds):  # the first one allocates states and does not count
+        for each in contenders:
+            if each.rounds is not None and number >= each.rounds:
+                continue
+            start = time.perf_counter()
+            for _ in range(repeats):
+                each.step()
+            if number >= 0:
+                each.seconds.append((time.perf_counter() - start) / repeats)
+
+
+def _contenders(elements: int) -> tuple[list[Contender], list[str]]:
     """Return what can run here, and one sentence for each contender that cannot."""
-    options: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.01}
-    steps: dict[str, Step] = {}
+    found: list[Contender] = []
     notes: list[str] = []
-    try:
-        steps[FLOOR] = _floor_step(params)
-    except (Unavailable, subprocess.CalledProcessError) as error:
-        notes.append(f"No {FLOOR}: {error}.")
-    try:
-        require_fused()
-        steps["belief_dist C++"] = AdaBelief(params, **options, fused=True).step
-    except RuntimeError as error:
-        notes.append(f"No belief_dist C++: {error}")
-    steps["belief_dist plain torch"] = AdaBelief(params, **options, fused=False).step
-    steps[ADAMW_FUSED] = AdamW(params, **options, fused=True).step
-    steps["torch AdamW foreach"] = AdamW(params, **options, foreach=True).step
-    if importlib.util.find_spec("adabelief_pytorch"):
-        steps[OFFICIAL] = official_adabelief(params, **options).step
-    else:
-        notes.append(f"No {OFFICIAL}: adabelief-pytorch is not installed.")
-    return steps, notes
+    scalars = step_scalars({**DEFAULTS, **_OPTIONS}, 100)
+    for form in FORMS if elements <= _LARGE else FORMS[:1]:
+        operands = form.operands(elements)
+        nbytes, floor = bytes_moved(operands), f"plain pass: {form.name}"
+        try:
+            found.append(Contender(floor, floor_pass(operands), floor, nbytes))
+        except (Unavailable, subprocess.CalledProcessError) as error:
+            notes.append(f"No plain pass: {error}.")
+        step = partial(kernels.update_, [operands], scalars)
+        found.append(Contender(f"{OURS}: {form.name}", step, floor, nbytes))
+    params = _params(elements, elements)
+    found.append(Contender(ADAMW, AdamW(params, **_OPTIONS, fused=True).step))
+    if elements > _LARGE:
+        return found, notes
+    found.append(Contender(f"{OURS}: AdaBelief.step", AdaBelief(params, **_OPTIONS).step))
+    slow: dict[str, Callable[[], Step]] = {
+        f"{OURS}: float32, plain torch": lambda: AdaBelief(params, **_OPTIONS, fused=False).step,
+        "torch AdamW, foreach": lambda: AdamW(params, **_OPTIONS, foreach=True).step,
+        "torch.compile of the rule": lambda: _compiled(elements),
+        "DeepSpeedCPUAdam": lambda: _deepspeed_adam(params),
+        OFFICIAL: lambda: official_adabelief(params, **_OPTIONS).step,
+        "pytorch_optimizer AdaBelief": lambda: _kozistr(params),
+    }
+    for name, make in slow.items():
+        try:
+            found.append(Contender(name, make(), rounds=_SLOW_ROUNDS))
+        except Exception as error:  # whatever a foreign package needs and lacks
+            notes.append(f"No {name}: {str(error).splitlines()[0]:.100}")
+    return found, notes
 
 
-def _floor_step(params: Sequence[Tensor]) -> Step:
-    floor_pass = compile_floor()
-    states = [(torch.zeros_like(param), torch.zeros_like(param)) for param in params]
+def _params(elements: int, per_tensor: int) -> list[Tensor]:
+    params = [p.requires_grad_() for p in torch.randn(elements).split(per_tensor)]
+    grads = (1e-2 * torch.randn(elements)).split(per_tensor)
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    return params
 
-    def step() -> None:
-        for param, (exp_avg, exp_avg_sq) in zip(params, states, strict=True):
-            assert param.grad is not None
-            floor_pass(param, param.grad, exp_avg, exp_avg_sq)
 
+def _compiled(elements: int) -> Step:
+    compiled = torch.compile(update_reference_)
+    tensors = FORMS[0].operands(elements)[:4]
+    scalars = step_scalars({**DEFAULTS, **_OPTIONS}, 100)
+    compiled(*tensors, scalars)
+    return lambda: compiled(*tensors, scalars)
+
+
+def _deepspeed_adam(params: Sequence[Tensor]) -> Step:
+    if importlib.util.find_spec("deepspeed") is None:
+        raise RuntimeError("deepspeed is not installed")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # A build that was killed leaves a lock on which every later one waits for ever.
+    os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="belief_dist-benchmark-")
+    with contextlib.redirect_stdout(io.StringIO()):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        step: Step = DeepSpeedCPUAdam(list(params), **_OPTIONS).step
+        step()  # compiles
     return step
 
 
@@ -114,3 +245,10 @@ def official_adabelief(params: Any, **options: Any) -> Optimizer:
         from adabelief_pytorch import AdaBelief as Official
 
         return Official(params, rectify=False, print_change_log=False, **options)
+
+
+def _kozistr(params: Sequence[Tensor]) -> Step:
+    from pytorch_optimizer import AdaBelief as Kozistr
+
+    step: Step = Kozistr(list(params), **_OPTIONS).step
+    return step
