@@ -20,7 +20,7 @@ from benchmarks.team import Workload
 from benchmarks.update import run_tensors, run_update
 from benchmarks.updates_report import draw_updates, save_updates, show_updates
 
-_WIDTH = 124  # of the widest table
+_WIDTH = 132  # of the widest table
 
 
 def _console() -> Console:
