@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -183,6 +184,15 @@ def bits(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor).view(width)
 
 
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Plain torch would wake the others for every operation, which takes long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def assert_same(ours: Operands, expected: Operands, about: str = "") -> None:
     for name, tensor in tensors_of(expected).items():
         wrong = (bits(getattr(ours, name)) != bits(tensor)).nonzero().flatten().tolist()
@@ -203,16 +213,20 @@ def check(
     """Apply one step by one `update` and by the reference to equal tensors; compare all bits."""
     options = {**OPTIONS, **(switches or {})}
     generator = torch.Generator().manual_seed(seed)
-    work = [
-        make(n, form, amsgrad=options["amsgrad"], offset=offset, first=first, generator=generator)
-        for n in ([lengths] if isinstance(lengths, int) else lengths)
-    ]
-    expected = [copied(operands) for operands in work]
+    with on_one_thread():
+        work = [
+            make(
+                n, form, amsgrad=options["amsgrad"], offset=offset, first=first, generator=generator
+            )
+            for n in ([lengths] if isinstance(lengths, int) else lengths)
+        ]
+        expected = [copied(operands) for operands in work]
     scalars = step_scalars(options, step)
     update(work, scalars, grad_scale=0.37)
-    for ours, theirs in zip(work, expected, strict=True):
-        update_stored_reference_(theirs, scalars, grad_scale=0.37)
-        assert_same(ours, theirs, f", {options}, {form}")
+    with on_one_thread():
+        for ours, theirs in zip(work, expected, strict=True):
+            update_stored_reference_(theirs, scalars, grad_scale=0.37)
+            assert_same(ours, theirs, f", {options}, {form}")
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -30,7 +30,7 @@ enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direct
 
 // What is stored in fewer bits is decoded into, and encoded from, buffers of this many elements,
 // which stay in L1.
-constexpr int64_t kBlock = 1024;
+constexpr int64_t kBlock = 512;
 constexpr int64_t kExponentBlock = 256;  // storage.py: BLOCK
 // Below this, waking other threads costs more than it gains.
 constexpr int64_t kSerial = 1 << 15;
@@ -174,30 +174,31 @@ INLINE float decode_m(uint8_t code, uint32_t exponent) {
   return bit_cast<float>(bit_cast<uint32_t>(magnitude) | (code & 128u) << 24);
 }
 
-INLINE uint8_t encode_m(float m, uint32_t exponent, uint32_t noise16) {
-  const uint32_t bits = bits_of(m);
+INLINE uint8_t encode_m(uint32_t bits, uint32_t exponent, uint32_t noise16) {
   const float moved = bit_cast<float>(bits & 0x7fffffff) + bit_cast<float>(exponent << 23);
   const uint32_t code = ((bit_cast<uint32_t>(moved) + (noise16 << 3)) >> 19) - (exponent << 4);
-  return static_cast<uint8_t>(std::min(code, 127u) | (bits >> 31 << 7));
+  return static_cast<uint8_t>(std::min(code, 127u) | (bits >> 24 & 128));
 }
 
 INLINE float decode_s(uint8_t code, uint32_t exponent) {
   return bit_cast<float>((code + (exponent << 3)) << 20);
 }
 
-INLINE uint8_t encode_s(float s, uint32_t exponent, uint32_t noise16) {
-  const uint32_t rounded = (bits_of(s) + (noise16 << 4)) >> 20;
+INLINE uint8_t encode_s(uint32_t bits, uint32_t exponent, uint32_t noise16) {
+  const uint32_t rounded = (bits + (noise16 << 4)) >> 20;
   const int code = static_cast<int>(rounded) - static_cast<int>(exponent << 3);
   return static_cast<uint8_t>(std::clamp(code, 0, 255));
 }
 
-// Returns the exponent of the largest of n numbers, `below` less but not below `least`.
-INLINE uint32_t block_exponent(int64_t n, const float* x, int below, int least) {
+// Returns the exponent of the largest of n numbers, `below` less but not below `least`. What NaNs
+// there are become one NaN.
+INLINE uint32_t block_exponent(int n, float* x, int below, int least) {
   int largest = 0;
 #pragma omp simd reduction(max : largest)
-  for (int64_t i = 0; i < n; ++i)
-    largest = std::max(largest, bit_cast<int>(x[i]) & 0x7fffffff);
-  return std::max((largest >> 23) - below, least);
+  for (int i = 0; i < n; ++i) largest = std::max(largest, bit_cast<int>(x[i]) & 0x7fffffff);
+  if (largest > 0x7f800000)
+    for (int i = 0; i < n; ++i) x[i] = bit_cast<float>(bits_of(x[i]));
+  return static_cast<uint32_t>(std::max((largest >> 23) - below, least));
 }
 
 PORTABLE_SIMD void decode_m_blocks(int64_t n, const uint8_t* codes, const uint8_t* exponents, float* to) {
@@ -239,13 +240,15 @@ struct States {
   State m, s, largest;  // largest.numbers.data is null without amsgrad
 };
 
+// Loops over `int`, since a lane of the index in `int64_t` would be twice as wide as the others.
+
 template <bool kAmsgrad>
-INLINE void encode_bfloat16(const States& to, int64_t first, int64_t n, const float* m,
-                            const float* s, const float* largest, uint32_t noise) {
+INLINE void encode_bfloat16(const States& to, int64_t first, int n, const float* m, const float* s,
+                            const float* largest, uint32_t noise) {
   uint16_t *to_m = to.m.numbers.at<uint16_t>(first), *to_s = to.s.numbers.at<uint16_t>(first),
            *to_largest = to.largest.numbers.at<uint16_t>(first);
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) {
     const uint32_t random = lowbias32(noise + static_cast<uint32_t>(i));
     to_m[i] = round_to_bfloat16(m[i], lower(random));
     to_s[i] = round_to_bfloat16(s[i], upper(random));
@@ -255,8 +258,8 @@ INLINE void encode_bfloat16(const States& to, int64_t first, int64_t n, const fl
 
 // Encodes one block of 256 numbers, or what is left of it.
 template <bool kAmsgrad>
-INLINE void encode_uint8(const States& to, int64_t first, int64_t n, const float* m, const float* s,
-                         const float* largest, uint32_t noise) {
+INLINE void encode_uint8(const States& to, int64_t first, int n, float* m, float* s,
+                         float* largest, uint32_t noise) {
   uint8_t *to_m = to.m.codes(first), *to_s = to.s.codes(first), *to_largest = nullptr;
   const uint32_t m_exponent = block_exponent(n, m, 7, 1), s_exponent = block_exponent(n, s, 31, 0);
   uint32_t largest_exponent = 0;
@@ -268,30 +271,32 @@ INLINE void encode_uint8(const States& to, int64_t first, int64_t n, const float
     *to.largest.exponent(first) = static_cast<uint8_t>(largest_exponent);
   }
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) {
     const uint32_t random = lowbias32(noise + static_cast<uint32_t>(i));
-    to_m[i] = encode_m(m[i], m_exponent, lower(random));
-    to_s[i] = encode_s(s[i], s_exponent, upper(random));
+    to_m[i] = encode_m(bit_cast<uint32_t>(m[i]), m_exponent, lower(random));
+    to_s[i] = encode_s(bit_cast<uint32_t>(s[i]), s_exponent, upper(random));
     if constexpr (kAmsgrad)
-      to_largest[i] = encode_s(largest[i], largest_exponent, upper(random));
+      to_largest[i] = encode_s(bit_cast<uint32_t>(largest[i]), largest_exponent, upper(random));
   }
 }
 
 template <bool kAmsgrad>
-INLINE void encode_states(const States& to, int64_t first, int64_t n, const float* m,
-                          const float* s, const float* largest, uint32_t noise) {
+INLINE void encode_states(const States& to, int64_t first, int n, float* m, float* s,
+                          float* largest, uint32_t noise) {
   if (to.m.numbers.type == kBFloat16)
     return encode_bfloat16<kAmsgrad>(to, first, n, m, s, largest, noise);
-  for (int64_t i = 0; i < n; i += kExponentBlock)
-    encode_uint8<kAmsgrad>(to, first + i, std::min(kExponentBlock, n - i), m + i, s + i,
+  constexpr int kStep = kExponentBlock;
+  for (int i = 0; i < n; i += kStep)
+    encode_uint8<kAmsgrad>(to, first + i, std::min(kStep, n - i), m + i, s + i,
                            kAmsgrad ? largest + i : nullptr, noise + static_cast<uint32_t>(i));
 }
 
 // Stores n numbers of each state from number `first` on, rounded stochastically.
-PORTABLE_SIMD void encode(const States& to, int64_t first, int64_t n, const float* m,
-                          const float* s, const float* largest, uint32_t noise) {
-  if (largest) encode_states<true>(to, first, n, m, s, largest, noise);
-  else encode_states<false>(to, first, n, m, s, nullptr, noise);
+PORTABLE_SIMD void encode(const States& to, int64_t first, int64_t n, float* m, float* s,
+                          float* largest, uint32_t noise) {
+  const int count = static_cast<int>(n);
+  if (largest) encode_states<true>(to, first, count, m, s, largest, noise);
+  else encode_states<false>(to, first, count, m, s, nullptr, noise);
 }
 
 PORTABLE_SIMD void join_master(int64_t n, const uint16_t* param, const int16_t* remainder, float* to) {
