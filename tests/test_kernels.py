@@ -232,7 +232,9 @@ def check(
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("update", [cpp, chunked])
 def test_every_switch_length_and_alignment(update: Update, form: Form, kernel: CppKernel) -> None:
-    for seed, (switches, offset) in enumerate(itertools.product(SWITCHES, (0, 1, 3))):
+    # Plain torch knows no alignment.
+    offsets = (0, 1, 3) if update is cpp else (1,)
+    for seed, (switches, offset) in enumerate(itertools.product(SWITCHES, offsets)):
         check(update, LENGTHS, switches, form, offset=offset, seed=seed)
 
 
@@ -329,7 +331,7 @@ def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppK
         assert_same(parts, whole)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("form", [Form(), Form(state=BF16), FORMS[-1]], ids=str)
 def test_thousands_of_tensors_as_one_by_one(form: Form, threads: int, kernel: CppKernel) -> None:
     scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7)
     generator = torch.Generator().manual_seed(0)
