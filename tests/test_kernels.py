@@ -125,7 +125,11 @@ def values(n: int, offset: int, dtype: torch.dtype, generator: torch.Generator) 
     special = wild & (torch.rand(total, generator=generator) < 0.1)
     which = torch.randint(len(SPECIAL), (total,), generator=generator)
     made = torch.where(special, torch.tensor(SPECIAL, dtype=F64)[which], made)
-    return made.to(dtype)[offset:]
+    made = made.to(dtype)
+    if dtype == F32:  # NaNs of either sign with all bits set: rounded as a number, they would wrap
+        all_bits = torch.where(torch.arange(total) % 2 == 0, 0x7FFFFFFF, -1).to(torch.int32)
+        made = torch.where(made.isnan(), all_bits, made.view(torch.int32)).view(F32)
+    return made[offset:]
 
 
 def moved(tensor: Tensor, offset: int) -> Tensor:
@@ -394,6 +398,9 @@ def test_tensors_unlike_the_first_never_reach_the_library(form: Form, kernel: Cp
                 assert not kernel.update_(work, scalars, 1.0)
                 for i in {0, 1, 2} - {position}:
                     assert_same(work[i], made[i])
+    for name in ("exp_avg_sq", "max_exp_avg_sq"):  # states of two dtypes
+        mixed = made[0]._replace(**{name: getattr(made[0], name).to(F16)})
+        assert not kernel.update_([mixed], scalars, 1.0)
     if form.state == U8:  # blocks that start elsewhere than the parameter's
         assert not kernel.update_([made[0], made[1]._replace(first=100)], scalars, 1.0)
 
