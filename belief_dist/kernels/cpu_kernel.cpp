@@ -1,10 +1,10 @@
 // The CPU kernels: fused AdaBelief update, sum in rank order, reproducible squared norm.
 //
-// Plain C++ without torch or Python headers: compiled in a second, called through ctypes, and one
-// binary serves every torch version. Each formula is written once, as a loop that the compiler
+// Plain C++ without torch or Python headers: compiled in two seconds, called through ctypes, and
+// one binary serves every torch version. Each formula is written once, as a loop that the compiler
 // vectorizes, so that vector body and scalar tail are the same arithmetic. Every operation must
-// round on its own to equal belief_dist/rule.py bit for bit: build with -ffp-contract=off and
-// without -ffast-math.
+// round on its own to equal belief_dist/rule.py and storage.py bit for bit: build with
+// -ffp-contract=off and without -ffast-math.
 
 #include <algorithm>
 #include <cmath>
@@ -28,10 +28,11 @@ namespace {
 enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64, kUInt8 };  // cpp.py: _DTYPES
 enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direction
 
-// What is stored in fewer bits is decoded into, and encoded from, buffers of this many elements,
-// which stay in L1.
+// What is stored in fewer bits is decoded into, and encoded from, buffers of this many elements:
+// a third of an L1 cache of 32 KiB, so that the streams from memory keep their place in it.
 constexpr int64_t kBlock = 512;
-constexpr int64_t kExponentBlock = 256;  // storage.py: BLOCK
+constexpr int kExponentBlock = 256;  // storage.py: BLOCK
+constexpr int kMBinades = 7, kSBinades = 31;  // storage.py: _M_BINADES, _S_BINADES
 // Below this, waking other threads costs more than it gains.
 constexpr int64_t kSerial = 1 << 15;
 
@@ -201,22 +202,25 @@ INLINE uint32_t block_exponent(int n, float* x, int below, int least) {
   return static_cast<uint32_t>(std::max((largest >> 23) - below, least));
 }
 
-PORTABLE_SIMD void decode_m_blocks(int64_t n, const uint8_t* codes, const uint8_t* exponents, float* to) {
-  for (int64_t i = 0; i < n; i += kExponentBlock) {
-    const uint32_t exponent = exponents[i / kExponentBlock];
-    const int64_t stop = std::min(n, i + kExponentBlock);
+template <bool kSigned>
+INLINE void decode(int n, const uint8_t* codes, const uint8_t* exponents, float* to) {
+  for (int i = 0; i < n; i += kExponentBlock) {
+    const uint32_t exponent = *exponents++;
+    const int stop = std::min(n, i + kExponentBlock);
 #pragma omp simd
-    for (int64_t j = i; j < stop; ++j) to[j] = decode_m(codes[j], exponent);
+    for (int j = i; j < stop; ++j)
+      to[j] = kSigned ? decode_m(codes[j], exponent) : decode_s(codes[j], exponent);
   }
 }
 
-PORTABLE_SIMD void decode_s_blocks(int64_t n, const uint8_t* codes, const uint8_t* exponents, float* to) {
-  for (int64_t i = 0; i < n; i += kExponentBlock) {
-    const uint32_t exponent = exponents[i / kExponentBlock];
-    const int64_t stop = std::min(n, i + kExponentBlock);
-#pragma omp simd
-    for (int64_t j = i; j < stop; ++j) to[j] = decode_s(codes[j], exponent);
-  }
+// The functions below go over `int`: lanes with an index of 64 bits cost as much as two others.
+PORTABLE_SIMD void decode_signed(int n, const uint8_t* codes, const uint8_t* exponents, float* to) {
+  decode<true>(n, codes, exponents, to);
+}
+
+PORTABLE_SIMD void decode_positive(int n, const uint8_t* codes, const uint8_t* exponents,
+                                   float* to) {
+  decode<false>(n, codes, exponents, to);
 }
 
 // A state as it is stored.
@@ -229,7 +233,7 @@ struct State {
 
   // As Array::read; 8-bit numbers are decoded by `decode`.
   template <class T, class Decode>
-  T* read(int64_t i, int64_t n, Decode decode, float* buffer) const {
+  T* read(int64_t i, int n, Decode decode, float* buffer) const {
     if constexpr (sizeof(T) == sizeof(float))
       if (numbers.type == kUInt8) return decode(n, codes(i), exponent(i), buffer), buffer;
     return numbers.read<T>(i, n, buffer);
@@ -239,8 +243,6 @@ struct State {
 struct States {
   State m, s, largest;  // largest.numbers.data is null without amsgrad
 };
-
-// Loops over `int`, since a lane of the index in `int64_t` would be twice as wide as the others.
 
 template <bool kAmsgrad>
 INLINE void encode_bfloat16(const States& to, int64_t first, int n, const float* m, const float* s,
@@ -261,13 +263,14 @@ template <bool kAmsgrad>
 INLINE void encode_uint8(const States& to, int64_t first, int n, float* m, float* s,
                          float* largest, uint32_t noise) {
   uint8_t *to_m = to.m.codes(first), *to_s = to.s.codes(first), *to_largest = nullptr;
-  const uint32_t m_exponent = block_exponent(n, m, 7, 1), s_exponent = block_exponent(n, s, 31, 0);
+  const uint32_t m_exponent = block_exponent(n, m, kMBinades, 1);
+  const uint32_t s_exponent = block_exponent(n, s, kSBinades, 0);
   uint32_t largest_exponent = 0;
   *to.m.exponent(first) = static_cast<uint8_t>(m_exponent);
   *to.s.exponent(first) = static_cast<uint8_t>(s_exponent);
   if constexpr (kAmsgrad) {
     to_largest = to.largest.codes(first);
-    largest_exponent = block_exponent(n, largest, 31, 0);
+    largest_exponent = block_exponent(n, largest, kSBinades, 0);
     *to.largest.exponent(first) = static_cast<uint8_t>(largest_exponent);
   }
 #pragma omp simd
@@ -285,21 +288,20 @@ INLINE void encode_states(const States& to, int64_t first, int n, float* m, floa
                           float* largest, uint32_t noise) {
   if (to.m.numbers.type == kBFloat16)
     return encode_bfloat16<kAmsgrad>(to, first, n, m, s, largest, noise);
-  constexpr int kStep = kExponentBlock;
-  for (int i = 0; i < n; i += kStep)
-    encode_uint8<kAmsgrad>(to, first + i, std::min(kStep, n - i), m + i, s + i,
+  for (int i = 0; i < n; i += kExponentBlock)
+    encode_uint8<kAmsgrad>(to, first + i, std::min(kExponentBlock, n - i), m + i, s + i,
                            kAmsgrad ? largest + i : nullptr, noise + static_cast<uint32_t>(i));
 }
 
 // Stores n numbers of each state from number `first` on, rounded stochastically.
-PORTABLE_SIMD void encode(const States& to, int64_t first, int64_t n, float* m, float* s,
+PORTABLE_SIMD void encode(const States& to, int64_t first, int n, float* m, float* s,
                           float* largest, uint32_t noise) {
-  const int count = static_cast<int>(n);
-  if (largest) encode_states<true>(to, first, count, m, s, largest, noise);
-  else encode_states<false>(to, first, count, m, s, nullptr, noise);
+  if (largest) encode_states<true>(to, first, n, m, s, largest, noise);
+  else encode_states<false>(to, first, n, m, s, nullptr, noise);
 }
 
-PORTABLE_SIMD void join_master(int64_t n, const uint16_t* param, const int16_t* remainder, float* to) {
+PORTABLE_SIMD void join_master(int64_t n, const uint16_t* param, const int16_t* remainder,
+                               float* to) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i)
     to[i] = bit_cast<float>((uint32_t{param[i]} << 16) + static_cast<uint32_t>(int{remainder[i]}));
@@ -432,16 +434,15 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
                       {{part.s, types.state}, part.s_exponents},
                       {{part.largest, types.state}, part.largest_exponents}};
   float buffers[5][kBlock];
-  int64_t n;
+  int n;
   for (int64_t i = begin; i < end; i += n) {
     const uint64_t element = static_cast<uint64_t>(part.first + i);
-    // A carry into the upper half of the number would change the noise's start.
-    n = std::min({kBlock, end - i, (int64_t{1} << 32) - static_cast<uint32_t>(element)});
+    const int64_t until_carry = (int64_t{1} << 32) - static_cast<uint32_t>(element);
+    n = static_cast<int>(std::min({kBlock, end - i, until_carry}));  // see noise_start
     T* p = param.read<T>(i, n, buffers[0]);
-    T* m = states.m.read<T>(i, n, decode_m_blocks, buffers[1]);
-    T* s = states.s.read<T>(i, n, decode_s_blocks, buffers[2]);
-    T* largest =
-        part.largest ? states.largest.read<T>(i, n, decode_s_blocks, buffers[3]) : nullptr;
+    T* m = states.m.read<T>(i, n, decode_signed, buffers[1]);
+    T* s = states.s.read<T>(i, n, decode_positive, buffers[2]);
+    T* largest = part.largest ? states.largest.read<T>(i, n, decode_positive, buffers[3]) : nullptr;
     update(n, p, grad.read<T>(i, n, buffers[4]), m, s, largest, k, direction);
     param.write(i, n, p);
     out.write(i, n, p);
@@ -677,8 +678,9 @@ EXPORT void belief_update(int64_t count, const void* segments, int param_type, i
                           int state_type, int out_type, const double* scalars, int direction,
                           int64_t step, int threads) {
   const auto update = param_type == kFloat64 ? update_all<double> : update_all<float>;
-  update(count, static_cast<const Segment*>(segments), {param_type, grad_type, state_type, out_type},
-         scalars, direction, static_cast<uint32_t>(step), threads);
+  const Types types{param_type, grad_type, state_type, out_type};
+  update(count, static_cast<const Segment*>(segments), types, scalars, direction,
+         static_cast<uint32_t>(step), threads);
 }
 
 EXPORT void belief_sum(int64_t n, void* out, void* const* pieces, int type, int count,
