@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -27,9 +29,17 @@ from belief_dist.rule import (
     step_scalars,
     update_reference_,
 )
-from belief_dist.storage import Operands
+from belief_dist.storage import (
+    BLOCK,
+    Operands,
+    encode_m,
+    encode_s,
+    split_master,
+    update_stored_reference_,
+)
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+U8 = torch.uint8
 OPTIONS = {**DEFAULTS, "lr": 0.01, "eps": 1e-8, "weight_decay": 0.1}
 SWITCHES = [
     {},
@@ -41,17 +51,40 @@ SWITCHES = [
     {"rectify": True},
     {"rectify": True, "degenerated_to_sgd": False},
 ]
-# Of parameter, gradient and the low-precision copy of the parameter.
-DTYPES = [
-    (F32, F32, None),
-    (F32, F32, BF16),
-    (F32, BF16, BF16),
-    (F32, F16, F16),
-    (BF16, BF16, None),
-    (F16, F16, None),
-    (F64, F64, None),
+
+
+class Form(NamedTuple):
+    """What is stored in which dtype."""
+
+    param: torch.dtype = F32
+    grad: torch.dtype = F32
+    out: torch.dtype | None = None  # of the low-precision copy of the parameter
+    state: torch.dtype | None = None  # None: as the rule computes
+    split: bool = False  # the parameter is the upper half of its master
+
+
+PLAIN = [
+    Form(),
+    Form(F32, F32, BF16),
+    Form(F32, BF16, BF16),
+    Form(F32, F16, F16),
+    Form(BF16, BF16),
+    Form(F16, F16),
+    Form(F64, F64),
 ]
-LENGTHS = [0, 1, 7, 8, 15, 16, 17, 1023]
+FORMS = [
+    *PLAIN,
+    Form(state=BF16),
+    Form(state=U8),
+    Form(F32, BF16, BF16, state=BF16),
+    Form(F32, BF16, BF16, state=U8),
+    Form(BF16, BF16, state=BF16),
+    Form(F16, F16, state=U8),
+    Form(BF16, BF16, split=True),
+    Form(BF16, F32, F16, state=BF16, split=True),
+    Form(BF16, BF16, state=U8, split=True),
+]
+LENGTHS = [0, 1, 7, 8, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025]
 SPECIAL = [0.0, -0.0, 1e-40, -1e-45, 1e30, -1e-30, float("inf"), -float("inf"), float("nan")]
 
 Update = Callable[..., None]
@@ -72,138 +105,317 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def any_backend(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    scalars: StepScalars,
-    *,
-    grad_scale: Tensor | float = 1.0,
-    skip: Tensor | None = None,
-    fused: bool | None = None,
-    **optional: Tensor | None,
-) -> None:
-    operands = Operands(param, grad, exp_avg, exp_avg_sq, **optional)
-    kernels.update_([operands], scalars, grad_scale=grad_scale, skip=skip, fused=fused)
-
-
-cpp = partial(any_backend, fused=True)
-chunked = partial(any_backend, fused=False)
+cpp = partial(kernels.update_, fused=True)
+chunked = partial(kernels.update_, fused=False)
 
 
 def values(n: int, offset: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return n numbers over sixty decades, special ones among them, not aligned to a vector."""
-    largest = 4 if dtype == F16 else 30
-    exponent = torch.empty(n + offset, dtype=F64).uniform_(-30, largest, generator=generator)
-    made = torch.randn(n + offset, dtype=F64, generator=generator) * 10**exponent
+    """Return n numbers, not aligned to a vector.
+
+    In some blocks they are of one magnitude; in others they span sixty decades, special numbers
+    among them.
+    """
+    total, largest = n + offset, 4 if dtype == F16 else 30
+    block = (torch.arange(total) - offset) // BLOCK
+    wild = (torch.rand(total + 1, generator=generator) < 0.5)[block]
+    exponent = torch.empty(total + 1, dtype=F64).uniform_(-30, largest, generator=generator)
+    exponent = torch.where(wild, exponent[:total], exponent[block])
+    made = torch.randn(total, dtype=F64, generator=generator) * 10**exponent
     # At places of its own in each tensor, so that every special number meets ordinary ones.
-    special = torch.rand(n + offset, generator=generator) < 0.1
-    which = torch.randint(len(SPECIAL), (n + offset,), generator=generator)
+    special = wild & (torch.rand(total, generator=generator) < 0.1)
+    which = torch.randint(len(SPECIAL), (total,), generator=generator)
     made = torch.where(special, torch.tensor(SPECIAL, dtype=F64)[which], made)
-    return made.to(dtype)[offset:]
+    made = made.to(dtype)
+    if dtype == F32:  # NaNs of either sign with all bits set: rounded as a number, they would wrap
+        all_bits = torch.where(torch.arange(total) % 2 == 0, 0x7FFFFFFF, -1).to(torch.int32)
+        made = torch.where(made.isnan(), all_bits, made.view(torch.int32)).view(F32)
+    return made[offset:]
 
 
-def bits(tensor: Tensor | None) -> Tensor | None:
+def moved(tensor: Tensor, offset: int) -> Tensor:
+    """Return a copy that starts `offset` elements into its memory."""
+    return torch.cat([tensor[:0].new_zeros(offset), tensor])[offset:]
+
+
+def make(
+    n: int,
+    form: Form,
+    *,
+    amsgrad: bool = False,
+    offset: int = 0,
+    first: int = 0,
+    generator: torch.Generator,
+) -> Operands:
+    """Return everything that a step needs of n elements in some form."""
+    state_dtype = form.state or compute_dtype(form.param)
+    made: dict[str, Any] = {"first": first}
+    made["key"] = int(torch.randint(1 << 32, (), generator=generator))
+    made["grad"] = values(n, offset, form.grad, generator)
+    if form.split:
+        halves = split_master(values(n, offset, F32, generator))
+        made["param"], made["remainder"] = (moved(half, offset) for half in halves)
+    else:
+        made["param"] = values(n, offset, form.param, generator)
+    for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
+        state = values(n, offset, state_dtype if state_dtype == F64 else F32, generator)
+        state = state if name == "exp_avg" else state.abs()
+        if state_dtype == U8:
+            random = torch.randint(1 << 16, (n,), generator=generator)
+            encode = encode_m if name == "exp_avg" else encode_s
+            made[name], made[f"{name}_exponent"] = encode(state, random)
+        else:
+            made[name] = state.to(state_dtype)
+        made[name] = moved(made[name], offset)
+    if form.out is not None:
+        made["param_out"] = torch.zeros(n, dtype=form.out)
+    return Operands(**made)
+
+
+def tensors_of(operands: Operands) -> dict[str, Tensor]:
+    return {name: t for name, t in operands._asdict().items() if isinstance(t, Tensor)}
+
+
+def copied(operands: Operands) -> Operands:
+    """Return the same in other memory, where every tensor is aligned."""
+    return operands._replace(**{name: t.clone() for name, t in tensors_of(operands).items()})
+
+
+def bits(tensor: Tensor) -> Tensor:
     """Return integers that are equal where the numbers are: -0 is not 0, and any NaN is NaN."""
-    if tensor is None:
-        return None
+    if not tensor.is_floating_point():
+        return tensor
     width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     return torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor).view(width)
 
 
+@contextlib.contextmanager
+def on_one_thread() -> Iterator[None]:
+    """Plain torch would wake the others for every operation, which takes long on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def assert_same(ours: Operands, expected: Operands, about: str = "") -> None:
+    for name, tensor in tensors_of(expected).items():
+        wrong = (bits(getattr(ours, name)) != bits(tensor)).nonzero().flatten().tolist()
+        assert not wrong, f"{name} differs at {wrong[:5]} of {ours.param.numel()}{about}"
+
+
 def check(
     update: Update,
-    n: int,
+    lengths: Sequence[int] | int,
     switches: dict[str, Any] | None = None,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None] = (F32, F32, None),
+    form: Form = PLAIN[0],
     *,
     offset: int = 0,
+    first: int = 0,
     step: int = 3,
     seed: int = 0,
 ) -> None:
-    """Apply one step by `update` and by the reference to equal tensors and compare all bits."""
+    """Apply one step by one `update` and by the reference to equal tensors; compare all bits."""
     options = {**OPTIONS, **(switches or {})}
     generator = torch.Generator().manual_seed(seed)
-    param_dtype, grad_dtype, out_dtype = dtypes
-    state_dtype = compute_dtype(param_dtype)
-    tensors: dict[str, Tensor | None] = {
-        "param": values(n, offset, param_dtype, generator),
-        "grad": values(n, offset, grad_dtype, generator),
-        "exp_avg": values(n, offset, state_dtype, generator),
-        "exp_avg_sq": values(n, offset, state_dtype, generator).abs(),
-        "max_exp_avg_sq": None,
-        "param_out": None if out_dtype is None else torch.zeros(n, dtype=out_dtype),
-    }
-    if options["amsgrad"]:
-        tensors["max_exp_avg_sq"] = values(n, offset, state_dtype, generator).abs()
-    more = {"scalars": step_scalars(options, step), "grad_scale": 0.37}
-    expected = {name: None if t is None else t.clone() for name, t in tensors.items()}
-    update_reference_(**expected, **more)
-    update(**tensors, **more)
-    for name, tensor in tensors.items():
-        ours, theirs = bits(tensor), bits(expected[name])
-        if ours is None or theirs is None:
-            continue
-        wrong = (ours != theirs).nonzero().flatten().tolist()
-        assert not wrong, f"{name} differs at {wrong[:5]} of {n}, {options}, {dtypes}"
+    with on_one_thread():
+        work = [
+            make(
+                n, form, amsgrad=options["amsgrad"], offset=offset, first=first, generator=generator
+            )
+            for n in ([lengths] if isinstance(lengths, int) else lengths)
+        ]
+        expected = [copied(operands) for operands in work]
+    scalars = step_scalars(options, step)
+    update(work, scalars, grad_scale=0.37)
+    with on_one_thread():
+        for ours, theirs in zip(work, expected, strict=True):
+            update_stored_reference_(theirs, scalars, grad_scale=0.37)
+            assert_same(ours, theirs, f", {options}, {form}")
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("update", [cpp, chunked])
-def test_every_switch_length_and_alignment(
-    update: Update, dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None], kernel: CppKernel
-) -> None:
-    for n, switches, offset in itertools.product(LENGTHS, SWITCHES, (0, 1, 3)):
-        check(update, n, switches, dtypes, offset=offset, seed=n)
+def test_every_switch_length_and_alignment(update: Update, form: Form, kernel: CppKernel) -> None:
+    # Plain torch knows no alignment.
+    offsets = (0, 1, 3) if update is cpp else (1,)
+    for seed, (switches, offset) in enumerate(itertools.product(SWITCHES, offsets)):
+        check(update, LENGTHS, switches, form, offset=offset, seed=seed)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_a_million_elements_on_several_threads(
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype | None], threads: int, kernel: CppKernel
-) -> None:
-    check(cpp, 1_000_003, {}, dtypes, offset=1)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_million_elements_on_several_threads(form: Form, threads: int, kernel: CppKernel) -> None:
+    check(cpp, 1_000_003, {}, form, offset=1)
+
+
+@pytest.mark.parametrize("form", FORMS[6:], ids=str)
+def test_threads_share_segments_of_any_length(form: Form, threads: int, kernel: CppKernel) -> None:
+    for seed, lengths in enumerate([[70_001, 3, 0, 40_000, 1], [5] * 100 + [90_001], [301] * 300]):
+        check(cpp, lengths, {"amsgrad": True}, form, offset=seed, seed=seed)
+
+
+@pytest.mark.parametrize("state", [BF16, U8])
+def test_numbers_of_elements_beyond_32_bits(state: torch.dtype, kernel: CppKernel) -> None:
+    """The noise of the elements before and after the carry."""
+    for first in ((1 << 32) - 256, (1 << 32) - 1024, 1 << 32, (5 << 32) - 512):
+        check(cpp, [2000, 300, 100], {"amsgrad": True}, Form(state=state), first=first)
+    if state == BF16:  # no blocks, and so any number
+        check(cpp, 2000, {}, Form(state=state), first=(1 << 32) - 777)
 
 
 def test_the_fallback_works_through_many_pieces() -> None:
-    for dtypes in ((F32, F32, None), (F32, BF16, BF16)):
-        check(chunked, 3 * eager._LEAN_PIECE + 7, {}, dtypes)
+    for form in (Form(), Form(F32, BF16, BF16), Form(state=U8)):
+        check(chunked, 3 * eager._LEAN_PIECE + 7, {}, form)
 
 
 @pytest.mark.parametrize("param_dtype", [F32, F64, BF16, F16])
 def test_any_mixture_of_dtypes(param_dtype: torch.dtype) -> None:
     """The kernel knows one arithmetic at a time; what mixes two is left to plain torch."""
     for grad_dtype, out_dtype in itertools.product((F32, F64, BF16, F16), (None, F32, BF16, F16)):
-        check(any_backend, 100, {}, (param_dtype, grad_dtype, out_dtype))
+        for state in (None, U8):
+            check(kernels.update_, 100, {}, Form(param_dtype, grad_dtype, out_dtype, state))
 
 
 @given(
-    n=st.integers(0, 5000),
+    lengths=st.lists(st.integers(0, 3000), min_size=1, max_size=4),
     offset=st.integers(0, 17),
-    step=st.integers(1, 10_000),
+    step=st.sampled_from([1, 2, 10, 10_000, 1 << 31, (1 << 32) + 1, 1 << 40]),
     seed=st.integers(0, 2**32 - 1),
     switches=st.sampled_from(SWITCHES),
-    dtypes=st.sampled_from(DTYPES),
+    hyperparameters=st.fixed_dictionaries(
+        {
+            "lr": st.sampled_from([0.0, 1e-3, 10.0]),
+            "betas": st.tuples(*[st.sampled_from([1e-6, 0.5, 0.9, 0.999, 1 - 1e-7])] * 2),
+            "eps": st.sampled_from([1e-300, 1e-45, 1e-16, 1e-2, 1e10]),
+            "weight_decay": st.sampled_from([0.0, 0.1, 10.0]),
+        }
+    ),
+    param=st.sampled_from([F32, BF16, F16]),
+    grad=st.sampled_from([F32, BF16, F16]),
+    out=st.sampled_from([None, BF16, F16]),
+    state=st.sampled_from([None, BF16, U8]),
+    split=st.booleans(),
+    first=st.integers(0, 1 << 34),
 )
-@settings(max_examples=100, deadline=None)
-def test_any_length_step_and_alignment(
-    n: int, offset: int, step: int, seed: int, switches: dict[str, Any], dtypes: Any
+@settings(max_examples=200, deadline=None)
+def test_any_form_length_and_hyperparameters(
+    lengths: list[int],
+    offset: int,
+    step: int,
+    seed: int,
+    switches: dict[str, Any],
+    hyperparameters: dict[str, Any],
+    param: torch.dtype,
+    grad: torch.dtype,
+    out: torch.dtype | None,
+    state: torch.dtype | None,
+    split: bool,
+    first: int,
 ) -> None:
-    check(cpp, n, switches, dtypes, offset=offset, step=step, seed=seed)
+    form = Form(BF16 if split else param, grad, out, state, split)
+    first = first // BLOCK * BLOCK if state == U8 else first
+    options = {**hyperparameters, **switches}
+    check(cpp, lengths, options, form, offset=offset, first=first, step=step, seed=seed)
+
+
+def part_of(operands: Operands, start: int, stop: int) -> Operands:
+    """Return elements [start, stop) as a part of their parameter; the same memory."""
+    return eager._piece(operands, start, stop)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppKernel) -> None:
+    """Cut between blocks, as ranks cut it: the noise is anchored in the parameter."""
+    scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7)
+    for cut in (256, 1024, 1280, 4864):
+        generator = torch.Generator().manual_seed(cut)
+        whole = make(5000, form, amsgrad=True, generator=generator)
+        parts = copied(whole)
+        cpp([whole], scalars)
+        cpp([part_of(parts, cut, 5000), part_of(parts, 0, cut)], scalars)
+        assert_same(parts, whole)
+
+
+@pytest.mark.parametrize("form", [Form(), Form(state=BF16), FORMS[-1]], ids=str)
+def test_thousands_of_tensors_as_one_by_one(form: Form, threads: int, kernel: CppKernel) -> None:
+    scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7)
+    generator = torch.Generator().manual_seed(0)
+    made = [make(n, form, amsgrad=True, generator=generator) for n in range(50)]
+    together = [copied(operands) for _ in range(100) for operands in made]
+    cpp(together, scalars)
+    for operands in made:
+        cpp([operands], scalars)
+    for position, operands in enumerate(together):
+        assert_same(operands, made[position % 50])
+
+
+def test_one_call_into_the_library_for_all_tensors(
+    kernel: CppKernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no Python function that is called for each of them."""
+
+    def calls(count: int) -> tuple[int, int]:
+        generator = torch.Generator().manual_seed(0)
+        work = [make(3, Form(state=BF16), generator=generator) for _ in range(count)]
+        python = library = 0
+
+        def on_event(frame: Any, event: str, argument: Any) -> None:
+            nonlocal python
+            python += event == "call"
+
+        def belief_update(*arguments: Any) -> None:
+            nonlocal library
+            library += 1
+
+        scalars = step_scalars(OPTIONS, 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel._library, "belief_update", belief_update)
+            cpp(work, scalars)
+            sys.setprofile(on_event)
+            try:
+                cpp(work, scalars)
+            finally:
+                sys.setprofile(None)
+        return python, library
+
+    python, library = calls(1000)
+    assert python < 50 and library == 2
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_tensors_unlike_the_first_never_reach_the_library(form: Form, kernel: CppKernel) -> None:
+    """It would write to memory that is not theirs."""
+    generator = torch.Generator().manual_seed(0)
+    made = [make(600, form, amsgrad=True, generator=generator) for _ in range(3)]
+    scalars = step_scalars({**OPTIONS, "amsgrad": True}, 1)
+    cpp(made, scalars)
+    for name, tensor in tensors_of(made[0]).items():
+        strided = torch.stack([tensor, tensor], 1)[:, 0]
+        unlike = [tensor[:-1], strided, tensor.to(torch.complex64), tensor.to("meta")]
+        for wrong in [*unlike, *[None] * (name not in Operands._fields[:4])]:
+            for position in range(3):
+                work = [copied(operands) for operands in made]
+                work[position] = work[position]._replace(**{name: wrong})
+                assert not kernel.update_(work, scalars, 1.0)
+                for i in {0, 1, 2} - {position}:
+                    assert_same(work[i], made[i])
+    for name in ("exp_avg_sq", "max_exp_avg_sq"):  # states of two dtypes
+        mixed = made[0]._replace(**{name: getattr(made[0], name).to(F16)})
+        assert not kernel.update_([mixed], scalars, 1.0)
+    if form.state == U8:  # blocks that start elsewhere than the parameter's
+        assert not kernel.update_([made[0], made[1]._replace(first=100)], scalars, 1.0)
 
 
 @pytest.mark.parametrize("switches", SWITCHES, ids=str)
 def test_multi_tensor_operations(switches: dict[str, Any]) -> None:
     """What accelerators without a kernel of their own run, here on the CPU."""
 
-    def update(scalars: StepScalars, grad_scale: float, **tensors: Any) -> None:
+    def update(work: list[Operands], scalars: StepScalars, grad_scale: float) -> None:
         # Optimizers without clipping hand over unscaled gradients only.
-        tensors["grad"] = tensors["grad"].to(tensors["exp_avg"].dtype) * grad_scale
-        tensors.pop("param_out")
-        kernels.foreach_update_([Operands(**tensors)], scalars)
+        scaled = [o._replace(grad=o.grad.to(o.exp_avg.dtype) * grad_scale) for o in work]
+        kernels.foreach_update_(scaled, scalars)
 
-    for dtypes in ((F32, F32, None), (BF16, BF16, None), (F64, F64, None)):
-        check(update, 1023, switches, dtypes)
+    for form in (Form(), Form(BF16, BF16), Form(F64, F64)):
+        check(update, [1023, 17], switches, form)
 
 
 def test_scale_as_a_tensor_is_the_same_number(kernel: CppKernel) -> None:
@@ -214,7 +426,7 @@ def test_scale_as_a_tensor_is_the_same_number(kernel: CppKernel) -> None:
     results = []
     for update, factor in ((cpp, scale), (cpp, scale.item()), (chunked, scale)):
         tensors = [t.clone() for t in made]
-        update(*tensors, scalars, grad_scale=factor)
+        update([Operands(*tensors)], scalars, grad_scale=factor)
         results.append(tensors)
     update_reference_(*made, scalars, grad_scale=scale)
     for tensors in results:
@@ -225,9 +437,9 @@ def test_scale_as_a_tensor_is_the_same_number(kernel: CppKernel) -> None:
 def test_a_skipped_step_touches_nothing(update: Update, kernel: CppKernel) -> None:
     tensors = [torch.rand(100) for _ in range(4)]
     before = [t.clone() for t in tensors]
-    update(*tensors, step_scalars(OPTIONS, 1), skip=torch.tensor(True))
+    update([Operands(*tensors)], step_scalars(OPTIONS, 1), skip=torch.tensor(True))
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-    update(*tensors, step_scalars(OPTIONS, 1), skip=torch.tensor(False))
+    update([Operands(*tensors)], step_scalars(OPTIONS, 1), skip=torch.tensor(False))
     assert not torch.equal(tensors[0], before[0])
 
 
@@ -254,7 +466,7 @@ def test_the_fused_update_is_no_torch_operation(kernel: CppKernel) -> None:
 
     tensors = [torch.rand(5000) for _ in range(4)]
     with Refuse():
-        cpp(*tensors, step_scalars(OPTIONS, 1))
+        cpp([Operands(*tensors)], step_scalars(OPTIONS, 1))
 
 
 def test_fused_true_says_why_it_cannot(kernel: CppKernel) -> None:
@@ -262,7 +474,7 @@ def test_fused_true_says_why_it_cannot(kernel: CppKernel) -> None:
     with pytest.raises(
         RuntimeError, match=r"no compiled kernel serves torch\.float32 tensors on cpu"
     ):
-        cpp(strided, torch.rand(10), torch.rand(10), torch.rand(10), step_scalars(OPTIONS, 1))
+        cpp([Operands(strided, *(torch.rand(10) for _ in "123"))], step_scalars(OPTIONS, 1))
 
 
 # - The square root
@@ -358,7 +570,7 @@ def test_one_line_says_what_is_used(
 ) -> None:
     caplog.set_level("INFO", logger="belief_dist")
     for _ in range(3):
-        chunked(*(torch.rand(3) for _ in range(4)), step_scalars(OPTIONS, 1))
-        cpp(*(torch.rand(3) for _ in range(4)), step_scalars(OPTIONS, 1))
+        for update in (chunked, cpp):
+            update([Operands(*(torch.rand(3) for _ in range(4)))], step_scalars(OPTIONS, 1))
     (record,) = caplog.records
     assert "C++" in record.getMessage()

@@ -117,9 +117,7 @@ def update_(
     if not work:
         return
     kernel = None if fused is False else _cpp()
-    if isinstance(kernel, CppKernel) and kernel.updates(work):
-        if skip is None or not bool(skip):
-            kernel.update_(work, scalars, float(grad_scale))
+    if isinstance(kernel, CppKernel) and kernel.update_(work, scalars, grad_scale, skip):
         return
     if fused:
         first = work[0].param

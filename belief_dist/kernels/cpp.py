@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from collections.abc import Sequence
+from functools import lru_cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from belief_dist.kernels.build import find_library
 from belief_dist.norm import NUM_WORDS
-from belief_dist.rule import StepScalars, compute_dtype
-from belief_dist.storage import Operands
+from belief_dist.rule import StepScalars
+from belief_dist.storage import BLOCK, Operands
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_CODES = _NUMBERS | {torch.uint8: 4}
+
+# The fields of Operands that are tensors; the last three have one element for each block.
+_TENSORS = Operands._fields[:10]
+_PER_BLOCK = 3
+_KEY, _FIRST = 10, 11
+_dtype_of, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
+
+_Dtypes = tuple[torch.dtype | None, ...]
 
 
 class CppKernel:
@@ -29,12 +41,10 @@ class CppKernel:
         library, origin = find_library()
         size, code, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
         signatures = {
-            "belief_update": [
-                size, *[pointer, code] * 2, *[pointer] * 4, code, pointer, code, code
-            ],
+            "belief_update": [size, pointer, *[code] * 4, pointer, code, size, code],
             "belief_sum": [size, pointer, pointer, code, code, code, pointer, code],
             "belief_squares": [size, pointer, code, pointer, code],
-        }  # fmt: skip
+        }
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
@@ -47,28 +57,31 @@ class CppKernel:
         """Tell whether the library can work on these tensors."""
         return all(
             tensor is None
-            or (tensor.device.type == "cpu" and tensor.dtype in _DTYPES and tensor.is_contiguous())
+            or (tensor.is_cpu and tensor.dtype in _NUMBERS and tensor.is_contiguous())
             for tensor in tensors
         )
 
-    def updates(self, work: Sequence[Operands]) -> bool:
-        """Tell whether `update_` serves these tensors."""
-        first = work[0]
-        return (
-            all(self.supports(*(t for t in each if isinstance(t, Tensor))) for each in work)
-            and first.exp_avg.dtype == compute_dtype(first.param.dtype)
-            and first.exp_avg.dtype == compute_dtype(first.grad.dtype)
-            and first.remainder is None
-            and (
-                first.param_out is None
-                or (first.param_out.itemsize == 2 and first.exp_avg.itemsize == 4)
-            )
-        )
+    def update_(
+        self,
+        work: Sequence[Operands],
+        scalars: StepScalars,
+        grad_scale: Tensor | float,
+        skip: Tensor | None = None,
+    ) -> bool:
+        """Apply one step to all tensors in one call, unless `skip` is given and not zero.
 
-    def update_(self, work: Sequence[Operands], scalars: StepScalars, scale: float) -> None:
-        """Apply one step in a single pass."""
+        Returns:
+            Whether the library serves these tensors; otherwise nothing is done or read.
+        """
+        dtypes = tuple(getattr(t, "dtype", None) for t in work[0][: len(_TENSORS)])
+        codes = _codes(dtypes)
+        table = None if codes is None else _table(work, dtypes)
+        if codes is None or table is None:
+            return False
+        if skip is not None and bool(skip):
+            return True
         by_name = (
-            scale * scalars.sign,
+            float(grad_scale) * scalars.sign,
             scalars.coupled_decay,
             scalars.weight1,
             scalars.beta2,
@@ -78,22 +91,16 @@ class CppKernel:
             scalars.step_size,
             scalars.denom_scale,
         )
-        for o in work:
-            self._library.belief_update(
-                o.param.numel(),
-                o.param.data_ptr(),
-                _DTYPES[o.param.dtype],
-                o.grad.data_ptr(),
-                _DTYPES[o.grad.dtype],
-                o.exp_avg.data_ptr(),
-                o.exp_avg_sq.data_ptr(),
-                None if o.max_exp_avg_sq is None else o.max_exp_avg_sq.data_ptr(),
-                None if o.param_out is None else o.param_out.data_ptr(),
-                0 if o.param_out is None else _DTYPES[o.param_out.dtype],
-                (ctypes.c_double * len(by_name))(*by_name),
-                int(scalars.direction),
-                torch.get_num_threads(),
-            )
+        self._library.belief_update(
+            len(work),
+            table.buffer_info()[0],
+            *codes,
+            (ctypes.c_double * len(by_name))(*by_name),
+            int(scalars.direction),
+            scalars.step,
+            torch.get_num_threads(),
+        )
+        return True
 
     def ordered_sum_(
         self, out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None, *, accumulate: bool
@@ -104,7 +111,7 @@ class CppKernel:
             out.numel(),
             out.data_ptr(),
             addresses,
-            _DTYPES[pieces[0].dtype],
+            _NUMBERS[pieces[0].dtype],
             len(pieces),
             accumulate,
             None if bins is None else bins.data_ptr(),
@@ -117,7 +124,66 @@ class CppKernel:
         self._library.belief_squares(
             values.numel(),
             values.data_ptr(),
-            _DTYPES[values.dtype],
+            _NUMBERS[values.dtype],
             bins.data_ptr(),
             torch.get_num_threads(),
         )
+
+
+@lru_cache(maxsize=256)
+def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int] | None:
+    """Return the codes of parameter, gradient, states and copy if the library knows this form.
+
+    Args:
+        dtypes: Of the tensors of `Operands`, None for those that are None.
+    """
+    param, grad, m, s, largest, out, remainder, *exponents = dtypes
+    if param == torch.float64:
+        served = grad == m == param and out is remainder is None
+    else:  # one arithmetic, that of float32
+        served = (
+            {param, grad} <= {torch.float32, torch.bfloat16, torch.float16}
+            and m in (torch.float32, torch.bfloat16, torch.uint8)
+            and out in (None, torch.bfloat16, torch.float16)
+            and (remainder is None or (param, remainder) == (torch.bfloat16, torch.int16))
+        )
+    blocks = [torch.uint8 if state == torch.uint8 else None for state in (m, s, largest)]
+    if not served or s != m or largest not in (None, m) or exponents != blocks:
+        return None
+    assert param is not None and grad is not None and m is not None
+    return _CODES[param], _CODES[grad], _CODES[m], 0 if out is None else _CODES[out]
+
+
+def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:
+    """Return the rows (elements, *addresses, key, first) of `Segment`, or None.
+
+    What the library is told of the first entry must hold for all, or it would write to foreign
+    memory. Checked one field at a time, since loops in C over thousands of tensors are cheap.
+    """
+    columns = list(zip(*work, strict=True))
+    sizes = list(map(Tensor.numel, columns[0]))
+    rows, width = len(work), len(columns) + 1
+    table = array("q", bytes(8 * rows * width))
+    table[::width] = array("q", sizes)
+    for field, dtype in enumerate(dtypes):
+        column = columns[field]
+        if dtype is None:
+            if set(map(type, column)) != {type(None)}:
+                return None
+            continue
+        if field == len(_TENSORS) - _PER_BLOCK:
+            sizes = [-(-size // BLOCK) for size in sizes]
+        if (
+            type(None) in set(map(type, column))
+            or list(map(_dtype_of, column)).count(dtype) != rows
+            or not all(map(_is_cpu, column))
+            or not all(map(Tensor.is_contiguous, column))
+            or list(map(Tensor.numel, column)) != sizes
+        ):
+            return None
+        table[field + 1 :: width] = array("q", map(Tensor.data_ptr, column))
+    if torch.uint8 in dtypes and any(first % BLOCK for first in columns[_FIRST]):
+        return None
+    for field in (_KEY, _FIRST):
+        table[field + 1 :: width] = array("q", columns[field])
+    return table

@@ -1,10 +1,10 @@
 // The CPU kernels: fused AdaBelief update, sum in rank order, reproducible squared norm.
 //
-// Plain C++ without torch or Python headers: compiled in a second, called through ctypes, and one
-// binary serves every torch version. Each formula is written once, as a loop that the compiler
+// Plain C++ without torch or Python headers: compiled in two seconds, called through ctypes, and
+// one binary serves every torch version. Each formula is written once, as a loop that the compiler
 // vectorizes, so that vector body and scalar tail are the same arithmetic. Every operation must
-// round on its own to equal belief_dist/rule.py bit for bit: build with -ffp-contract=off and
-// without -ffast-math.
+// round on its own to equal belief_dist/rule.py and storage.py bit for bit: build with
+// -ffp-contract=off and without -ffast-math.
 
 #include <algorithm>
 #include <cmath>
@@ -25,11 +25,14 @@
 
 namespace {
 
-enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64 };  // cpp.py: _DTYPES
+enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64, kUInt8 };  // cpp.py: _DTYPES
 enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direction
 
-// 16-bit values are widened and narrowed through buffers of this many elements, which stay in L1.
-constexpr int64_t kBlock = 1024;
+// What is stored in fewer bits is decoded into, and encoded from, buffers of this many elements:
+// a third of an L1 cache of 32 KiB, so that the streams from memory keep their place in it.
+constexpr int64_t kBlock = 512;
+constexpr int kExponentBlock = 256;  // storage.py: BLOCK
+constexpr int kMBinades = 7, kSBinades = 31;  // storage.py: _M_BINADES, _S_BINADES
 // Below this, waking other threads costs more than it gains.
 constexpr int64_t kSerial = 1 << 15;
 
@@ -116,7 +119,6 @@ struct Array {
   void* data;
   int type;
 
-  bool is_16_bit() const { return type == kBFloat16 || type == kFloat16; }
   template <class T>
   T* at(int64_t i) const { return static_cast<T*>(data) + i; }
 
@@ -130,10 +132,207 @@ struct Array {
     return at<T>(i);
   }
 
-  // Rounds n values into the place from number i on; for 16-bit types only.
-  void write(int64_t i, int64_t n, const float* values) const {
-    if (type == kBFloat16) narrow_bfloat16(n, values, at<uint16_t>(i));
-    if (type == kFloat16) narrow_float16(n, values, at<uint16_t>(i));
+  // Rounds n values into the place from number i on; other types are updated in place.
+  template <class T>
+  void write(int64_t i, int64_t n, const T* values) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (type == kBFloat16) narrow_bfloat16(n, values, at<uint16_t>(i));
+      if (type == kFloat16) narrow_float16(n, values, at<uint16_t>(i));
+    }
+  }
+};
+
+// ---------------------------------------------------------------- stored states and masters
+
+// storage.py defines every bit. All of it is arithmetic on 32-bit lanes, so that it vectorizes.
+
+INLINE uint32_t bits_of(float x) { return x != x ? 0x7fc00000u : bit_cast<uint32_t>(x); }
+
+INLINE uint32_t lowbias32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352d;
+  x = (x ^ (x >> 15)) * 0x846ca68b;
+  return x ^ (x >> 16);
+}
+
+// The noise of element `first + i` is lowbias32(noise_start(...) + i), as long as no carry leaves
+// the lower 32 bits of its number.
+INLINE uint32_t noise_start(uint32_t key, uint32_t step, uint64_t first) {
+  return static_cast<uint32_t>(first) + static_cast<uint32_t>(first >> 32) * 0x9e3779b9 +
+         lowbias32(key ^ lowbias32(step));
+}
+
+// The lower half of the noise rounds m, the upper one s and the largest s.
+INLINE uint32_t lower(uint32_t noise) { return noise & 0xffff; }
+INLINE uint32_t upper(uint32_t noise) { return noise >> 16; }
+
+INLINE uint16_t round_to_bfloat16(float x, uint32_t noise16) {
+  return static_cast<uint16_t>((bits_of(x) + noise16) >> 16);
+}
+
+INLINE float decode_m(uint8_t code, uint32_t exponent) {
+  const uint32_t moved = ((code & 127u) + (exponent << 4)) << 19;
+  const float magnitude = bit_cast<float>(moved) - bit_cast<float>(exponent << 23);
+  return bit_cast<float>(bit_cast<uint32_t>(magnitude) | (code & 128u) << 24);
+}
+
+INLINE uint8_t encode_m(uint32_t bits, uint32_t exponent, uint32_t noise16) {
+  const float moved = bit_cast<float>(bits & 0x7fffffff) + bit_cast<float>(exponent << 23);
+  const uint32_t code = ((bit_cast<uint32_t>(moved) + (noise16 << 3)) >> 19) - (exponent << 4);
+  return static_cast<uint8_t>(std::min(code, 127u) | (bits >> 24 & 128));
+}
+
+INLINE float decode_s(uint8_t code, uint32_t exponent) {
+  return bit_cast<float>((code + (exponent << 3)) << 20);
+}
+
+INLINE uint8_t encode_s(uint32_t bits, uint32_t exponent, uint32_t noise16) {
+  const uint32_t rounded = (bits + (noise16 << 4)) >> 20;
+  const int code = static_cast<int>(rounded) - static_cast<int>(exponent << 3);
+  return static_cast<uint8_t>(std::clamp(code, 0, 255));
+}
+
+// Returns the exponent of the largest of n numbers, `below` less but not below `least`. What NaNs
+// there are become one NaN.
+INLINE uint32_t block_exponent(int n, float* x, int below, int least) {
+  int largest = 0;
+#pragma omp simd reduction(max : largest)
+  for (int i = 0; i < n; ++i) largest = std::max(largest, bit_cast<int>(x[i]) & 0x7fffffff);
+  if (largest > 0x7f800000)
+    for (int i = 0; i < n; ++i) x[i] = bit_cast<float>(bits_of(x[i]));
+  return static_cast<uint32_t>(std::max((largest >> 23) - below, least));
+}
+
+template <bool kSigned>
+INLINE void decode(int n, const uint8_t* codes, const uint8_t* exponents, float* to) {
+  for (int i = 0; i < n; i += kExponentBlock) {
+    const uint32_t exponent = *exponents++;
+    const int stop = std::min(n, i + kExponentBlock);
+#pragma omp simd
+    for (int j = i; j < stop; ++j)
+      to[j] = kSigned ? decode_m(codes[j], exponent) : decode_s(codes[j], exponent);
+  }
+}
+
+// The functions below go over `int`: lanes with an index of 64 bits cost as much as two others.
+PORTABLE_SIMD void decode_signed(int n, const uint8_t* codes, const uint8_t* exponents, float* to) {
+  decode<true>(n, codes, exponents, to);
+}
+
+PORTABLE_SIMD void decode_positive(int n, const uint8_t* codes, const uint8_t* exponents,
+                                   float* to) {
+  decode<false>(n, codes, exponents, to);
+}
+
+// A state as it is stored.
+struct State {
+  Array numbers;
+  uint8_t* exponents;  // of 8-bit numbers
+
+  uint8_t* codes(int64_t i) const { return numbers.at<uint8_t>(i); }
+  uint8_t* exponent(int64_t i) const { return exponents + i / kExponentBlock; }
+
+  // As Array::read; 8-bit numbers are decoded by `decode`.
+  template <class T, class Decode>
+  T* read(int64_t i, int n, Decode decode, float* buffer) const {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (numbers.type == kUInt8) return decode(n, codes(i), exponent(i), buffer), buffer;
+    return numbers.read<T>(i, n, buffer);
+  }
+};
+
+struct States {
+  State m, s, largest;  // largest.numbers.data is null without amsgrad
+};
+
+template <bool kAmsgrad>
+INLINE void encode_bfloat16(const States& to, int64_t first, int n, const float* m, const float* s,
+                            const float* largest, uint32_t noise) {
+  uint16_t *to_m = to.m.numbers.at<uint16_t>(first), *to_s = to.s.numbers.at<uint16_t>(first),
+           *to_largest = to.largest.numbers.at<uint16_t>(first);
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const uint32_t random = lowbias32(noise + static_cast<uint32_t>(i));
+    to_m[i] = round_to_bfloat16(m[i], lower(random));
+    to_s[i] = round_to_bfloat16(s[i], upper(random));
+    if constexpr (kAmsgrad) to_largest[i] = round_to_bfloat16(largest[i], upper(random));
+  }
+}
+
+// Encodes one block of 256 numbers, or what is left of it.
+template <bool kAmsgrad>
+INLINE void encode_uint8(const States& to, int64_t first, int n, float* m, float* s,
+                         float* largest, uint32_t noise) {
+  uint8_t *to_m = to.m.codes(first), *to_s = to.s.codes(first), *to_largest = nullptr;
+  const uint32_t m_exponent = block_exponent(n, m, kMBinades, 1);
+  const uint32_t s_exponent = block_exponent(n, s, kSBinades, 0);
+  uint32_t largest_exponent = 0;
+  *to.m.exponent(first) = static_cast<uint8_t>(m_exponent);
+  *to.s.exponent(first) = static_cast<uint8_t>(s_exponent);
+  if constexpr (kAmsgrad) {
+    to_largest = to.largest.codes(first);
+    largest_exponent = block_exponent(n, largest, kSBinades, 0);
+    *to.largest.exponent(first) = static_cast<uint8_t>(largest_exponent);
+  }
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const uint32_t random = lowbias32(noise + static_cast<uint32_t>(i));
+    to_m[i] = encode_m(bit_cast<uint32_t>(m[i]), m_exponent, lower(random));
+    to_s[i] = encode_s(bit_cast<uint32_t>(s[i]), s_exponent, upper(random));
+    if constexpr (kAmsgrad)
+      to_largest[i] = encode_s(bit_cast<uint32_t>(largest[i]), largest_exponent, upper(random));
+  }
+}
+
+template <bool kAmsgrad>
+INLINE void encode_states(const States& to, int64_t first, int n, float* m, float* s,
+                          float* largest, uint32_t noise) {
+  if (to.m.numbers.type == kBFloat16)
+    return encode_bfloat16<kAmsgrad>(to, first, n, m, s, largest, noise);
+  for (int i = 0; i < n; i += kExponentBlock)
+    encode_uint8<kAmsgrad>(to, first + i, std::min(kExponentBlock, n - i), m + i, s + i,
+                           kAmsgrad ? largest + i : nullptr, noise + static_cast<uint32_t>(i));
+}
+
+// Stores n numbers of each state from number `first` on, rounded stochastically.
+PORTABLE_SIMD void encode(const States& to, int64_t first, int n, float* m, float* s,
+                          float* largest, uint32_t noise) {
+  if (largest) encode_states<true>(to, first, n, m, s, largest, noise);
+  else encode_states<false>(to, first, n, m, s, nullptr, noise);
+}
+
+PORTABLE_SIMD void join_master(int64_t n, const uint16_t* param, const int16_t* remainder,
+                               float* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i)
+    to[i] = bit_cast<float>((uint32_t{param[i]} << 16) + static_cast<uint32_t>(int{remainder[i]}));
+}
+
+PORTABLE_SIMD void split_master(int64_t n, const float* from, uint16_t* param, int16_t* remainder) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(from[i]);
+    param[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
+    remainder[i] = static_cast<int16_t>(bits);
+  }
+}
+
+// A parameter: an array, or the two halves of its float32 master.
+struct Param {
+  Array numbers;
+  int16_t* remainder;  // null for an array
+
+  template <class T>
+  T* read(int64_t i, int64_t n, float* buffer) const {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (remainder) return join_master(n, numbers.at<uint16_t>(i), remainder + i, buffer), buffer;
+    return numbers.read<T>(i, n, buffer);
+  }
+
+  template <class T>
+  void write(int64_t i, int64_t n, const T* values) const {
+    if constexpr (sizeof(T) == sizeof(float))
+      if (remainder) return split_master(n, values, numbers.at<uint16_t>(i), remainder + i);
+    numbers.write(i, n, values);
   }
 };
 
@@ -207,23 +406,65 @@ PORTABLE_SIMD void update(int64_t n, double* p, const double* g, double* m, doub
   choose_loop(n, p, g, m, s, largest, k, direction);
 }
 
+// One tensor's part in a call: a row of the table that cpp.py makes, in the order of
+// storage.Operands.
+struct Segment {
+  int64_t numel;
+  void *param, *grad, *m, *s, *largest, *out;  // the last two may be null, in all segments
+  int16_t* remainder;                          // likewise
+  uint8_t *m_exponents, *s_exponents, *largest_exponents;
+  int64_t key, first;
+
+  // How much of the work this is: whole blocks, and so one at least, since a call costs time, too.
+  int64_t extent() const { return (numel + kExponentBlock - 1) / kExponentBlock * kExponentBlock; }
+};
+static_assert(sizeof(Segment) == 13 * sizeof(int64_t), "cpp.py passes 64 bits each");
+
+struct Types {  // of all segments
+  int param, grad, state, out;
+};
+
+// Updates elements [begin, end) of a segment; `begin` is a multiple of kExponentBlock.
 template <class T>
-void update_all(int64_t n, Array param, Array grad, T* m, T* s, T* largest, Array out,
-                const double* scalars, int direction, int threads) {
+void update_part(const Segment& part, const Types& types, int64_t begin, int64_t end,
+                 const Scalars<T>& k, int direction, uint32_t step) {
+  const Param param{{part.param, types.param}, part.remainder};
+  const Array grad{part.grad, types.grad}, out{part.out, types.out};
+  const States states{{{part.m, types.state}, part.m_exponents},
+                      {{part.s, types.state}, part.s_exponents},
+                      {{part.largest, types.state}, part.largest_exponents}};
+  float buffers[5][kBlock];
+  int n;
+  for (int64_t i = begin; i < end; i += n) {
+    const uint64_t element = static_cast<uint64_t>(part.first + i);
+    const int64_t until_carry = (int64_t{1} << 32) - static_cast<uint32_t>(element);
+    n = static_cast<int>(std::min({kBlock, end - i, until_carry}));  // see noise_start
+    T* p = param.read<T>(i, n, buffers[0]);
+    T* m = states.m.read<T>(i, n, decode_signed, buffers[1]);
+    T* s = states.s.read<T>(i, n, decode_positive, buffers[2]);
+    T* largest = part.largest ? states.largest.read<T>(i, n, decode_positive, buffers[3]) : nullptr;
+    update(n, p, grad.read<T>(i, n, buffers[4]), m, s, largest, k, direction);
+    param.write(i, n, p);
+    out.write(i, n, p);
+    if constexpr (sizeof(T) == sizeof(float))
+      if (types.state != kFloat32)
+        encode(states, i, n, m, s, largest,
+               noise_start(static_cast<uint32_t>(part.key), step, element));
+  }
+}
+
+// All segments lie one after the other, in whole blocks, and threads share this line evenly.
+template <class T>
+void update_all(int64_t count, const Segment* segments, const Types& types, const double* scalars,
+                int direction, uint32_t step, int threads) {
   const Scalars<T> k(scalars);
-  const bool direct = !param.is_16_bit() && !grad.is_16_bit() && !out.data;
-  in_parallel(n, threads, [=](int64_t begin, int64_t end) {
-    float wide_param[kBlock], wide_grad[kBlock];
-    const int64_t step = direct ? end - begin : kBlock;
-    for (int64_t i = begin; i < end; i += step) {
-      const int64_t count = std::min(step, end - i);
-      T* p = param.read<T>(i, count, wide_param);
-      const T* g = grad.read<T>(i, count, wide_grad);
-      update(count, p, g, m + i, s + i, largest ? largest + i : nullptr, k, direction);
-      if constexpr (sizeof(T) == sizeof(float)) {
-        param.write(i, count, p);
-        out.write(i, count, p);
-      }
+  int64_t total = 0;
+  for (int64_t j = 0; j < count; ++j) total += segments[j].extent();
+  in_parallel(total, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t j = 0, start = 0; j < count && start < end; start += segments[j++].extent()) {
+      const int64_t from = std::max(begin - start, int64_t{0});
+      const int64_t to = std::min(end - start, segments[j].numel);
+      if (from < to) update_part(segments[j], types, from, to, k, direction, step);
     }
   });
 }
@@ -433,16 +674,13 @@ EXPORT const char* belief_isa() {
 // Which source this was built from: a stale binary is not used.
 EXPORT const char* belief_source_hash() { return BELIEF_SOURCE_HASH; }
 
-EXPORT void belief_update(int64_t n, void* param, int param_type, void* grad, int grad_type,
-                               void* m, void* s, void* largest, void* out, int out_type,
-                               const double* scalars, int direction, int threads) {
-  const Array p{param, param_type}, g{grad, grad_type}, o{out, out_type};
-  if (param_type == kFloat64)
-    update_all(n, p, g, static_cast<double*>(m), static_cast<double*>(s),
-               static_cast<double*>(largest), o, scalars, direction, threads);
-  else
-    update_all(n, p, g, static_cast<float*>(m), static_cast<float*>(s),
-               static_cast<float*>(largest), o, scalars, direction, threads);
+EXPORT void belief_update(int64_t count, const void* segments, int param_type, int grad_type,
+                          int state_type, int out_type, const double* scalars, int direction,
+                          int64_t step, int threads) {
+  const auto update = param_type == kFloat64 ? update_all<double> : update_all<float>;
+  const Types types{param_type, grad_type, state_type, out_type};
+  update(count, static_cast<const Segment*>(segments), types, scalars, direction,
+         static_cast<uint32_t>(step), threads);
 }
 
 EXPORT void belief_sum(int64_t n, void* out, void* const* pieces, int type, int count,
