@@ -174,19 +174,23 @@ class AdaBelief(Optimizer):
     def _update(self, work: list[dict[str, Any]], group: Mapping[str, Any]) -> None:
         if kernels.prefers_foreach(work, self._foreach, self._fused):
             for step in {arguments["step"] for arguments in work}:
-                same = [arguments for arguments in work if arguments["step"] == step]
-                kernels.foreach_update_(same, step_scalars(group, step))
+                entries = [arguments for arguments in work if arguments["step"] == step]
+                kernels.foreach_update_(entries, step_scalars(group, step))
             return
+        # One call for all tensors of a kind: on a GPU that is one launch.
+        kinds: dict[tuple[Any, ...], list[Operands]] = {}
         for arguments in work:
-            scalars = step_scalars(group, arguments.pop("step"))
+            step = arguments.pop("step")
             names = [name for name, value in arguments.items() if value is not None]
             flat = _flat_views([arguments[name] for name in names])
             if flat is None:
-                update_reference_(**arguments, scalars=scalars)
+                update_reference_(**arguments, scalars=step_scalars(group, step))
             else:
                 by_name: dict[str, Any] = dict(zip(names, flat, strict=True))
-                operands = Operands(**by_name)
-                kernels.update_([operands], scalars, fused=self._fused)
+                kind = (step, flat[0].device, *(tensor.dtype for tensor in flat))
+                kinds.setdefault(kind, []).append(Operands(**by_name))
+        for (step, *_), same in kinds.items():
+            kernels.update_(same, step_scalars(group, step), fused=self._fused)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.

@@ -118,7 +118,7 @@ class DeviceScalars(NamedTuple):
     def on_host(self) -> StepScalars:
         """Return the same for the host, which waits for the device."""
         *numbers, direction, sign, step = self.values.tolist()
-        return StepScalars(*numbers, Direction(int(direction)), sign, int(step))
+        return StepScalars._make((*numbers, Direction(int(direction)), sign, int(step)))
 
 
 @torch.no_grad()
@@ -159,26 +159,29 @@ def device_scalars(options: Mapping[str, Any], step: Tensor, lr: Tensor | float)
         denom_scale = torch.where(rectified, 1.0, denom_scale)
         direction = torch.where(rectified, direction, float(early))
 
-    decouple = options["weight_decouple"]
     decay: Tensor | float = 1.0
-    if decouple:
+    coupled_decay = 0.0
+    if options["weight_decouple"]:
         decay = 1.0 - (weight_decay if options["fixed_decay"] else rate * weight_decay)
-    scalars = StepScalars(
-        weight1=1.0 - beta1,
-        beta2=beta2,
-        weight2=1.0 - beta2,
-        eps=float(options["eps"]),
-        decay=decay,  # type: ignore[arg-type]  # tensors, where the device computes them
-        coupled_decay=0.0 if decouple else weight_decay,
-        step_size=step_size,  # type: ignore[arg-type]
-        denom_scale=denom_scale,  # type: ignore[arg-type]
-        direction=direction,  # type: ignore[arg-type]
-        sign=-1.0 if options["maximize"] else 1.0,
-        step=t,  # type: ignore[arg-type]
-    )
+    else:
+        coupled_decay = weight_decay
+    scalars: dict[str, Tensor | float] = {
+        "weight1": 1.0 - beta1,
+        "beta2": beta2,
+        "weight2": 1.0 - beta2,
+        "eps": float(options["eps"]),
+        "decay": decay,
+        "coupled_decay": coupled_decay,
+        "step_size": step_size,
+        "denom_scale": denom_scale,
+        "direction": direction,
+        "sign": -1.0 if options["maximize"] else 1.0,
+        "step": t,
+    }
     # Constants are filled in, not copied: a captured graph may not read the host's memory.
-    each = [x if isinstance(x, Tensor) else torch.full_like(t, x) for x in scalars]
-    return DeviceScalars(torch.stack(each), scalars.coupled_decay != 0.0)
+    each = (scalars[name] for name in StepScalars._fields)
+    values = [x if isinstance(x, Tensor) else torch.full_like(t, x) for x in each]
+    return DeviceScalars(torch.stack(values), coupled_decay != 0.0)
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-# mypy: allow-untyped-defs, allow-untyped-calls, allow-untyped-decorators
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """The GPU update: one body over a tile of elements, and two entries that call it.
 
 `update_flat` takes one tensor's pointers as arguments; `update_many` reads those of any number of
@@ -262,9 +262,7 @@ def _update_tile(
     _store_state(exp_avg, m_exponent, m, random & 0xFFFF, count, True, TILE, MASKED)
     _store_state(exp_avg_sq, s_exponent, s, random >> 16, count, False, TILE, MASKED)
     if max_exp_avg_sq is not None:
-        _store_state(
-            max_exp_avg_sq, max_exponent, second, random >> 16, count, False, TILE, MASKED
-        )
+        _store_state(max_exp_avg_sq, max_exponent, second, random >> 16, count, False, TILE, MASKED)
 
 
 @triton.jit
@@ -273,9 +271,7 @@ def _update(
     COUPLED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Update the tile that begins at element `start`, int64, of one segment."""
-    compute: tl.constexpr = (
-        tl.float64 if operands[2].dtype.element_ty == tl.float64 else tl.float32
-    )
+    compute: tl.constexpr = tl.float64 if operands[2].dtype.element_ty == tl.float64 else tl.float32
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale = scalars[0:8]
     direction, grad_scale, step = scalars[8:11]
     if scalars_at is not None:  # in the order of rule.StepScalars

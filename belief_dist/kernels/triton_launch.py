@@ -29,7 +29,7 @@ _VALUES = (
 )  # fmt: skip
 
 # What the kernel's arguments are where it reads the scalars itself; it multiplies by the sign.
-_UNKNOWN = StepScalars(*[0.0] * 8, Direction.ADAPTIVE, sign=1.0, step=0)
+_UNKNOWN = StepScalars._make([0.0] * 8 + [Direction.ADAPTIVE, 1.0, 0])
 
 _Row = tuple[int, ...]
 
@@ -57,18 +57,19 @@ class TritonKernel:
             raise Unavailable("torch sees no GPU")
         try:
             import triton
+            from triton import language as tl
 
             from belief_dist.kernels import triton_kernel
         except Exception as error:  # a broken installation can raise anything
             raise Unavailable(f"triton cannot be imported ({_one_line(error)})") from error
         self._kernel = triton_kernel
         self._dtypes = {
-            torch.float32: triton_kernel.tl.float32,
-            torch.float64: triton_kernel.tl.float64,
-            torch.bfloat16: triton_kernel.tl.bfloat16,
-            torch.float16: triton_kernel.tl.float16,
-            torch.uint8: triton_kernel.tl.uint8,
-            torch.int16: triton_kernel.tl.int16,
+            torch.float32: tl.float32,
+            torch.float64: tl.float64,
+            torch.bfloat16: tl.bfloat16,
+            torch.float16: tl.float16,
+            torch.uint8: tl.uint8,
+            torch.int16: tl.int16,
         }
         self._tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
         self._captured: list[_Table] = []
@@ -264,7 +265,8 @@ def _signed(word: int) -> int:
 
 
 def _row(operands: Operands) -> _Row:
-    addresses = (0 if t is None else t.data_ptr() for t in operands[:_TENSORS])
+    tensors = operands[:_TENSORS]
+    addresses = (t.data_ptr() if isinstance(t, Tensor) else 0 for t in tensors)
     return (*addresses, operands.param.numel(), operands.key, operands.first)
 
 
