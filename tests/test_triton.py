@@ -44,6 +44,12 @@ def test_the_interpreter_gives_the_bits_of_the_reference() -> None:
     assert done.returncode == 0, done.stdout[-4000:]
 
 
+def test_the_benchmark_says_what_it_lacks() -> None:
+    done = python("-m", "benchmarks.gpu", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "benchmarks.gpu needs a CUDA GPU; torch sees none.\n"
+
+
 # - Scalars that the device computes
 
 

@@ -26,6 +26,7 @@ from belief_dist.storage import (
     split_master,
     update_stored_reference_,
 )
+from benchmarks.gpu import compare_bits
 from tests.test_kernels import BF16, F16, F32, F64, OPTIONS, SWITCHES, bits, values
 
 # numpy, which the interpreter computes with, warns of what special numbers do.
@@ -230,3 +231,9 @@ def test_the_optimizer_updates_all_tensors_of_a_kind_at_once(
             optimizer.step()
     assert sorted(calls) == [2, 2, 3, 3]
     assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+
+
+def test_the_benchmark_compares_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """What benchmarks/gpu.py asserts on a GPU, here for its own sake."""
+    assert compare_bits("cpu", 700)
+    assert "OTHER" not in capsys.readouterr().out
