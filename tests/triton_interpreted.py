@@ -6,6 +6,7 @@ TRITON_INTERPRET=1 and BELIEF_DIST_BACKEND=triton from the start.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from belief_dist import AdaBelief, kernels
 from belief_dist.kernels import triton_kernel
 from belief_dist.kernels.triton_launch import TritonKernel
-from belief_dist.rule import StepScalars, device_scalars, step_scalars
+from belief_dist.rule import StepScalars, compute_dtype, device_scalars, step_scalars
 from belief_dist.storage import (
     BLOCK,
     Operands,
@@ -145,6 +146,15 @@ def test_one_tensor(form: Form) -> None:
     options = {**OPTIONS, "weight_decouple": False, "amsgrad": True, "maximize": True}
     for n in (7, 256, 1025):
         check([make(form, n, True, n)], step_scalars(options, 12345))
+
+
+@pytest.mark.parametrize("param", [F32, F64, BF16, F16])
+def test_any_mixture_of_dtypes(param: torch.dtype) -> None:
+    """Both arithmetics meet every dtype of gradients and copies."""
+    state = compute_dtype(param)
+    for grad, out in itertools.product((F32, F64, BF16, F16), (F32, F64, BF16, F16)):
+        work = [make(Form(param, grad, state, out), 600, True, 1)]
+        check(work, step_scalars({**OPTIONS, "amsgrad": True}, 3), grad_scale=0.1)
 
 
 @pytest.mark.parametrize("form", [FORMS[i] for i in (0, 6, 10, 13)], ids=str)
