@@ -164,7 +164,7 @@ class AdaBelief(Optimizer):
 
     def _update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
         # What one call can take together: nearly always all tensors of a group.
-        work: dict[tuple[int, torch.dtype, torch.dtype], list[Operands]] = {}
+        work: dict[tuple[int, torch.device, torch.dtype, torch.dtype], list[Operands]] = {}
         for param in params:
             state = self.state[param]
             # Rebound, never changed in place: DeepSpeed's stage-3 loader shares one step object
@@ -177,7 +177,7 @@ class AdaBelief(Optimizer):
                 local_tensor(state["exp_avg_sq"]),
                 local_tensor(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None,
             )
-            kind = (step, operands.param.dtype, operands.grad.dtype)
+            kind = (step, param.device, param.dtype, operands.grad.dtype)
             work.setdefault(kind, []).append(operands)
         for (step, *_), entries in work.items():
             scalars = step_scalars(group, step)

@@ -543,9 +543,11 @@ def test_sums_into_another_dtype(dtype: torch.dtype, total: torch.dtype) -> None
 @pytest.fixture
 def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     kernels._cpp.cache_clear()
+    kernels._triton.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
     kernels._cpp.cache_clear()
+    kernels._triton.cache_clear()
 
 
 def test_the_environment_forbids_the_kernel(
@@ -553,7 +555,7 @@ def test_the_environment_forbids_the_kernel(
 ) -> None:
     caplog.set_level("INFO", logger="belief_dist")
     fresh_choice.setenv("BELIEF_DIST_BACKEND", "eager")
-    assert [usable for _, usable, _ in kernels.backends()] == [False, True]
+    assert [usable for _, usable, _ in kernels.backends()] == [False, False, True]
     with pytest.raises(RuntimeError, match="BELIEF_DIST_BACKEND=eager forbids it"):
         kernels.require_fused()
     assert len(caplog.records) == 1
@@ -561,7 +563,7 @@ def test_the_environment_forbids_the_kernel(
 
 def test_the_environment_has_an_unknown_value(fresh_choice: pytest.MonkeyPatch) -> None:
     fresh_choice.setenv("BELIEF_DIST_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="must be one of auto, cpp, eager, got 'cuda'"):
+    with pytest.raises(ValueError, match="must be one of auto, cpp, triton, eager, got 'cuda'"):
         kernels.backends()
 
 

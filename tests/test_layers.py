@@ -28,7 +28,9 @@ ROWS = [
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
-OPTIONAL = {"integrations": {"deepspeed"}}
+OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}}
+# The only modules that may name an optional dependency at their top: nobody imports them at theirs.
+LAZY = {"triton_kernel"}
 
 
 def module_of(path: Path) -> str:
@@ -59,6 +61,27 @@ def test_imports_point_downward(path: Path) -> None:
             assert name.split(".")[1] in allowed, f"{own} may not import {name}"
         elif top not in sys.stdlib_module_names and top != "_belief_dist_autoload":
             assert top in THIRD_PARTY | OPTIONAL.get(own, set()), f"{own} imports {name}"
+
+
+def imports_at_the_top(path: Path) -> set[str]:
+    statements = ast.parse(path.read_text()).body
+    return {
+        name
+        for node in statements
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        for name in (getattr(node, "module", None) or alias.name, alias.name)
+    }
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "kernels").glob("*.py")), ids=lambda p: p.name)
+def test_triton_is_imported_where_it_serves(path: Path) -> None:
+    if path.stem in LAZY:
+        return
+    parts = {part for name in imports_at_the_top(path) for part in name.split(".")}
+    assert not parts & {"triton", *LAZY}
+    mentions = any(name.split(".")[0] == "triton" for name in imports_of(path))
+    assert not mentions or path.stem == "triton_launch"
 
 
 def test_import_is_light() -> None:

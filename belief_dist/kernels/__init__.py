@@ -1,8 +1,10 @@
 """The fused updates, and which of them serves which tensors.
 
-The compiled C++ kernel serves CPU tensors where it is usable; chunked plain torch serves the rest.
-All give the same bits as `belief_dist.storage.update_stored_reference_`. One log line says which
-is used; the environment variable BELIEF_DIST_BACKEND ("auto", "cpp" or "eager") forces one.
+The compiled C++ kernel serves CPU tensors where it is usable, and Triton's those of GPUs; plain
+torch serves the rest. All give the same bits as `belief_dist.storage.update_stored_reference_`. One
+log line for each kind of device says which is used. The environment variable BELIEF_DIST_BACKEND
+("auto", "cpp", "triton" or "eager") forces one; "triton" leaves CPU tensors to C++ unless
+TRITON_INTERPRET=1 has Triton work on them.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from belief_dist import norm
@@ -19,7 +22,8 @@ from belief_dist.kernels import eager
 from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
-from belief_dist.rule import StepScalars, compute_dtype
+from belief_dist.kernels.triton_launch import TritonKernel
+from belief_dist.rule import DeviceScalars, StepScalars, compute_dtype
 from belief_dist.storage import Operands
 
 __all__ = [
@@ -34,17 +38,22 @@ __all__ = [
 
 logger = logging.getLogger("belief_dist")
 
-_CHOICES = ("auto", "cpp", "eager")
+_CHOICES = ("auto", "cpp", "triton", "eager")
 
 
-@lru_cache(maxsize=1)
-def _cpp() -> CppKernel | Unavailable:
-    """Return the compiled kernel or the reason why there is none; say once which it is."""
+def _choice() -> str:
     choice = os.environ.get("BELIEF_DIST_BACKEND", "auto")
     if choice not in _CHOICES:
         raise ValueError(
             f"BELIEF_DIST_BACKEND must be one of {', '.join(_CHOICES)}, got {choice!r}."
         )
+    return choice
+
+
+@lru_cache(maxsize=1)
+def _cpp() -> CppKernel | Unavailable:
+    """Return the compiled kernel or the reason why there is none; say once which it is."""
+    choice = _choice()
     if choice == "eager":
         logger.info("CPU updates run in chunked plain torch, as BELIEF_DIST_BACKEND asks")
         return Unavailable("BELIEF_DIST_BACKEND=eager forbids it")
@@ -65,24 +74,56 @@ def _cpp() -> CppKernel | Unavailable:
     return kernel
 
 
+@lru_cache(maxsize=1)
+def _triton() -> TritonKernel | Unavailable:
+    """Return the GPU kernels or the reason why there are none; say once which it is."""
+    choice = _choice()
+    if choice in ("cpp", "eager"):
+        return Unavailable(f"BELIEF_DIST_BACKEND={choice} forbids it")
+    try:
+        kernel = TritonKernel()
+    except Unavailable as reason:
+        if choice == "triton":
+            raise RuntimeError(f"BELIEF_DIST_BACKEND=triton, but {reason}. Unset it.") from reason
+        if torch.cuda.is_available():
+            logger.warning(
+                "GPU updates run in plain torch, with about four times the memory traffic of "
+                "Triton, because %s",
+                reason,
+            )
+        return reason
+    logger.info("GPU updates run in %s", kernel.description)
+    return kernel
+
+
+def _kernel(device: torch.device) -> CppKernel | TritonKernel | Unavailable:
+    """Return what serves tensors on `device`, or the reason why only plain torch does."""
+    if device.type != "cpu" or _choice() == "triton":
+        kernel = _triton()
+        if isinstance(kernel, Unavailable) or kernel.serves(device):
+            return kernel
+    return _cpp()
+
+
 def backends() -> list[tuple[str, bool, str]]:
     """Return (name, usable, description or reason) of every update backend."""
-    kernel = _cpp()
-    usable = isinstance(kernel, CppKernel)
+    found = [("cpp", _cpp()), ("triton", _triton())]
     return [
-        ("cpp", usable, kernel.description if isinstance(kernel, CppKernel) else str(kernel)),
-        ("eager", True, "chunked plain torch, on every device"),
-    ]
+        (name, False, str(kernel))
+        if isinstance(kernel, Unavailable)
+        else (name, True, kernel.description)
+        for name, kernel in found
+    ] + [("eager", True, "plain torch, on every device")]
 
 
 def require_fused() -> None:
-    """Check that a compiled kernel is usable.
+    """Check that a compiled kernel is usable, for CPU tensors or for those of a GPU.
 
     Raises:
-        RuntimeError: It is not; says why.
+        RuntimeError: None is; says why.
     """
     kernel = _cpp()
-    if isinstance(kernel, Unavailable):
+    if isinstance(kernel, Unavailable) and isinstance(_triton(), Unavailable):
         raise RuntimeError(f"fused=True needs the compiled kernel, but {kernel}.")
 
 
@@ -90,12 +131,14 @@ def prefers_foreach(param: Tensor, foreach: bool | None, fused: bool | None) -> 
     """Tell whether tensors like `param` are best updated together by multi-tensor operations."""
     if foreach is not None:
         return foreach
-    return not fused and param.device.type != "cpu"
+    if fused or param.device.type == "cpu":
+        return False
+    return fused is False or not isinstance(_triton(), TritonKernel)
 
 
 def update_(
     work: Sequence[Operands],
-    scalars: StepScalars,
+    scalars: StepScalars | DeviceScalars,
     *,
     grad_scale: Tensor | float = 1.0,
     skip: Tensor | None = None,
@@ -106,7 +149,7 @@ def update_(
     Args:
         work: With contiguous tensors. All entries have the same dtypes and the same optional
             tensors, on one device.
-        scalars: From `rule.step_scalars`.
+        scalars: From `rule.step_scalars` or `rule.device_scalars`.
         grad_scale: As for `rule.update_reference_`.
         skip: One element on the tensors' device; unless it is zero, everything stays as it is.
         fused: True insists on a compiled kernel, False refuses it, None takes it if it is usable.
@@ -116,7 +159,12 @@ def update_(
     """
     if not work:
         return
-    kernel = None if fused is False else _cpp()
+    kernel = None if fused is False else _kernel(work[0].param.device)
+    if isinstance(kernel, TritonKernel) and kernel.updates(work):
+        kernel.update_(work, scalars, grad_scale=grad_scale, skip=skip)
+        return
+    if isinstance(scalars, DeviceScalars):
+        scalars = scalars.on_host()
     if isinstance(kernel, CppKernel) and kernel.update_(work, scalars, grad_scale, skip):
         return
     if fused:

@@ -1,0 +1,402 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""The GPU update: one body over a tile of elements, and two entries that call it.
+
+`update_flat` takes one tensor's pointers as arguments; `update_many` reads those of any number of
+tensors from a table on the device. Both reproduce `storage.update_stored_reference_` bit for bit:
+every operation of float numbers is rounded on its own (division and root to nearest, fused
+multiply-adds switched off by the launcher), and whatever has fewer bits is made by integers.
+bfloat16 numbers, too, are widened and rounded by integers, so that neither a device without
+instructions for them nor Triton's interpreter, which rounds ties away from zero, has other bits.
+
+Four consecutive elements for each thread: 16 bytes of float32 in one instruction, 8 of a 16-bit
+number, 4 of an 8-bit one. Eight would widen the narrow ones, but Triton stores at most 16 bytes per
+thread without gaps, and would carry float32 numbers from one layout to the other through shared
+memory. Occupancy hides the latency instead: four elements leave registers for all threads.
+
+Only `triton_launch` imports this module, and only where Triton serves.
+"""
+
+import triton
+import triton.language as tl
+
+TILE = 1024  # elements of a program
+THREADS = TILE // 4
+CHUNK_TILES = 8  # consecutive tiles that share an entry in the map of `update_many`
+
+_BLOCK = tl.constexpr(256)  # storage.BLOCK
+_NAN = tl.constexpr(0x7FC00000)
+_M_BINADES = tl.constexpr(7)
+_S_BINADES = tl.constexpr(31)
+
+
+# - Bits of float32 numbers
+
+
+@triton.jit
+def _bits(x):
+    return tl.where(x == x, x.to(tl.uint32, bitcast=True), _NAN)
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _widen(x, compute: tl.constexpr):
+    if x.dtype == tl.bfloat16:
+        x = _float(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
+    return x.to(compute)
+
+
+@triton.jit
+def _upper_half(bits):
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _narrow(x, dtype: tl.constexpr):
+    """Round to nearest even, float64 numbers by way of float32, as torch does."""
+    if dtype.primitive_bitwidth == 16:
+        x = x.to(tl.float32)
+    if dtype == tl.bfloat16:
+        bits = _bits(x)
+        return _upper_half(bits + 0x7FFF + (bits >> 16 & 1))
+    else:
+        return x.to(dtype)
+
+
+# - Noise
+
+
+@triton.jit
+def _lowbias32(x):
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = (x ^ (x >> 15)) * 0x846CA68B
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _noise(index, key, step):
+    """Return storage.noise of elements number `index`, int64."""
+    step_key = _lowbias32(key.to(tl.uint32) ^ _lowbias32(step.to(tl.uint32)))
+    high = (index >> 32).to(tl.uint32)
+    return _lowbias32(index.to(tl.uint32) + high * 0x9E3779B9 + step_key)
+
+
+# - 8 bits
+
+
+@triton.jit
+def _spread(per_block, TILE: tl.constexpr):
+    blocks: tl.constexpr = TILE // _BLOCK
+    return tl.reshape(tl.broadcast_to(per_block[:, None], [blocks, _BLOCK]), [TILE])
+
+
+@triton.jit
+def _largest_exponent(bits, TILE: tl.constexpr):
+    blocks: tl.constexpr = TILE // _BLOCK
+    return tl.max(tl.reshape(bits, [blocks, _BLOCK]), axis=1) >> 23
+
+
+@triton.jit
+def _encode_m(m, noise16, count, TILE: tl.constexpr):
+    bits = _bits(m)
+    magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
+    counted = tl.where(tl.arange(0, TILE) < count, magnitude, 0)
+    exponent = tl.maximum(_largest_exponent(counted, TILE) - _M_BINADES, 1)
+    each = _spread(exponent, TILE)
+    moved = _bits(_float(magnitude) + _float(each << 23)).to(tl.int32)
+    code = tl.minimum((moved + (noise16 << 3) >> 19) - (each << 4), 127)
+    return (bits >> 31 << 7).to(tl.int32) | code, exponent
+
+
+@triton.jit
+def _decode_m(code, each):
+    magnitude = _float((code & 127) + (each << 4) << 19) - _float(each << 23)
+    return _float(_bits(magnitude) | (code >> 7 << 31).to(tl.uint32))
+
+
+@triton.jit
+def _encode_s(s, noise16, count, TILE: tl.constexpr):
+    bits = _bits(s).to(tl.int32)
+    counted = tl.where(tl.arange(0, TILE) < count, bits, 0)
+    exponent = tl.maximum(_largest_exponent(counted, TILE) - _S_BINADES, 0)
+    code = (bits + (noise16 << 4) >> 20) - (_spread(exponent, TILE) << 3)
+    return tl.minimum(tl.maximum(code, 0), 255), exponent
+
+
+@triton.jit
+def _decode_s(code, each):
+    return _float(code + (each << 3) << 20)
+
+
+# - Memory; `count` elements of a tile exist
+
+
+@triton.jit
+def _load(pointer, count, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    lanes = tl.arange(0, SIZE)
+    if MASKED:
+        return tl.load(pointer + lanes, mask=lanes < count, other=0)
+    else:
+        return tl.load(pointer + lanes)
+
+
+@triton.jit
+def _store(pointer, value, count, SIZE: tl.constexpr, MASKED: tl.constexpr):
+    lanes = tl.arange(0, SIZE)
+    value = value.to(pointer.dtype.element_ty)
+    if MASKED:
+        tl.store(pointer + lanes, value, mask=lanes < count)
+    else:
+        tl.store(pointer + lanes, value)
+
+
+@triton.jit
+def _load_state(
+    pointer, exponent, count, SIGNED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
+):
+    stored = _load(pointer, count, TILE, MASKED)
+    if exponent is None:
+        compute: tl.constexpr = tl.float64 if stored.dtype == tl.float64 else tl.float32
+        return _widen(stored, compute)
+    else:
+        blocks: tl.constexpr = TILE // _BLOCK
+        per_block = _load(exponent, (count + _BLOCK - 1) // _BLOCK, blocks, MASKED)
+        each = _spread(per_block.to(tl.int32), TILE)
+        if SIGNED:
+            return _decode_m(stored.to(tl.int32), each)
+        else:
+            return _decode_s(stored.to(tl.int32), each)
+
+
+@triton.jit
+def _store_state(
+    pointer,
+    exponent,
+    value,
+    noise16,
+    count,
+    SIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    if exponent is not None:
+        if SIGNED:
+            code, per_block = _encode_m(value, noise16.to(tl.int32), count, TILE)
+        else:
+            code, per_block = _encode_s(value, noise16.to(tl.int32), count, TILE)
+        blocks: tl.constexpr = TILE // _BLOCK
+        _store(pointer, code, count, TILE, MASKED)
+        _store(exponent, per_block, (count + _BLOCK - 1) // _BLOCK, blocks, MASKED)
+    elif pointer.dtype.element_ty == tl.bfloat16:
+        _store(pointer, _upper_half(_bits(value) + noise16), count, TILE, MASKED)
+    else:
+        _store(pointer, value, count, TILE, MASKED)
+
+
+# - The update
+
+
+@triton.jit
+def _offset(pointer, start):
+    if pointer is None:
+        return None
+    else:
+        return pointer + start
+
+
+@triton.jit
+def _update_tile(
+    operands, count, index, key, scalars, COUPLED: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Decode, apply `rule.update_reference_` operation by operation, encode."""
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder = operands[0:7]
+    m_exponent, s_exponent, max_exponent = operands[7:10]
+    weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale = scalars[0:8]
+    direction, grad_scale, step = scalars[8:11]
+
+    m = _load_state(exp_avg, m_exponent, count, True, TILE, MASKED)
+    s = _load_state(exp_avg_sq, s_exponent, count, False, TILE, MASKED)
+    g = _widen(_load(grad, count, TILE, MASKED), m.dtype) * grad_scale
+    stored = _load(param, count, TILE, MASKED)
+    if remainder is not None:
+        upper = _bits(_widen(stored, tl.float32))
+        lower = _load(remainder, count, TILE, MASKED).to(tl.int32).to(tl.uint32, bitcast=True)
+        p = tl.where(upper == _NAN, _float(upper), _float(upper + lower))
+    else:
+        p = _widen(stored, m.dtype)
+    if COUPLED:
+        g += p * coupled_decay
+
+    m += (g - m) * weight1
+    surprise = g - m
+    s = s * beta2 + surprise * weight2 * surprise + eps
+
+    second = s
+    if max_exp_avg_sq is not None:  # as torch.maximum: NaN wins on either side
+        before = _load_state(max_exp_avg_sq, max_exponent, count, False, TILE, MASKED)
+        second = tl.where((before > s) | (before != before), before, s)
+
+    # With a direction known only on the device, a division by one leaves m as it is.
+    if m.dtype == tl.float64:
+        denom = tl.sqrt(second) * denom_scale + eps
+        change = m / tl.where(direction == 0, denom, 1.0) * step_size
+    else:
+        denom = tl.sqrt_rn(second) * denom_scale + eps
+        change = tl.div_rn(m, tl.where(direction == 0, denom, 1.0)) * step_size
+    p = p * decay - tl.where(direction == 2, 0.0, change)
+
+    if remainder is not None:
+        bits = _bits(p)
+        _store(param, _upper_half(bits + 0x8000), count, TILE, MASKED)
+        _store(remainder, bits.to(tl.uint16).to(tl.int16, bitcast=True), count, TILE, MASKED)
+    else:
+        _store(param, _narrow(p, param.dtype.element_ty), count, TILE, MASKED)
+    if param_out is not None:
+        _store(param_out, _narrow(p, param_out.dtype.element_ty), count, TILE, MASKED)
+
+    random = _noise(index + tl.arange(0, TILE), key, step)
+    _store_state(exp_avg, m_exponent, m, random & 0xFFFF, count, True, TILE, MASKED)
+    _store_state(exp_avg_sq, s_exponent, s, random >> 16, count, False, TILE, MASKED)
+    if max_exp_avg_sq is not None:
+        _store_state(max_exp_avg_sq, max_exponent, second, random >> 16, count, False, TILE, MASKED)
+
+
+@triton.jit
+def _update(
+    operands, numel, key, first, start, skip_at, grad_scale_at, scalars_at, scalars,
+    COUPLED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Update the tile that begins at element `start`, int64, of one segment."""
+    compute: tl.constexpr = tl.float64 if operands[2].dtype.element_ty == tl.float64 else tl.float32
+    weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale = scalars[0:8]
+    direction, grad_scale, step = scalars[8:11]
+    if scalars_at is not None:  # in the order of rule.StepScalars
+        weight1 = tl.load(scalars_at).to(compute)
+        beta2 = tl.load(scalars_at + 1).to(compute)
+        weight2 = tl.load(scalars_at + 2).to(compute)
+        eps = tl.load(scalars_at + 3).to(compute)
+        decay = tl.load(scalars_at + 4).to(compute)
+        coupled_decay = tl.load(scalars_at + 5).to(compute)
+        step_size = tl.load(scalars_at + 6).to(compute)
+        denom_scale = tl.load(scalars_at + 7).to(compute)
+        direction = tl.load(scalars_at + 8).to(tl.int32)
+        grad_scale = grad_scale * tl.load(scalars_at + 9).to(compute)
+        step = tl.load(scalars_at + 10).to(tl.int64)
+    if grad_scale_at is not None:  # what is multiplied is -1 or 1, so that one rounding remains
+        grad_scale = grad_scale * tl.load(grad_scale_at).to(compute)
+    if skip_at is not None:
+        numel = tl.where(tl.load(skip_at) != 0, 0, numel)
+
+    block = start // _BLOCK
+    tile = (
+        operands[0] + start,
+        operands[1] + start,
+        operands[2] + start,
+        operands[3] + start,
+        _offset(operands[4], start),
+        _offset(operands[5], start),
+        _offset(operands[6], start),
+        _offset(operands[7], block),
+        _offset(operands[8], block),
+        _offset(operands[9], block),
+    )
+    known = (
+        weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
+        direction, grad_scale, step,
+    )  # fmt: skip
+    # Without masks loads and stores are wide whatever the segment's length.
+    if start + TILE <= numel:
+        _update_tile(tile, TILE, first + start, key, known, COUPLED, TILE, False)
+    elif start < numel:
+        count = (numel - start).to(tl.int32)
+        _update_tile(tile, count, first + start, key, known, COUPLED, TILE, True)
+
+
+# Integers that Triton would compile another kernel for where they are 1 or multiples of 16.
+_PLAIN = ["numel", "key", "first", "direction", "step"]
+
+
+@triton.jit(do_not_specialize=_PLAIN)
+def update_flat(
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder,
+    exp_avg_exponent, exp_avg_sq_exponent, max_exp_avg_sq_exponent,  # as storage.Operands
+    numel, key, first,
+    skip_at,  # one number: unless it is zero, nothing is touched; or None
+    grad_scale_at,  # one number that multiplies `grad_scale`; or None
+    scalars_at,  # (11,) float64, rule.StepScalars; or None, which leaves the following
+    weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
+    direction, grad_scale, step,
+    COUPLED: tl.constexpr,  # whether coupled_decay is not zero
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Update one segment."""
+    start = tl.program_id(0).to(tl.int64) * TILE
+    operands = (
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder,
+        exp_avg_exponent, exp_avg_sq_exponent, max_exp_avg_sq_exponent,
+    )  # fmt: skip
+    scalars = (
+        weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
+        direction, grad_scale, step,
+    )  # fmt: skip
+    _update(
+        operands, numel.to(tl.int64), key, first, start, skip_at, grad_scale_at, scalars_at,
+        scalars, COUPLED, TILE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
+    if dtype is None:
+        return None
+    else:
+        pointer = tl.load(address).to(tl.pointer_type(dtype))
+        if ALIGNED:
+            pointer = tl.multiple_of(pointer, 16)
+        return pointer
+
+
+@triton.jit(do_not_specialize=["direction", "step"])
+def update_many(
+    segments,  # (segments, 13) int64: ten addresses as storage.Operands has them, numel, key, first
+    chunks,  # (chunks,) int64: segment << 32 | number of the chunk in its segment
+    skip_at, grad_scale_at, scalars_at,  # these and the scalars as for `update_flat`
+    weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
+    direction, grad_scale, step,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,  # dtypes
+    MAX: tl.constexpr, OUT: tl.constexpr, REMAINDER: tl.constexpr,  # dtypes or None
+    EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr,  # likewise
+    ALIGNED: tl.constexpr,  # whether all addresses are multiples of 16
+    COUPLED: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+):  # fmt: skip
+    """Update any number of segments of the same dtypes; a program for each tile of each chunk."""
+    program = tl.program_id(0)
+    entry = tl.load(chunks + program // CHUNK_TILES)
+    start = ((entry & 0xFFFFFFFF) * CHUNK_TILES + program % CHUNK_TILES) * TILE
+    row = segments + (entry >> 32) * 13
+    operands = (
+        _pointer(row, PARAM, ALIGNED),
+        _pointer(row + 1, GRAD, ALIGNED),
+        _pointer(row + 2, STATE, ALIGNED),
+        _pointer(row + 3, STATE, ALIGNED),
+        _pointer(row + 4, MAX, ALIGNED),
+        _pointer(row + 5, OUT, ALIGNED),
+        _pointer(row + 6, REMAINDER, ALIGNED),
+        _pointer(row + 7, EXPONENT, False),
+        _pointer(row + 8, EXPONENT, False),
+        _pointer(row + 9, MAX_EXPONENT, False),
+    )
+    scalars = (
+        weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
+        direction, grad_scale, step,
+    )  # fmt: skip
+    _update(
+        operands, tl.load(row + 10), tl.load(row + 11), tl.load(row + 12), start, skip_at,
+        grad_scale_at, scalars_at, scalars, COUPLED, TILE,
+    )  # fmt: skip
