@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from belief_dist import kernels, storage
@@ -55,9 +52,7 @@ class Contender:
 
     def _operands(self, number: int, start: Tensor) -> Operands:
         mode, count = self._mode, start.numel()
-        states = {
-            name: torch.zeros(count, dtype=mode.state) for name in ("exp_avg", "exp_avg_sq")
-        }
+        states = {name: torch.zeros(count, dtype=mode.state) for name in ("exp_avg", "exp_avg_sq")}
         if mode.state == torch.uint8:
             for name in list(states):
                 states[f"{name}_exponent"] = torch.zeros(-(-count // BLOCK), dtype=torch.uint8)
@@ -141,10 +136,6 @@ class Case:
     settings: dict[str, Any]
     rows: dict[str, Errors] = field(default_factory=dict)
 
-    def as_json(self) -> dict[str, Any]:
-        """Return everything."""
-        return asdict(self)
-
 
 def measure(source: Source, modes: dict[str, Mode] = MODES) -> Case:
     """Run all modes side by side on the same gradients."""
@@ -158,9 +149,8 @@ def measure(source: Source, modes: dict[str, Mode] = MODES) -> Case:
     truth = exact.values()
     # What has never had a gradient says nothing about states.
     counts = (source.scale > 0) & (truth["update"] != 0) & (truth["m"] != 0)
-    case = Case(
-        source.title, {"elements": int(counts.sum()), "steps": source.steps, **source.options}
-    )
+    about = {"elements": int(counts.sum()), "steps": source.steps, "eps": options["eps"]}
+    case = Case(source.title, {**about, **source.options})
     scale = source.scale[counts].log10().floor()
     noise = None if source.noise is None else source.noise[counts].log10().mul(2).floor() / 2
     for name, contender in contenders.items():
@@ -184,20 +174,3 @@ def _by(bins: Tensor, error: Tensor) -> dict[float, Spread]:
         for each in bins.unique()
         if (bins == each).sum() >= _FEWEST
     }
-
-
-def show(console: Console, case: Case) -> None:
-    """Print relative errors as a table."""
-    table = Table(box=SIMPLE_HEAD)
-    table.add_column("relative error of", no_wrap=True)
-    for kind in ("update", "m", "s"):
-        for quantile in ("median", "90 %", "99 %", "max")[: 4 if kind == "update" else 2]:
-            table.add_column(f"{kind}\n{quantile}", justify="right", no_wrap=True)
-    table.add_column("way\nmedian", justify="right", no_wrap=True)
-    for name, errors in case.rows.items():
-        u, m, s = errors.update, errors.m, errors.s
-        numbers = (u.median, u.p90, u.p99, u.max, m.median, m.p90, s.median, s.p90)
-        table.add_row(name, *(f"{number:.1e}" for number in numbers), f"{errors.way:.3f}")
-    settings = ", ".join(f"{key} {value}" for key, value in case.settings.items())
-    console.print(f"\n[bold]{case.title}[/bold]: {settings}")
-    console.print(table)

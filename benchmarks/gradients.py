@@ -71,7 +71,7 @@ def synthetic(elements: int, steps: int, decades: float, eps: float) -> Source:
 
     spread = f"{decades:g} decades" if decades else "one size"
     return Source(
-        title=f"synthetic, {spread} in a block, eps {eps:g}",
+        title=f"{spread} in a block",
         steps=steps,
         options={"lr": 1e-3, "eps": eps},
         start=[torch.zeros(elements)],
@@ -116,7 +116,7 @@ def recorded(steps: int, most: int) -> Source:
         optimizer.step()
     squares = sum(torch.cat(grads).double().square() for grads in taken)
     return Source(
-        title="recorded from the main job",
+        title="main job",
         steps=steps,
         options=options,
         start=start,
@@ -125,7 +125,5 @@ def recorded(steps: int, most: int) -> Source:
     )
 
 
-def _uniform(
-    shape: tuple[int, ...], low: float, high: float, generator: torch.Generator
-) -> Tensor:
+def _uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator)
