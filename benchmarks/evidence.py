@@ -92,7 +92,7 @@ def training_sheet(trained: Trained) -> Sheet:
 
 
 @contextmanager
-def _picture(path: Path, panels: int, columns: int = 2) -> Any:
+def _picture(path: Path, panels: int, columns: int) -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -100,18 +100,18 @@ def _picture(path: Path, panels: int, columns: int = 2) -> Any:
 
     lines = -(-panels // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(6.5 * columns, 4.2 * lines), squeeze=False, layout="constrained"
+        lines, columns, figsize=(5 * columns, 3.6 * lines), squeeze=False, layout="constrained"
     )
     for panel in axes.flat[panels:]:
         panel.remove()
     yield axes.flat[:panels]
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=90)
     pyplot.close(figure)
 
 
 def draw_accuracy(cases: Sequence[Case], path: Path) -> None:
     """Draw one panel for each case: medians, with what lies between them and 90 % of elements."""
-    with _picture(path, len(cases)) as panels:
+    with _picture(path, len(cases), 3) as panels:
         for panel, case in zip(panels, cases, strict=True):
             for name, errors in case.rows.items():
                 bins = [10.0 ** (exponent + 0.5) for exponent in errors.by_scale]
@@ -120,17 +120,17 @@ def draw_accuracy(cases: Sequence[Case], path: Path) -> None:
                 dashes = ":" if name.startswith("control") else "-"
                 (line,) = panel.plot(bins, median, dashes, marker=".", label=name)
                 panel.fill_between(bins, median, most, alpha=0.12, color=line.get_color())
-            panel.set(xscale="log", yscale="log", ylim=(1e-7, 1e2))
+            panel.set(xscale="log", yscale="log", xlim=(1e-12, 1e3), ylim=(1e-7, 1e2))
             panel.set_title(f"{case.title}, eps {case.settings['eps']:g}", fontsize=10)
             panel.set_xlabel("size of the gradients of an element", fontsize=8)
             panel.set_ylabel("relative error of the update", fontsize=8)
-        panels[0].legend(fontsize=6, ncols=2)
+        panels[0].legend(fontsize=6, loc="lower left")
 
 
 def draw_training(trained: Trained, path: Path) -> None:
     """Draw held-out losses, and how far each mode is from float32 beside the range of its seeds."""
     dtypes = [dtype for dtype in ("float32", "bfloat16") if trained.of(dtype)]
-    with _picture(path, 2 * len(dtypes)) as panels:
+    with _picture(path, 2 * len(dtypes), 2) as panels:
         for row, dtype in enumerate(dtypes):
             losses, apart = panels[2 * row : 2 * row + 2]
             modes = trained.of(dtype)
