@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import json as json_module
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 
+from benchmarks.accuracy import measure
 from benchmarks.bits import bits_table, run_bits
+from benchmarks.evidence import (
+    Sheet,
+    accuracy_sheet,
+    draw_accuracy,
+    draw_training,
+    overview,
+    training_sheet,
+)
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
+from benchmarks.gradients import recorded, synthetic
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
 from benchmarks.plot import draw_steps
-from benchmarks.report import Result, machine_line, save, show
+from benchmarks.report import Result, machine, machine_line, save, show
+from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_step
 from benchmarks.team import Workload
 from benchmarks.update import run_tensors, run_update
@@ -194,6 +207,89 @@ def scale(
             console.print(f"Shortest with buckets of {best(plans).bucket_mib} MiB.")
 
 
+def accuracy(
+    elements: int = 16384,
+    steps: int = 1000,
+    decades: list[float] | None = None,
+    eps: list[float] | None = None,
+    recorded_steps: int = 300,
+    recorded_elements: int = 8192,
+    json: Path | None = None,
+    markdown: Path | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Compare smaller states and masters with the rule in float64 (6 minutes).
+
+    Args:
+        elements: Of synthetic gradients, a multiple of 256.
+        steps: Of synthetic gradients.
+        decades: Powers of ten that the gradients of one block of 256 spread over; 0, 2, 4
+            and 15 by default.
+        eps: Of the rule; 1e-16 and 1e-8 by default.
+        recorded_steps: Of the main job, whose gradients are recorded; 0 for none.
+        recorded_elements: At most of one parameter.
+        json: Also write all errors here.
+        markdown: Also write an overview here.
+        picture: Also draw errors by the size of the gradients here, PNG or SVG.
+    """
+    sources = [recorded(recorded_steps, recorded_elements)] if recorded_steps else []
+    sources += [
+        synthetic(elements, steps, spread, each)
+        for each in eps or [1e-16, 1e-8]
+        for spread in decades or [0.0, 2.0, 4.0, 15.0]
+    ]
+    cases = [measure(source) for source in sources]
+    _tell_sheets([accuracy_sheet(case) for case in cases], {"accuracy": cases}, json)
+    if markdown is not None:
+        _write_markdown(markdown, overview(cases))
+    if picture is not None:
+        draw_accuracy(cases, picture)
+
+
+def smallstates(
+    steps: int = 200,
+    seeds: int = 3,
+    modes: list[str] | None = None,
+    processes: int = 2,
+    arguments: list[str] | None = None,
+    json: Path | None = None,
+    markdown: Path | None = None,
+    picture: Path | None = None,
+) -> None:
+    """Train the main job with smaller states and masters, from several seeds.
+
+    Args:
+        steps: Of each training.
+        seeds: How many.
+        modes: Their names; all by default.
+        processes: Trainings at the same time, each with one thread.
+        arguments: Further ones of examples/train_gpt.py, like --layers=2.
+        json: Also write all held-out losses here.
+        markdown: Also write the table here.
+        picture: Also draw held-out losses here, PNG or SVG.
+    """
+    found = train(modes or list(MODES), range(1, seeds + 1), steps, arguments or [], processes)
+    sheet = training_sheet(found)
+    _tell_sheets([sheet], {"smallstates": found}, json)
+    if markdown is not None:
+        _write_markdown(markdown, [sheet])
+    if picture is not None:
+        draw_training(found, picture)
+
+
+def _tell_sheets(sheets: list[Sheet], found: dict[str, Any], json: Path | None) -> None:
+    console = _console()
+    for sheet in sheets:
+        sheet.show(console)
+    if json is not None:
+        content = {"machine": machine(), **found}
+        json.write_text(json_module.dumps(content, indent=2, default=asdict) + "\n")
+
+
+def _write_markdown(path: Path, sheets: list[Sheet]) -> None:
+    path.write_text("\n\n".join(sheet.markdown() for sheet in sheets) + "\n")
+
+
 def plot(files: list[Path], out: Path) -> None:
     """Draw the results of several `step --json FILE` next to each other.
 
@@ -212,7 +308,10 @@ def readme() -> None:
 
 if __name__ == "__main__":
     auto_cli(
-        [readme, update, tensors, peak, step, overhead, bits, simulate, scale, plot],
+        [
+            readme, update, tensors, peak, step, overhead, bits, simulate, scale, accuracy,
+            smallstates, plot,
+        ],  # fmt: skip
         prog="python -m benchmarks",
         as_positional=False,
     )

@@ -13,6 +13,7 @@ from benchmarks.bits import run_bits
 from benchmarks.engines import ENGINES
 
 ROOT = Path(__file__).parent.parent
+CONTROL = "control: bf16 params alone"
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -55,3 +56,34 @@ def test_wrong_arguments_say_what_is_allowed(arguments: list[str], message: str)
     done = run(*arguments)
     assert done.returncode != 0
     assert message in done.stderr
+
+
+def test_errors_of_smaller_states_are_measured(tmp_path: Path) -> None:
+    results, table, picture = (tmp_path / f"found.{end}" for end in ("json", "md", "png"))
+    size = "--elements=512 --steps=20 --decades=[0] --eps=[1e-16] --recorded_steps=1".split()
+    out = [f"--json={results}", f"--markdown={table}", f"--picture={picture}"]
+    done = run("accuracy", *size, "--recorded_elements=256", *out)
+    assert done.returncode == 0, done.stderr
+    recorded, synthetic = json.loads(results.read_text())["accuracy"]
+    for name, errors in synthetic["rows"].items():
+        assert name in done.stdout and name in table.read_text()
+        low = "8-bit" not in name and "bf16 states" not in name and name != CONTROL
+        assert (errors["update"]["p99"] < 1e-5) == low, name
+    # Whole masters and halves are the same numbers.
+    assert recorded["rows"]["float32"] == recorded["rows"]["bf16 params, remainders"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_main_job_trains_in_other_modes(tmp_path: Path) -> None:
+    results, table, picture = (tmp_path / f"found.{end}" for end in ("json", "md", "png"))
+    model = ["--layers=1", "--width=32", "--context=32", "--batch=4"]
+    modes = "[float32, 8-bit states]"
+    out = [f"--json={results}", f"--markdown={table}", f"--picture={picture}"]
+    size = ["--steps=2", "--seeds=1", f"--modes={modes}", f"--arguments={json.dumps(model)}"]
+    done = run("smallstates", *size, *out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(results.read_text())["smallstates"]
+    assert found["evaluated"] == [1, 2]
+    assert all(len(runs["held_out"]) == 1 for runs in found["modes"].values())
+    assert "8-bit states" in table.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
