@@ -11,7 +11,7 @@ from rich.console import Console
 from benchmarks.bits import bits_table, run_bits
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.overhead import run_overhead
-from benchmarks.plot import draw_steps
+from benchmarks.plot import draw_steps, markdown_steps
 from benchmarks.report import Result, machine_line, save, show
 from benchmarks.step import run_step
 from benchmarks.team import Workload
@@ -176,6 +176,15 @@ def plot(files: list[Path], out: Path) -> None:
     draw_steps(files, out)
 
 
+def markdown(files: list[Path]) -> None:
+    """Print the results of several `step --json FILE` as tables in Markdown.
+
+    Args:
+        files: What was written.
+    """
+    print(markdown_steps(files))
+
+
 def readme() -> None:
     """Print the tables of README."""
     update()
@@ -184,7 +193,7 @@ def readme() -> None:
 
 if __name__ == "__main__":
     auto_cli(
-        [readme, update, step, overhead, bits, simulate, scale, plot],
+        [readme, update, step, overhead, bits, simulate, scale, plot, markdown],
         prog="python -m benchmarks",
         as_positional=False,
     )
