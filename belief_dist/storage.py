@@ -21,7 +21,8 @@ bucket layout, kernel and number of threads.
 
 **8 bits.** A block is 256 consecutive elements of one parameter, the last one of a parameter being
 shorter. Its largest number's exponent e (8 bits, biased, as float32 has it) fixes one exponent
-that is stored for the block.
+that is stored for the block. If noise might round that number up to the next power of two, e is
+that of the latter: otherwise what grows slowly would stop below it.
 
 * s is non-negative and spans many decades, and only its root is used: its code has 5 bits of
   exponent, down to 2**-31 of the block's largest, and 3 of mantissa: spacing 1/16 to 1/8 of the
@@ -60,6 +61,9 @@ _NAN = 0x7FC00000
 # How far below a block's largest exponent the stored one lies.
 _M_BINADES = 7
 _S_BINADES = 31
+# What is added at most to the bits of a block's largest number: noise, and to m the offset.
+_M_ROOM = (1 << 16) + (0xFFFF << 3)
+_S_ROOM = 0xFFFF << 4
 
 
 class Operands(NamedTuple):
@@ -161,9 +165,9 @@ def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, padding)).view(-1, BLOCK)
 
 
-def _largest_exponent(bits: Tensor) -> Tensor:
-    """Return (blocks,): the largest exponent of the magnitudes `bits` in each block."""
-    return (_blocks(bits) >> 23).amax(1)
+def _largest_exponent(bits: Tensor, room: int) -> Tensor:
+    """Return (blocks,): the exponent that the largest of the magnitudes `bits` may come to."""
+    return (_blocks(bits).amax(1) + room) >> 23
 
 
 def _spread(per_block: Tensor, numel: int) -> Tensor:
@@ -179,10 +183,10 @@ def encode_m(m: Tensor, noise16: Tensor) -> tuple[Tensor, Tensor]:
     """
     bits = _bits(m)
     magnitude = bits & 0x7FFFFFFF
-    exponent = (_largest_exponent(magnitude) - _M_BINADES).clamp(min=1)
+    exponent = (_largest_exponent(magnitude, _M_ROOM) - _M_BINADES).clamp(min=1)
     each = _spread(exponent, m.numel())
     moved = _bits(_float(magnitude) + _float(each << 23))
-    code = (((moved + (noise16 << 3)) >> 19) - (each << 4)).clamp(max=127)
+    code = ((moved + (noise16 << 3)) >> 19) - (each << 4)
     return ((bits >> 31 << 7) | code).to(torch.uint8), exponent.to(torch.uint8)
 
 
@@ -201,9 +205,9 @@ def encode_s(s: Tensor, noise16: Tensor) -> tuple[Tensor, Tensor]:
         noise16: (n,), int64, in [0, 2**16).
     """
     bits = _bits(s)
-    exponent = (_largest_exponent(bits) - _S_BINADES).clamp(min=0)
+    exponent = (_largest_exponent(bits, _S_ROOM) - _S_BINADES).clamp(min=0)
     code = ((bits + (noise16 << 4)) >> 20) - (_spread(exponent, s.numel()) << 3)
-    return code.clamp(0, 255).to(torch.uint8), exponent.to(torch.uint8)
+    return code.clamp(min=0).to(torch.uint8), exponent.to(torch.uint8)
 
 
 def decode_s(code: Tensor, exponent: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_a
 from benchmarks.gradients import recorded, synthetic
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
-from benchmarks.plot import draw_steps
+from benchmarks.plot import draw_steps, markdown_steps
 from benchmarks.report import Result, machine, machine_line, save, show
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_step
@@ -300,6 +300,15 @@ def plot(files: list[Path], out: Path) -> None:
     draw_steps(files, out)
 
 
+def markdown(files: list[Path]) -> None:
+    """Print the results of several `step --json FILE` as tables in Markdown.
+
+    Args:
+        files: What was written.
+    """
+    print(markdown_steps(files))
+
+
 def readme() -> None:
     """Print the tables of README."""
     update()
@@ -309,8 +318,19 @@ def readme() -> None:
 if __name__ == "__main__":
     auto_cli(
         [
-            readme, update, tensors, peak, step, overhead, bits, simulate, scale, accuracy,
-            smallstates, plot,
+            readme,
+            update,
+            tensors,
+            peak,
+            step,
+            overhead,
+            bits,
+            simulate,
+            scale,
+            accuracy,
+            smallstates,
+            plot,
+            markdown,
         ],  # fmt: skip
         prog="python -m benchmarks",
         as_positional=False,

@@ -1,8 +1,9 @@
-"""Pictures of what was measured."""
+"""What was measured, as pictures and as Markdown."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,62 @@ from typing import Any
 from benchmarks.engines import BASELINE, COMPUTE, OURS
 
 _COLUMNS = 2
+
+
+def _results(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Return the results of the step benchmark.
+
+    Raises:
+        ValueError: A file holds no such result.
+    """
+    results = []
+    for file in files:
+        content = json.loads(file.read_text())
+        if "step" not in content:
+            raise ValueError(f"{file} holds no result of `step --json`.")
+        results.append(content["step"])
+    return results
+
+
+def markdown_steps(files: Sequence[Path]) -> str:
+    """Return one table for each result of the step benchmark.
+
+    Raises:
+        ValueError: A file holds no such result.
+    """
+    return "\n\n".join(_markdown(result) for result in _results(files))
+
+
+def _markdown(result: dict[str, Any]) -> str:
+    columns = {
+        "ms": lambda row: f"{row['median_ms']:.0f}",
+        "times DDP": lambda row: f"{row['ratios'].get(BASELINE) or math.nan:.2f}",
+        "forward": lambda row: f"{row['phases_ms']['forward']:.0f}",
+        "backward": lambda row: f"{row['phases_ms']['backward']:.0f}",
+        "step": lambda row: f"{row['phases_ms'].get('step', 0):.0f}",
+        "exposed": lambda row: f"{row['exposed_ms']:.0f}",
+        "peak MiB": lambda row: f"{row['peak_mib']:.0f}",
+        "sent MB": lambda row: f"{row['bytes_sent'] / 1e6:.0f}",
+    }
+    if not any(row["bytes_sent"] for row in result["rows"]):
+        del columns["sent MB"]
+    lines = [f"{_title(result)}; medians of {len(result['rows'][0]['ms'])} steps:", ""]
+    lines.append("| | " + " | ".join(columns) + " |")
+    lines.append("|---|" + "---|" * len(columns))
+    for row in result["rows"]:
+        cells = [row["name"], *(column(row) for column in columns.values())]
+        if row["name"].startswith(OURS):
+            cells[0] = f"**{cells[0]}**"
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _title(result: dict[str, Any]) -> str:
+    settings = result["settings"]
+    return (
+        f"{settings['ranks']} ranks, {settings['link']}, {settings['million parameters']} M "
+        f"parameters, {settings['dtype']}"
+    )
 
 
 def draw_steps(files: Sequence[Path], out: Path) -> None:
@@ -23,12 +80,7 @@ def draw_steps(files: Sequence[Path], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    results = []
-    for file in files:
-        content = json.loads(file.read_text())
-        if "step" not in content:
-            raise ValueError(f"{file} holds no result of `step --json`.")
-        results.append(content["step"])
+    results = _results(files)
     lines = -(-len(results) // _COLUMNS)
     figure, axes = pyplot.subplots(
         lines, min(_COLUMNS, len(results)), figsize=(13, 4.2 * lines), squeeze=False
@@ -52,12 +104,7 @@ def _draw(panel: Any, result: dict[str, Any]) -> None:
         panel.axvline(compute, color="black", linestyle=":", label="forward and backward alone")
     if BASELINE in medians:
         panel.axvline(medians[BASELINE], color="tab:red", linewidth=1, label=BASELINE)
-    settings = result["settings"]
-    panel.set_title(
-        f"{settings['ranks']} ranks, {settings['link']}, {settings['million parameters']} M "
-        f"parameters, {settings['dtype']}",
-        fontsize=10,
-    )
+    panel.set_title(_title(result), fontsize=10)
     panel.set_xlabel("milliseconds per step, median")
     panel.tick_params(axis="y", labelsize=8)
     panel.legend(fontsize=8)

@@ -38,6 +38,9 @@ def test_a_step_of_every_engine_is_timed_and_drawn(tmp_path: Path) -> None:
     for row in result["rows"]:
         assert row["median_ms"] > 0 and row["phases_ms"]["backward"] > 0
         assert row["name"] in done.stdout
+    done = run("markdown", f"--files=[{results}]")
+    assert done.returncode == 0, done.stderr
+    assert all(f"{name} | " in done.stdout.replace("**", "") for name in ENGINES)
     picture = tmp_path / "step.png"
     done = run("plot", f"--files=[{results}]", f"--out={picture}")
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -119,11 +121,11 @@ def test_special_numbers_survive() -> None:
 def test_8_bit_m_is_near_and_unbiased(scale: float) -> None:
     n = 256 * BLOCK
     signs = torch.tensor([1.0, -1.0, -1.0]).repeat(n)[:n]
-    m = spread(n, -16, 0) * signs * scale
-    m[::BLOCK] = scale * 0.999  # every block reaches the same power of two
+    m = spread(n, -16, -0.5) * signs * scale
+    m[::BLOCK] = scale * 0.75  # every block reaches the same power of two
     back = decode_m(*encode_m(m, noise(1, 1, 0, n, CPU) & 0xFFFF)).double()
     # Constant around zero, relative above; see the module.
-    top = 2.0 ** torch.tensor(scale * 0.999).double().log2().floor()
+    top = 2.0 ** torch.tensor(scale * 0.75).double().log2().floor()
     spacing = torch.maximum((m.double().abs() + top / 128) / 16, top / 2048)
     assert ((back - m.double()).abs() <= spacing).all()
     assert mean_error(m, back, spacing) < 4
@@ -133,7 +135,7 @@ def test_8_bit_m_is_near_and_unbiased(scale: float) -> None:
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e30])
 def test_8_bit_s_is_near_unbiased_and_never_too_small(scale: float) -> None:
     n = 256 * BLOCK
-    s = spread(n, -25, 0) * scale
+    s = spread(n, -25, -0.5) * scale
     s[::BLOCK] = scale * 0.75
     back = decode_s(*encode_s(s, noise(1, 1, 0, n, CPU) >> 16)).double()
     spacing = s.double() / 8
@@ -144,6 +146,20 @@ def test_8_bit_s_is_near_unbiased_and_never_too_small(scale: float) -> None:
     back = decode_s(*encode_s(s, torch.zeros(n, dtype=torch.int64)))
     assert back[1] >= s[1] and back[1] > 0
     assert back[1] <= scale * 2.0**-31
+
+
+@pytest.mark.parametrize("encode, decode", [(encode_m, decode_m), (encode_s, decode_s)])
+def test_the_largest_of_a_block_can_grow_beyond_its_power_of_two(
+    encode: Callable[..., tuple[Tensor, Tensor]], decode: Callable[..., Tensor]
+) -> None:
+    """Codes that end at the block's power of two would round everything below it down."""
+    x = torch.full((64 * BLOCK,), 1.995)
+    half = noise(1, 1, 0, len(x), CPU) & 0xFFFF
+    back = decode(*encode(x, half))
+    assert set(back.tolist()) == {1.875 if encode is encode_s else back.min().item(), back.max()}
+    assert back.max() > 1.995
+    spacing = torch.full_like(x, float(back.max() - back.min()), dtype=torch.float64)
+    assert mean_error(x, back, spacing) < 4
 
 
 def test_what_is_decoded_is_encoded_as_it_was() -> None:

@@ -33,6 +33,8 @@ enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direct
 constexpr int64_t kBlock = 512;
 constexpr int kExponentBlock = 256;  // storage.py: BLOCK
 constexpr int kMBinades = 7, kSBinades = 31;  // storage.py: _M_BINADES, _S_BINADES
+// What is added at most to the bits of a block's largest number: storage.py, _M_ROOM and _S_ROOM.
+constexpr int kMRoom = (1 << 16) + (0xffff << 3), kSRoom = 0xffff << 4;
 // Below this, waking other threads costs more than it gains.
 constexpr int64_t kSerial = 1 << 15;
 
@@ -178,7 +180,7 @@ INLINE float decode_m(uint8_t code, uint32_t exponent) {
 INLINE uint8_t encode_m(uint32_t bits, uint32_t exponent, uint32_t noise16) {
   const float moved = bit_cast<float>(bits & 0x7fffffff) + bit_cast<float>(exponent << 23);
   const uint32_t code = ((bit_cast<uint32_t>(moved) + (noise16 << 3)) >> 19) - (exponent << 4);
-  return static_cast<uint8_t>(std::min(code, 127u) | (bits >> 24 & 128));
+  return static_cast<uint8_t>(code | (bits >> 24 & 128));
 }
 
 INLINE float decode_s(uint8_t code, uint32_t exponent) {
@@ -188,18 +190,19 @@ INLINE float decode_s(uint8_t code, uint32_t exponent) {
 INLINE uint8_t encode_s(uint32_t bits, uint32_t exponent, uint32_t noise16) {
   const uint32_t rounded = (bits + (noise16 << 4)) >> 20;
   const int code = static_cast<int>(rounded) - static_cast<int>(exponent << 3);
-  return static_cast<uint8_t>(std::clamp(code, 0, 255));
+  return static_cast<uint8_t>(std::max(code, 0));
 }
 
-// Returns the exponent of the largest of n numbers, `below` less but not below `least`. What NaNs
-// there are become one NaN.
-INLINE uint32_t block_exponent(int n, float* x, int below, int least) {
+// Returns the exponent that the largest of n numbers may come to when `room` is added to its bits,
+// `below` less but not below `least`. What NaNs there are become one NaN.
+INLINE uint32_t block_exponent(int n, float* x, int room, int below, int least) {
   int largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int i = 0; i < n; ++i) largest = std::max(largest, bit_cast<int>(x[i]) & 0x7fffffff);
   if (largest > 0x7f800000)
     for (int i = 0; i < n; ++i) x[i] = bit_cast<float>(bits_of(x[i]));
-  return static_cast<uint32_t>(std::max((largest >> 23) - below, least));
+  largest = std::min(largest, 0x7fc00000);
+  return static_cast<uint32_t>(std::max(((largest + room) >> 23) - below, least));
 }
 
 template <bool kSigned>
@@ -263,14 +266,14 @@ template <bool kAmsgrad>
 INLINE void encode_uint8(const States& to, int64_t first, int n, float* m, float* s,
                          float* largest, uint32_t noise) {
   uint8_t *to_m = to.m.codes(first), *to_s = to.s.codes(first), *to_largest = nullptr;
-  const uint32_t m_exponent = block_exponent(n, m, kMBinades, 1);
-  const uint32_t s_exponent = block_exponent(n, s, kSBinades, 0);
+  const uint32_t m_exponent = block_exponent(n, m, kMRoom, kMBinades, 1);
+  const uint32_t s_exponent = block_exponent(n, s, kSRoom, kSBinades, 0);
   uint32_t largest_exponent = 0;
   *to.m.exponent(first) = static_cast<uint8_t>(m_exponent);
   *to.s.exponent(first) = static_cast<uint8_t>(s_exponent);
   if constexpr (kAmsgrad) {
     to_largest = to.largest.codes(first);
-    largest_exponent = block_exponent(n, largest, kSBinades, 0);
+    largest_exponent = block_exponent(n, largest, kSRoom, kSBinades, 0);
     *to.largest.exponent(first) = static_cast<uint8_t>(largest_exponent);
   }
 #pragma omp simd

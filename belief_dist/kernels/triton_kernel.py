@@ -27,6 +27,8 @@ _BLOCK = tl.constexpr(256)  # storage.BLOCK
 _NAN = tl.constexpr(0x7FC00000)
 _M_BINADES = tl.constexpr(7)
 _S_BINADES = tl.constexpr(31)
+_M_ROOM = tl.constexpr((1 << 16) + (0xFFFF << 3))
+_S_ROOM = tl.constexpr(0xFFFF << 4)
 
 
 # - Bits of float32 numbers
@@ -94,9 +96,9 @@ def _spread(per_block, TILE: tl.constexpr):
 
 
 @triton.jit
-def _largest_exponent(bits, TILE: tl.constexpr):
+def _largest_exponent(bits, room, TILE: tl.constexpr):
     blocks: tl.constexpr = TILE // _BLOCK
-    return tl.max(tl.reshape(bits, [blocks, _BLOCK]), axis=1) >> 23
+    return tl.max(tl.reshape(bits, [blocks, _BLOCK]), axis=1) + room >> 23
 
 
 @triton.jit
@@ -104,10 +106,10 @@ def _encode_m(m, noise16, count, TILE: tl.constexpr):
     bits = _bits(m)
     magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
     counted = tl.where(tl.arange(0, TILE) < count, magnitude, 0)
-    exponent = tl.maximum(_largest_exponent(counted, TILE) - _M_BINADES, 1)
+    exponent = tl.maximum(_largest_exponent(counted, _M_ROOM, TILE) - _M_BINADES, 1)
     each = _spread(exponent, TILE)
     moved = _bits(_float(magnitude) + _float(each << 23)).to(tl.int32)
-    code = tl.minimum((moved + (noise16 << 3) >> 19) - (each << 4), 127)
+    code = (moved + (noise16 << 3) >> 19) - (each << 4)
     return (bits >> 31 << 7).to(tl.int32) | code, exponent
 
 
@@ -121,9 +123,9 @@ def _decode_m(code, each):
 def _encode_s(s, noise16, count, TILE: tl.constexpr):
     bits = _bits(s).to(tl.int32)
     counted = tl.where(tl.arange(0, TILE) < count, bits, 0)
-    exponent = tl.maximum(_largest_exponent(counted, TILE) - _S_BINADES, 0)
+    exponent = tl.maximum(_largest_exponent(counted, _S_ROOM, TILE) - _S_BINADES, 0)
     code = (bits + (noise16 << 4) >> 20) - (_spread(exponent, TILE) << 3)
-    return tl.minimum(tl.maximum(code, 0), 255), exponent
+    return tl.maximum(code, 0), exponent
 
 
 @triton.jit
