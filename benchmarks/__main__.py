@@ -315,23 +315,13 @@ def readme() -> None:
     step()
 
 
+_ALONE = [readme, update, tensors, peak, accuracy, smallstates]
+_ON_RANKS = [step, bits, overhead, simulate, scale]
+_SHOWN = [plot, markdown]
+
 if __name__ == "__main__":
     auto_cli(
-        [
-            readme,
-            update,
-            tensors,
-            peak,
-            step,
-            overhead,
-            bits,
-            simulate,
-            scale,
-            accuracy,
-            smallstates,
-            plot,
-            markdown,
-        ],  # fmt: skip
+        [*_ALONE, *_ON_RANKS, *_SHOWN],
         prog="python -m benchmarks",
         as_positional=False,
     )
