@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -14,7 +15,14 @@ from belief_dist.integrations.deepspeed import register_zero_optimizer
 from belief_dist.integrations.rehearsal import is_rehearsal
 from belief_dist.options import complete_options
 from belief_dist.params import as_groups, prepare_group
-from belief_dist.rule import compute_dtype, step_scalars, update_reference_
+from belief_dist.rule import (
+    DeviceScalars,
+    StepScalars,
+    compute_dtype,
+    device_scalars,
+    step_scalars,
+    update_reference_,
+)
 from belief_dist.state import check_state_dict, check_state_entry
 from belief_dist.storage import Operands
 
@@ -75,10 +83,13 @@ class AdaBelief(Optimizer):
         foreach: True updates all tensors of a group by torch's multi-tensor operations.
         fused: True insists on a compiled kernel and raises without one; False uses plain torch;
             None takes the fastest that is usable.
+        capturable: Keep step counts on the device and read them, and learning rates that are
+            tensors, there, so that a CUDA graph can capture `step`. Needs Triton on GPUs.
 
-    All options except the last two may differ per param group and travel in the state_dict.
+    All options except the last three may differ per param group and travel in the state_dict.
     A parameter's state is ``{"step": int, "exp_avg": m, "exp_avg_sq": s}``, with
-    ``max_exp_avg_sq`` under amsgrad.
+    ``max_exp_avg_sq`` under amsgrad; with capturable, step is a tensor that all parameters share
+    which have taken the same steps.
 
     Raises:
         TypeError: An argument has the wrong type, or an option is unknown.
@@ -103,16 +114,23 @@ class AdaBelief(Optimizer):
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
+        capturable: bool = False,
         **other_spellings: Any,
     ) -> None:
         """See the class."""
         defaults = complete_options(locals(), other_spellings, "AdaBelief")
         if fused and foreach:
             raise ValueError("fused=True and foreach=True exclude each other; set one of them.")
+        if capturable and (foreach or fused is False):
+            raise ValueError(
+                "capturable=True needs the compiled kernel, which reads the step on the device; "
+                "leave out foreach and fused."
+            )
         if fused:
             kernels.require_fused()
         self._fused = fused
         self._foreach = foreach
+        self._capturable = capturable
         super().__init__(as_groups(params, "AdaBelief"), defaults)
         register_zero_optimizer(type(self))
 
@@ -140,7 +158,7 @@ class AdaBelief(Optimizer):
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 self._complete_state(param, group)
-            if not rehearsal:
+            if params and not rehearsal:
                 self._update(params, group)
         return loss
 
@@ -162,14 +180,46 @@ class AdaBelief(Optimizer):
             **{key: torch.zeros_like(param, dtype=dtype, device=device) for key in keys},
         }
 
+    def _advance(self, params: list[Tensor]) -> None:
+        """Count one more step of each parameter."""
+        if not self._capturable:
+            for param in params:
+                state = self.state[param]
+                # Rebound, never changed in place: DeepSpeed's stage-3 loader shares one step
+                # object between all sub-groups.
+                state["step"] = int(state["step"]) + 1
+            return
+        sharing = Counter(id(state["step"]) for state in self.state.values())
+        together: dict[int, list[Tensor]] = {}
+        for param in params:
+            together.setdefault(id(self.state[param]["step"]), []).append(param)
+        for name, same in together.items():
+            step = self.state[same[0]]["step"]
+            if len(same) == sharing[name]:
+                step += 1  # in place: a captured graph counts on at every replay
+                continue
+            step = step + 1  # others have no gradient this time
+            for param in same:
+                self.state[param]["step"] = step
+
+    def _share_steps(self) -> None:
+        """Let parameters with equal counts share one tensor; visits the host."""
+        shared: dict[tuple[int, torch.device], Tensor] = {}
+        for param, state in self.state.items():
+            key = (int(state["step"]), param.device)
+            if key not in shared:
+                shared[key] = torch.tensor(float(key[0]), device=param.device)
+            state["step"] = shared[key]
+
     def _update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
+        if self._capturable and any(type(self.state[param]["step"]) is int for param in params):
+            self._share_steps()
+        self._advance(params)
         # What one call can take together: nearly always all tensors of a group.
-        work: dict[tuple[int, torch.device, torch.dtype, torch.dtype], list[Operands]] = {}
+        work: dict[tuple[Any, ...], list[Operands]] = {}
+        steps: dict[int, Any] = {}
         for param in params:
             state = self.state[param]
-            # Rebound, never changed in place: DeepSpeed's stage-3 loader shares one step object
-            # between all sub-groups.
-            step = state["step"] = int(state["step"]) + 1
             operands = Operands(
                 local_tensor(param),
                 local_tensor(cast(Tensor, param.grad)),
@@ -177,20 +227,28 @@ class AdaBelief(Optimizer):
                 local_tensor(state["exp_avg_sq"]),
                 local_tensor(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None,
             )
-            kind = (step, param.device, param.dtype, operands.grad.dtype)
+            step = state["step"]
+            count = step if isinstance(step, int) else id(step)
+            kind = (count, param.device, param.dtype, operands.grad.dtype)
             work.setdefault(kind, []).append(operands)
-        for (step, *_), entries in work.items():
-            scalars = step_scalars(group, step)
+            steps[count] = step
+        for (count, *_), entries in work.items():
+            if self._capturable:
+                self._update_flat(entries, device_scalars(group, steps[count], group["lr"]))
+                continue
+            scalars = step_scalars(group, steps[count])
             if kernels.prefers_foreach(entries[0].param, self._foreach, self._fused):
                 kernels.foreach_update_(entries, scalars)
-                continue
-            flat = [_in_memory_order(operands) for operands in entries]
-            kernels.update_([o for o in flat if o is not None], scalars, fused=self._fused)
-            for operands, is_flat in zip(entries, flat, strict=True):
-                if is_flat is None:
-                    update_reference_(
-                        *operands[:4], scalars, max_exp_avg_sq=operands.max_exp_avg_sq
-                    )
+            else:
+                self._update_flat(entries, scalars)
+
+    def _update_flat(self, work: list[Operands], scalars: StepScalars | DeviceScalars) -> None:
+        flat = [_in_memory_order(operands) for operands in work]
+        kernels.update_([o for o in flat if o is not None], scalars, fused=self._fused)
+        for operands, in_order in zip(work, flat, strict=True):
+            if in_order is None:  # laid out in different ways
+                host = scalars if isinstance(scalars, StepScalars) else scalars.on_host()
+                update_reference_(*operands[:4], host, max_exp_avg_sq=operands.max_exp_avg_sq)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.

@@ -24,7 +24,7 @@ ALIASES = {
     "learning_rate": "lr",
 }
 # Silent no-ops that frameworks write into optimizer configs and group dicts.
-_TOLERATED = {"params", "param_names", "fused", "foreach", "initial_lr"}
+_TOLERATED = {"params", "param_names", "fused", "foreach", "capturable", "initial_lr"}
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),

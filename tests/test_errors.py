@@ -93,6 +93,12 @@ def test_params(cls: type, make: Callable[[], Any], error: type[Exception], sent
         cls(make())
 
 
+@pytest.mark.parametrize("more", [{"foreach": True}, {"fused": False}])
+def test_capturable_needs_the_kernel(more: dict[str, bool]) -> None:
+    with pytest.raises(ValueError, match="capturable=True needs the compiled kernel"):
+        AdaBelief([p(2)], capturable=True, **more)
+
+
 ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
     (
         lambda: [p(2)],
