@@ -317,11 +317,6 @@ def test_any_form_length_and_hyperparameters(
     check(cpp, lengths, options, form, offset=offset, first=first, step=step, seed=seed)
 
 
-def part_of(operands: Operands, start: int, stop: int) -> Operands:
-    """Return elements [start, stop) as a part of their parameter; the same memory."""
-    return eager._piece(operands, start, stop)
-
-
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppKernel) -> None:
     """Cut between blocks, as ranks cut it: the noise is anchored in the parameter."""
@@ -331,7 +326,7 @@ def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppK
         whole = make(5000, form, amsgrad=True, generator=generator)
         parts = copied(whole)
         cpp([whole], scalars)
-        cpp([part_of(parts, cut, 5000), part_of(parts, 0, cut)], scalars)
+        cpp([cut(parts, cut, 5000), cut(parts, 0, cut)], scalars)
         assert_same(parts, whole)
 
 

@@ -117,8 +117,8 @@ def test_a_broken_triton_is_one_line_in_the_log(
     kernels._triton.cache_clear()
     try:
         for _ in range(2):
-            work = [{"param": torch.empty(1, device="meta")}]
-            assert kernels.prefers_foreach(work, None, None)
+            param = torch.empty(1, device="meta")
+            assert kernels.prefers_foreach(param, None, None)
         (record,) = caplog.records
         assert "plain torch" in record.getMessage() and "triton cannot" in record.getMessage()
     finally:
@@ -127,10 +127,10 @@ def test_a_broken_triton_is_one_line_in_the_log(
 
 def test_triton_is_preferred_to_multi_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "_triton", lambda: TritonKernel.__new__(TritonKernel))
-    work = [{"param": torch.empty(1, device="meta")}]
-    assert not kernels.prefers_foreach(work, None, None)
-    assert kernels.prefers_foreach(work, True, None)
-    assert kernels.prefers_foreach(work, None, False)
+    param = torch.empty(1, device="meta")
+    assert not kernels.prefers_foreach(param, None, None)
+    assert kernels.prefers_foreach(param, True, None)
+    assert kernels.prefers_foreach(param, None, False)
 
 
 # - Machine code, compiled ahead of time
