@@ -319,14 +319,14 @@ def test_any_form_length_and_hyperparameters(
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppKernel) -> None:
-    """Cut between blocks, as ranks cut it: the noise is anchored in the parameter."""
+    """Cut between blocks, as ranks at it: the noise is anchored in the parameter."""
     scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7)
-    for cut in (256, 1024, 1280, 4864):
-        generator = torch.Generator().manual_seed(cut)
+    for at in (256, 1024, 1280, 4864):
+        generator = torch.Generator().manual_seed(at)
         whole = make(5000, form, amsgrad=True, generator=generator)
         parts = copied(whole)
         cpp([whole], scalars)
-        cpp([cut(parts, cut, 5000), cut(parts, 0, cut)], scalars)
+        cpp([cut(parts, at, 5000), cut(parts, 0, at)], scalars)
         assert_same(parts, whole)
 
 
