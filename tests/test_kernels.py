@@ -32,6 +32,7 @@ from belief_dist.rule import (
 from belief_dist.storage import (
     BLOCK,
     Operands,
+    cut,
     encode_m,
     encode_s,
     split_master,
@@ -319,7 +320,7 @@ def test_any_form_length_and_hyperparameters(
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppKernel) -> None:
-    """Cut between blocks, as ranks at it: the noise is anchored in the parameter."""
+    """Cut between blocks, as ranks cut it: the noise is anchored in the parameter."""
     scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7)
     for at in (256, 1024, 1280, 4864):
         generator = torch.Generator().manual_seed(at)
