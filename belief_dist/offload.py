@@ -10,7 +10,6 @@ Source: ZeRO-Offload, arXiv:2101.06840, sections 4 and 5.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.buffers import BucketBuffers
+from belief_dist.kernels.threads import idle_cores, one_thread_sentence
 
 
 class HostGradients:
@@ -61,11 +61,6 @@ class HostGradients:
 
 def warn_of_one_thread(num_ranks: int) -> None:
     """Warn if the update on the host will use one core though this rank could have more."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
-    if torch.get_num_threads() == 1 and share > 1:
-        warnings.warn(
-            f"offload='cpu' updates on 1 thread although there are {share} cores for each rank "
-            f"(torchrun sets OMP_NUM_THREADS=1 by default): start with OMP_NUM_THREADS={share}.",
-            stacklevel=3,
-        )
+    share = idle_cores(num_ranks)
+    if share:
+        warnings.warn(f"offload='cpu' {one_thread_sentence(share)}", stacklevel=3)

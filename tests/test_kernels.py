@@ -572,3 +572,20 @@ def test_one_line_says_what_is_used(
             update([Operands(*(torch.rand(3) for _ in range(4)))], step_scalars(OPTIONS, 1))
     (record,) = caplog.records
     assert "C++" in record.getMessage()
+
+
+def test_an_idle_core_under_torchrun_is_noticed(
+    fresh_choice: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh_choice.setattr("os.sched_getaffinity", lambda process: range(8))
+    fresh_choice.setattr(torch, "get_num_threads", lambda: 1)
+    for ranks_here, noticed in (("2", ["OMP_NUM_THREADS=4"]), ("8", []), (None, [])):
+        kernels._cpp.cache_clear()
+        caplog.clear()
+        if ranks_here is None:
+            fresh_choice.delenv("LOCAL_WORLD_SIZE")
+        else:
+            fresh_choice.setenv("LOCAL_WORLD_SIZE", ranks_here)
+        kernels._cpp()
+        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(said) == len(noticed) and all(w in s for w, s in zip(noticed, said, strict=True))

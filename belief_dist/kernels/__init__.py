@@ -22,6 +22,7 @@ from belief_dist.kernels import eager
 from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
+from belief_dist.kernels.threads import idle_cores, one_thread_sentence
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.rule import DeviceScalars, StepScalars, compute_dtype
 from belief_dist.storage import Operands
@@ -71,6 +72,9 @@ def _cpp() -> CppKernel | Unavailable:
         )
         return reason
     logger.info("CPU updates run in %s", kernel.description)
+    share = idle_cores(1) if "LOCAL_WORLD_SIZE" in os.environ else 0
+    if share:
+        logger.warning("AdaBelief %s", one_thread_sentence(share))
     return kernel
 
 
