@@ -28,9 +28,9 @@ class Reference:
         seed: int = 0,
     ) -> None:
         self.options = options  # one for each parameter
-        self.low = [p.detach().clone() for p in params]
+        self.low = [p.detach().clone(memory_format=torch.contiguous_format) for p in params]
         dtype = [compute_dtype(p.dtype) for p in params]
-        self.master = [p.detach().to(d) for p, d in zip(params, dtype, strict=True)]
+        self.master = [p.to(d, copy=True) for p, d in zip(self.low, dtype, strict=True)]
         self.keys = [noise_key(seed, index) for index in range(len(params))]
         # Of each parameter, by the name in the optimizer's state.
         self.states: list[dict[str, torch.Tensor]] = []
