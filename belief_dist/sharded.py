@@ -699,6 +699,26 @@ class ShardedAdaBelief(Optimizer):
         """Which rank owns which elements of which parameter."""
         return self._layout
 
+    @property
+    def num_ranks(self) -> int:
+        """Over how many ranks gradients are averaged."""
+        return self._links.num_ranks
+
+    @property
+    def rank_of_all(self) -> int:
+        """This process among these ranks."""
+        return self._links.rank_of_all
+
+    @property
+    def is_part(self) -> bool:
+        """Whether parameters are cut over the ranks of a tensor-parallel model."""
+        return self._mesh is not None
+
+    @property
+    def seed(self) -> int:
+        """Of the noise that rounds states."""
+        return self._seed
+
     def bytes_per_rank(self) -> dict[str, int]:
         """Return the bytes that this rank really holds, by kind.
 
@@ -712,6 +732,56 @@ class ShardedAdaBelief(Optimizer):
         if self._host_gradients is not None:
             total["gradients on the host"] = self._host_gradients.nbytes()
         return total
+
+    # - What a checkpoint of all ranks reads and writes
+
+    @property
+    def links(self) -> Collectives:
+        """The ranks that share the states, or keep copies of them."""
+        return self._links
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Wait for all that is under way: parameters, states and masters are those of this step."""
+        self._resolve_verdict()
+        self._guard.settle_all()
+        versions = [param._version for param in self._params]
+        if versions != self._param_versions:
+            self._take_over(versions)
+
+    def fragment_tensors(self, index: int) -> dict[str, Tensor]:
+        """Return what this rank holds of parameter number `index`, as views; call `settle` first.
+
+        The keys are those of its state, without "master" and "step", and "param": the master, which
+        may be the parameter itself, or with "remainder" the upper half of the master. All belong to
+        the elements of `layout.fragment`, but "wire_error" to the whole parameter.
+        """
+        part = self._layout.fragment(index, self._links.rank)
+        buffers = self._buckets[part.bucket]
+        own = storage.cut(
+            buffers.operands(buffers.grad_shard), part.in_shard, part.in_shard + part.numel
+        )
+        held = {key: value for key, value in self._states[index].items() if key != "step"}
+        held.pop("master", None)
+        return {**held, "param": own.param}
+
+    @torch.no_grad()
+    def take_masters(self, *, skipped_steps: int, seed: int) -> None:
+        """Make all parameters those of the masters, which have been written; called by all ranks.
+
+        Args:
+            skipped_steps: What `skipped_steps` shall be.
+            seed: What `seed` shall be.
+        """
+        for bucket in self._buckets:
+            if bucket.low_param is not None and bucket.remainder is None:
+                bucket.low_param.copy_(bucket.master)
+            bucket.send_back()
+            if self._links.world_size > 1:
+                self._links.start_gather(bucket.flat_param).wait()
+        self._skipped, self._seed = skipped_steps, seed
+        self._work.clear()  # it holds keys of the noise
+        self._param_versions = [param._version for param in self._params]
 
     # - Saving and loading of this rank's shard
 

@@ -25,6 +25,7 @@ ROWS = [
     {"integrations"},
     {"optimizer"},
     {"sharded"},
+    {"checkpoint"},
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
