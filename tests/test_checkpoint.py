@@ -12,7 +12,16 @@ import torch.distributed as dist
 from torch import nn
 
 from belief_dist import ShardedAdaBelief, checkpoint
+from belief_dist.storage import (
+    decode_m,
+    decode_s,
+    encode_m,
+    encode_s,
+    join_master,
+    split_master,
+)
 from models import HYPER
+from ranks import run_ranks
 from reference import backward
 from threads import run_threads
 
@@ -68,7 +77,7 @@ def train(model: Odd, optimizer: ShardedAdaBelief, steps: range) -> None:
     for step in steps:
         grads: list[torch.Tensor | None] = []
         for index, param in enumerate(params):
-            generator = torch.Generator().manual_seed(1000 * step + index)
+            generator = torch.Generator().manual_seed(1 + 1000 * step + index)
             used = param.requires_grad and not (step % 2 == 0 and param.shape == (129,))
             grads.append(torch.randn(param.shape, generator=generator) if used else None)
         backward(params, [None if g is None else g.to(params[0].dtype) for g in grads])
@@ -133,3 +142,178 @@ def test_any_number_of_ranks(tmp_path: Path, before: int) -> None:
     run_threads(before, partial(save, tmp_path, torch.float32, {}))
     for after in (1, 2, 3, 4, 5):
         run_threads(after, partial(load, tmp_path, torch.float32, {"bucket_bytes": 700 * after}))
+
+
+def logical(optimizer: ShardedAdaBelief) -> dict[str, torch.Tensor]:
+    """Return weights and states as float32 numbers, whole and in memory order, on every rank."""
+    optimizer.settle()
+    found: dict[str, torch.Tensor] = {}
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    for index, name in enumerate(names):
+        mine = optimizer.fragment_tensors(index)
+        mine.pop("wire_error", None)
+        everyone = optimizer.links.exchange(mine)[: optimizer.links.world_size]
+        whole = {key: torch.cat([theirs[key] for theirs in everyone]) for key in mine}
+        master = whole["param"].float()
+        if "remainder" in whole:
+            master = join_master(whole["param"], whole["remainder"])
+        found[f"{name} master"] = master
+        for key, decode in [("exp_avg", decode_m), ("exp_avg_sq", decode_s)]:
+            value = whole[key]
+            if value.dtype == torch.uint8:
+                value = decode(value, whole[f"{key}_exponent"])
+            found[f"{name} {key}"] = value.float()
+    return found
+
+
+def save_logical(run: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    model, optimizer = build(dtype, **options)
+    train(model, optimizer, range(3))
+    checkpoint.save(run, 3, model=model, optimizer=optimizer)
+    whole = logical(optimizer)
+    if dist.get_rank() == 0:
+        torch.save(whole, run / "expected.pt")
+
+
+def load_logical(
+    run: Path, dtype: torch.dtype, options: dict[str, Any], rounds: str, say: str
+) -> None:
+    model, optimizer = build(dtype, seed=5, **options)
+    loaded = checkpoint.load(run, model=model, optimizer=optimizer)
+    assert say in "; ".join(loaded.changes) if say else not loaded.changes
+    expected = torch.load(run / "expected.pt")
+    found = logical(optimizer)
+    for key, value in found.items():
+        if rounds == "bfloat16" and "exp_avg" in key:
+            expected[key] = expected[key].bfloat16().float()
+        if rounds == "8 bits" and "exp_avg" in key:
+            encode, decode = (encode_m, decode_m) if key.endswith("avg") else (encode_s, decode_s)
+            nearest = torch.full(value.shape, 1 << 15)
+            expected[key] = decode(*encode(expected[key], nearest))
+        assert torch.equal(value, expected[key]), f"{options}: {key}"
+    # The parameters are what such masters make of them, on every rank.
+    named = dict(model.named_parameters())
+    for name, param in named.items():
+        master = expected[f"{name} master"]
+        halves = options.get("master") == "remainder"
+        low = split_master(master)[0] if halves else master.to(dtype)
+        order = param.permute(0, 2, 3, 1) if param.ndim == 4 else param
+        assert torch.equal(order.detach().reshape(-1), low), name
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+REMAINDER, SMALL = {"master": "remainder"}, {"state_dtype": "bfloat16"}
+BYTE = {"state_dtype": "uint8"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "rounds", "say"),
+    [
+        ((BF16, {}), (BF16, {"stage": 2, "overlap": False}), "", ""),
+        ((BF16, {}), (BF16, REMAINDER), "", ""),
+        ((BF16, REMAINDER), (BF16, {"reduction": "native"}), "", ""),
+        ((FP32, {"stage": 2}), (BF16, REMAINDER), "", ""),
+        ((BF16, REMAINDER | BYTE), (FP32, BYTE), "", ""),
+        ((FP32, SMALL), (FP32, {}), "", "exp_avg were saved as bfloat16 and are read as float32"),
+        ((FP32, {}), (BF16, SMALL), "bfloat16", "as float32 and are read as bfloat16, rounded"),
+        ((FP32, BYTE), (FP32, {}), "", "exp_avg_sq were saved as uint8 and are read as float32"),
+        ((FP32, BYTE), (FP32, {"offload": "cpu"}), "", "as uint8 and are read as float32, exactly"),
+        ((FP32, {}), (BF16, REMAINDER | BYTE), "8 bits", "as float32 and are read as uint8"),
+        ((BF16, {"offload": "cpu"} | REMAINDER), (BF16, {"offload": "cpu"}), "", ""),
+        ((BF16, {}), (BF16, {"offload": "cpu"} | REMAINDER), "", ""),
+        ((BF16, {"reduce_dtype": "bfloat16"}), (FP32, {}), "", ""),
+    ],
+)
+def test_another_form(
+    tmp_path: Path, before: tuple[Any, Any], after: tuple[Any, Any], rounds: str, say: str
+) -> None:
+    """Masters and states are the same numbers wherever their form can hold them."""
+    run_threads(3, partial(save_logical, tmp_path, *before))
+    for ranks in (2, 4):
+        run_threads(ranks, partial(load_logical, tmp_path, *after, rounds, say))
+
+
+def plant(model: Odd, optimizer: ShardedAdaBelief, expected: dict[str, Any]) -> None:
+    """Give a fresh optimizer a state by other means than a checkpoint."""
+    model.load_state_dict({name: expected[name] for name in model.state_dict()})
+    optimizer.settle()
+    index = 0
+    for number, group in enumerate(optimizer.param_groups):
+        for name, param in zip(group["param_names"], group["params"], strict=True):
+            part = optimizer.layout.fragment(index, optimizer.links.rank)
+            state = optimizer.state[param]
+            for key, value in state.items():
+                if key == "step":
+                    continue
+                scale = 256 if key.endswith("_exponent") else 1
+                start = part.in_param // scale
+                value.copy_(expected[f"{name} {key}"][start : start + value.numel()])
+            state["step"] = expected[f"{name} step"]
+            index += 1
+        group.update(expected["groups"][number])
+
+
+def continues(run: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Loaded, and never stopped: the same next steps at this world size."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    expected = torch.load(run / "expected.pt", weights_only=False)
+    results = []
+    for way in ("planted", "loaded"):
+        model, optimizer = build(dtype, seed=5, **options)
+        if way == "planted":
+            plant(model, optimizer, expected)
+        else:
+            checkpoint.load(run, model=model, optimizer=optimizer)
+        train(model, optimizer, range(3 + 10 * rank, 6 + 10 * rank))
+        results.append(everything(model, optimizer))
+    compare(*results, f"{options}")
+
+
+def mesh(rows: int, columns: int) -> Any:
+    return dist.init_device_mesh("cpu", (rows, columns)) if dist.is_initialized() else None
+
+
+def over_mesh(case: Any, rows: int, columns: int, *arguments: Any) -> None:
+    *rest, options = arguments
+    case(*rest, {**options, "process_group": mesh(rows, columns)})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [(FP32, {}), (BF16, REMAINDER), (BF16, REMAINDER | BYTE), (FP32, SMALL | {"stage": 2})],
+)
+@pytest.mark.parametrize(("before", "after"), [(4, 1), (1, 3), (5, 2)])
+def test_the_next_steps(
+    tmp_path: Path, dtype: torch.dtype, options: Any, before: int, after: int
+) -> None:
+    run_threads(before, partial(save, tmp_path, dtype, options))
+    run_threads(after, partial(continues, tmp_path, dtype, options))
+
+
+def test_between_processes(tmp_path: Path) -> None:
+    """With messages between processes: 4 to 1, 1 to 3, 3 to 4; also from and to copies."""
+    folders = [tmp_path / name for name in "abcd"]
+    for folder in folders:
+        folder.mkdir()
+    a, b, c, d = folders
+    run_ranks(
+        4,
+        tmp_path,
+        partial(save, a, FP32, {}),
+        partial(over_mesh, save, 2, 2, d, BF16, REMAINDER),
+    )
+    run_ranks(1, tmp_path, partial(continues, a, FP32, {}), partial(save, b, BF16, REMAINDER))
+    run_ranks(
+        3,
+        tmp_path,
+        partial(continues, b, BF16, REMAINDER),
+        partial(load, d, BF16, REMAINDER),
+        partial(save, c, FP32, BYTE),
+    )
+    run_ranks(
+        4,
+        tmp_path,
+        partial(continues, c, FP32, BYTE),
+        partial(over_mesh, continues, 2, 2, c, FP32, BYTE),
+        partial(over_mesh, load, 4, 1, a, FP32, {}),
+    )
