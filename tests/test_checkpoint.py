@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
 
-from belief_dist import ShardedAdaBelief, checkpoint
+from belief_dist import AdaBelief, ShardedAdaBelief, checkpoint
 from belief_dist.storage import (
     decode_m,
     decode_s,
@@ -20,7 +22,7 @@ from belief_dist.storage import (
     join_master,
     split_master,
 )
-from models import HYPER
+from models import HYPER, make_grad
 from ranks import run_ranks
 from reference import backward
 from threads import run_threads
@@ -290,30 +292,169 @@ def test_the_next_steps(
     run_threads(after, partial(continues, tmp_path, dtype, options))
 
 
+def among(ranks: int, case: Any, *arguments: Any) -> None:
+    """Run a case on the first ranks alone."""
+    group = dist.new_group(list(range(ranks)))
+    if dist.get_rank() < ranks:
+        *rest, options = arguments
+        case(*rest, {**options, "process_group": group})
+    # torch makes the names of some groups from how many a rank is in, and hangs if that differs.
+    counts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names))
+    for _ in range(max(counts) - counts[dist.get_rank()]):
+        dist.new_group([dist.get_rank()], use_local_synchronization=True)
+
+
 def test_between_processes(tmp_path: Path) -> None:
     """With messages between processes: 4 to 1, 1 to 3, 3 to 4; also from and to copies."""
-    folders = [tmp_path / name for name in "abcd"]
-    for folder in folders:
+    a, b, c, d = [tmp_path / name for name in "abcd"]
+    for folder in (a, b, c, d):
         folder.mkdir()
-    a, b, c, d = folders
     run_ranks(
         4,
         tmp_path,
         partial(save, a, FP32, {}),
         partial(over_mesh, save, 2, 2, d, BF16, REMAINDER),
-    )
-    run_ranks(1, tmp_path, partial(continues, a, FP32, {}), partial(save, b, BF16, REMAINDER))
-    run_ranks(
-        3,
-        tmp_path,
-        partial(continues, b, BF16, REMAINDER),
-        partial(load, d, BF16, REMAINDER),
-        partial(save, c, FP32, BYTE),
-    )
-    run_ranks(
-        4,
-        tmp_path,
+        partial(among, 1, continues, a, FP32, {}),
+        partial(among, 1, save, b, BF16, REMAINDER),
+        partial(among, 3, continues, b, BF16, REMAINDER),
+        partial(among, 3, load, d, BF16, REMAINDER),
+        partial(among, 3, save, c, FP32, BYTE),
         partial(continues, c, FP32, BYTE),
         partial(over_mesh, continues, 2, 2, c, FP32, BYTE),
         partial(over_mesh, load, 4, 1, a, FP32, {}),
     )
+
+
+def save_errors(run: Path) -> None:
+    model, optimizer = build(reduce_dtype="int8")
+    rank = dist.get_rank()
+    train(model, optimizer, range(10 * rank, 10 * rank + 3))
+    checkpoint.save(run, 3, model=model, optimizer=optimizer)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    errors = [optimizer.state[p]["wire_error"] for p in params]
+    everyone = optimizer.links.exchange(errors)
+    if rank == 0:
+        torch.save(everyone, run / "errors.pt")
+
+
+def load_errors(run: Path, before: int) -> None:
+    model, optimizer = build(seed=3, reduce_dtype="int8")
+    loaded = checkpoint.load(run, model=model, optimizer=optimizer)
+    ranks = dist.get_world_size()
+    assert bool(loaded.changes) == (ranks != before)
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    saved = torch.load(run / "errors.pt")
+    everyone = optimizer.links.exchange([optimizer.state[p]["wire_error"] for p in params])
+    for index in range(len(params)):
+        theirs = [errors[index] for errors in saved]
+        ours = [errors[index] for errors in everyone]
+        if ranks == before:
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+        # Rounded once for each scale and sum, in float32.
+        mean = torch.stack(theirs).double().mean(0)
+        torch.testing.assert_close(torch.stack(ours).double().mean(0), mean, rtol=1e-5, atol=1e-6)
+
+
+def test_wire_errors(tmp_path: Path) -> None:
+    """Each rank has its own again; another number of ranks, as much of them in the mean."""
+    run_threads(3, partial(save_errors, tmp_path))
+    assert any(errors.any() for errors in torch.load(tmp_path / "errors.pt")[2])
+    for ranks in (1, 2, 3, 5):
+        run_threads(ranks, partial(load_errors, tmp_path, 3))
+
+
+def test_loss_scale_and_skipped_steps(tmp_path: Path) -> None:
+    def new() -> tuple[Odd, ShardedAdaBelief, torch.amp.GradScaler]:
+        return *build(), torch.amp.GradScaler("cpu", init_scale=2.0**30)
+
+    model, optimizer, scaler = new()
+    for param in model.parameters():
+        param.grad = torch.full_like(param, torch.inf)
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    checkpoint.save(tmp_path, 1, model=model, optimizer=optimizer, scaler=scaler)
+    model, optimizer, other = new()
+    checkpoint.load(tmp_path, model=model, optimizer=optimizer, scaler=other)
+    assert optimizer.skipped_steps == 1
+    assert other.state_dict() == scaler.state_dict() != new()[2].state_dict()
+
+
+def plain_step(model: Odd, optimizer: Any, step: int) -> None:
+    backward(
+        list(model.parameters()),
+        [
+            make_grad(tuple(p.shape), step, 0, i) if p.requires_grad else None
+            for i, p in enumerate(model.parameters())
+        ],
+    )
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("direction", ["to sharded", "from sharded"])
+def test_the_optimizer_of_one_device(tmp_path: Path, direction: str) -> None:
+    """AdaBelief reads what ShardedAdaBelief has written, and the other way round."""
+    results = []
+
+    def plain_groups(model: Odd) -> list[dict[str, Any]]:
+        made = groups(model)
+        made[1].pop("clip")
+        return made
+
+    first: Any = Odd(FP32, 0)
+    if direction == "to sharded":
+        first_optimizer: Any = AdaBelief(plain_groups(first), **HYPER)
+    else:
+        first_optimizer = ShardedAdaBelief(groups(first), **HYPER)
+    for step in range(3):
+        plain_step(first, first_optimizer, step)
+    checkpoint.save(tmp_path, 3, model=first, optimizer=first_optimizer)
+    for kind in ("plain", "sharded"):
+        model = Odd(FP32, 9)
+        optimizer: Any = (
+            AdaBelief(plain_groups(model), **HYPER)
+            if kind == "plain"
+            else ShardedAdaBelief(groups(model), **HYPER)
+        )
+        checkpoint.load(tmp_path, model=model, optimizer=optimizer)
+        for step in range(3, 5):
+            plain_step(model, optimizer, step)
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_weights_alone(tmp_path: Path) -> None:
+    """Without an optimizer; and plain DCP reads them, tied ones under both names."""
+    model, optimizer = build(BF16)
+    train(model, optimizer, range(2))
+    saved = checkpoint.save(tmp_path, 2, model=model, optimizer=optimizer)
+    other = Odd(BF16, 8)
+    loaded = checkpoint.load(tmp_path, model=other)
+    assert loaded.changes == [
+        "weights were saved as float32 and are read as bfloat16, rounded to nearest"
+    ]
+    third = Odd(BF16, 9)
+    target = {"model": third.state_dict()}
+    with warnings.catch_warnings(action="ignore"):
+        dcp.load(target, checkpoint_id=saved.path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+        assert torch.equal(value, third.state_dict()[name]), name
+    checkpoint.save(tmp_path / "weights", 0, model=model)
+    checkpoint.load(tmp_path / "weights", model=other)
+    with pytest.raises(checkpoint.CheckpointError, match="it holds weights alone, and no optim"):
+        checkpoint.load(tmp_path / "weights", optimizer=optimizer)
+
+
+def test_an_optimizer_alone(tmp_path: Path) -> None:
+    model, optimizer = build()
+    train(model, optimizer, range(2))
+    checkpoint.save(tmp_path, 2, optimizer=optimizer)
+    other, other_optimizer = build(seed=3)
+    checkpoint.load(tmp_path, optimizer=other_optimizer)
+    for (name, param), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, theirs), name

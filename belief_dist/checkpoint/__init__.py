@@ -3,8 +3,18 @@
 They are checkpoints of `torch.distributed.checkpoint` (DCP): its tools read them.
 """
 
+from belief_dist.checkpoint.background import BackgroundSaver
 from belief_dist.checkpoint.errors import CheckpointError
 from belief_dist.checkpoint.reading import Loaded, load, verify
 from belief_dist.checkpoint.writing import Saved, contents, save
 
-__all__ = ["CheckpointError", "Loaded", "Saved", "contents", "load", "save", "verify"]
+__all__ = [
+    "BackgroundSaver",
+    "CheckpointError",
+    "Loaded",
+    "Saved",
+    "contents",
+    "load",
+    "save",
+    "verify",
+]

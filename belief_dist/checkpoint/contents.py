@@ -164,7 +164,7 @@ class Reading:
         saved = self._dtype(holding, key)
         param, remainder = holding.tensors["param"], holding.tensors.get("remainder")
         own = param.dtype if remainder is None else torch.float32
-        self._note("weights", saved, own)
+        self.note("weights", saved, own)
         if remainder is None:
             self.entries[key] = holding.pieces(param, own)
             return
@@ -182,7 +182,7 @@ class Reading:
         own = holding.tensors[key]
         where = state_key(holding.name, key)
         saved = self._dtype(holding, where)
-        self._note(key, saved, own.dtype)
+        self.note(key, saved, own.dtype)
         if saved == torch.uint8:
             self._add_codes(holding, key, own)
         elif own.dtype == torch.uint8:
@@ -219,7 +219,8 @@ class Reading:
             exponent, span=blocks
         )
 
-    def _note(self, what: str, saved: torch.dtype, own: torch.dtype) -> None:
+    def note(self, what: str, saved: torch.dtype, own: torch.dtype) -> None:
+        """Keep a sentence in `changes` if the two differ."""
         if saved == own:
             return
         names = [str(dtype).removeprefix("torch.") for dtype in (saved, own)]

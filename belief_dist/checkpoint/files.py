@@ -7,10 +7,13 @@ import os
 import zlib
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 MANIFEST = "manifest.json"
 _AT_ONCE = 1 << 22
@@ -83,9 +86,15 @@ class _SummingFiles(FileSystem):
 class SummingWriter(FileSystemWriter):
     """DCP's writer of one file for each rank, flushed to the disk, with checksums."""
 
-    def __init__(self, path: Path) -> None:
-        """Write into an empty folder."""
+    def __init__(self, path: Path, aliases: Mapping[str, str]) -> None:
+        """Write into an empty folder.
+
+        Args:
+            path: The folder.
+            aliases: More keys under which an entry shall be found, each with the entry's own.
+        """
         super().__init__(path, single_file_per_rank=True, sync_files=True)
+        self._aliases = aliases
         self._files = _SummingFiles()
         self.fs = self._files
 
@@ -100,6 +109,21 @@ class SummingWriter(FileSystemWriter):
             return super().write_data(plan, planner)
         except Exception as error:
             raise self._files.failure or error from None
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """See `FileSystemWriter`; entries get their other keys, which take no room."""
+        for alias, key in self._aliases.items():
+            metadata.state_dict_metadata[alias] = metadata.state_dict_metadata[key]
+            if isinstance(metadata.planner_data, dict):
+                metadata.planner_data[alias] = (alias,)
+        aliased = [
+            replace(result, index=replace(result.index, fqn=alias))
+            for alias, key in self._aliases.items()
+            for own in results
+            for result in own
+            if result.index.fqn == key
+        ]
+        super().finish(metadata, [*results, aliased])
 
 
 def write_manifest(folder: Path, sums: Mapping[str, Checksum], step: int) -> None:

@@ -33,6 +33,7 @@ class Holding:
         stop: The first that is not held any more.
         tensors: What is held of these elements, 1-D, by the name of the state; "param" is the
             weight as it is trained, or with "remainder" its upper half. "wire_error" is of all.
+        replicated: Whether every rank holds the same.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Holding:
     start: int
     stop: int
     tensors: dict[str, Tensor]
+    replicated: bool = False
 
     @property
     def local(self) -> Tensor:
@@ -71,9 +73,11 @@ class Holding:
         within = None
         if is_dtensor(self.param):
             within = (tuple(self.param.shape), _offset(self.param))
-        return pieces_of(
+        found = pieces_of(
             source, start, stop, local.shape, dtype, strides=local.stride(), within=within
         )
+        found.replicated = self.replicated
+        return found
 
     def block_pieces(self, source: Tensor | Source, *, span: tuple[int, int]) -> Pieces:
         """Describe the exponents of 8-bit blocks [a, b) = `span`: a flat tensor."""
@@ -114,7 +118,7 @@ def holdings(
             if isinstance(value, Tensor) and key != "step"
         }
         tensors["param"] = _flat(local, local)
-        yield Holding(name, param, 0, local.numel(), tensors)
+        yield Holding(name, param, 0, local.numel(), tensors, replicated=not is_dtensor(param))
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:

@@ -42,6 +42,7 @@ class Pieces(Tensor):
     """
 
     pieces: dict[torch.Size, Piece]
+    replicated: bool  # every process holds all of it
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> Pieces:
@@ -50,6 +51,7 @@ class Pieces(Tensor):
             cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu"), requires_grad=False
         )
         self.pieces = {piece.offsets: piece for piece in pieces}
+        self.replicated = False
         return self
 
     def __create_write_items__(self, name: str, tensor: Any) -> list[WriteItem]:

@@ -241,7 +241,7 @@ class _Plan:
     def _plan_model(self, model: torch.nn.Module, owned: set[int], metadata: Metadata) -> None:
         saved = metadata.state_dict_metadata
         aliases = self._description["aliases"]
-        own_keys = set()
+        own_keys, tied = set(), {weight_key(alias) for alias in aliases}
         for name, value in model_tensors(model):
             key = weight_key(aliases.get(name, name))
             own_keys.add(key)
@@ -256,10 +256,11 @@ class _Plan:
                     raise ValueError(
                         f"the shape of {name!r} is {size} in it, and {tuple(value.shape)} here."
                     )
+                self._reading.note("weights", entry.properties.dtype, value.dtype)
                 value = value.detach()
             self.entries[key] = value
         for key in saved:
-            if key.startswith("model.") and key not in own_keys:
+            if key.startswith("model.") and key not in own_keys | tied:
                 raise ValueError(
                     f"it holds {key.removeprefix('model.')!r}, which the model does not have: "
                     f"another model's?"
@@ -275,6 +276,8 @@ class _Plan:
                 key = weight_key(f"{name}._extra_state".lstrip("."))
                 if key in self.entries and not isinstance(self.entries[key], Tensor):
                     module.set_extra_state(self.entries[key])
+        if self._scaler is not None:
+            self._scaler.load_state_dict(description["scaler"])
         if optimizer is None:
             return
         apply_options(optimizer, self._options)
@@ -291,8 +294,6 @@ class _Plan:
                 skipped_steps=description.get("skipped_steps", 0),
                 seed=description.get("seed", optimizer.seed),
             )
-        if self._scaler is not None:
-            self._scaler.load_state_dict(description["scaler"])
 
 
 def _compare_names(saved: Sequence[str], own: Sequence[str]) -> None:

@@ -144,7 +144,10 @@ def write(
     temporary = team.exchange(begun)[0]
     assert temporary is not None
     try:
-        writer = SummingWriter(temporary)
+        aliases = entries[DESCRIPTION][0]["aliases"]
+        writer = SummingWriter(
+            temporary, {weight_key(alias): weight_key(name) for alias, name in aliases.items()}
+        )
         alone = team.num_ranks == 1
         quiet_about_one_process()
         try:
