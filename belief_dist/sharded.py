@@ -50,6 +50,7 @@ from belief_dist.dtensors import (
 )
 from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
+from belief_dist.integrations.rehearsal import TORCH_STATE_DICT, is_called_by
 from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
@@ -715,6 +716,11 @@ class ShardedAdaBelief(Optimizer):
         return self._mesh is not None
 
     @property
+    def state_is_8bit(self) -> bool:
+        """Whether states are stored as `torch.uint8` codes."""
+        return self._state_dtype == torch.uint8
+
+    @property
     def seed(self) -> int:
         """Of the noise that rounds states."""
         return self._seed
@@ -790,7 +796,18 @@ class ShardedAdaBelief(Optimizer):
 
         Every rank saves its own; `load_state_dict` takes it back on the same rank of an equal
         layout. Tensors are views of the live state: copy or save them before the next step.
+
+        Raises:
+            RuntimeError: torch's get_optimizer_state_dict asks, whose callers take tensors for
+                whole ones.
         """
+        if is_called_by(TORCH_STATE_DICT):
+            raise RuntimeError(
+                "ShardedAdaBelief.state_dict is this rank's shard, which get_optimizer_state_dict "
+                "would take for whole tensors; call it inside `with "
+                "belief_dist.checkpoint.logical_states(optimizer):`, or use "
+                "belief_dist.checkpoint.save."
+            )
         self._resolve_verdict()
         state_dict = super().state_dict()
         state_dict["sharding"] = self._sharding()

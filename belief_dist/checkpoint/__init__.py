@@ -6,6 +6,7 @@ They are checkpoints of `torch.distributed.checkpoint` (DCP): its tools read the
 from belief_dist.checkpoint.background import BackgroundSaver
 from belief_dist.checkpoint.errors import CheckpointError
 from belief_dist.checkpoint.reading import Loaded, load, verify
+from belief_dist.checkpoint.torch_api import logical_states
 from belief_dist.checkpoint.writing import Saved, contents, save
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Saved",
     "contents",
     "load",
+    "logical_states",
     "save",
     "verify",
 ]

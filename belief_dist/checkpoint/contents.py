@@ -89,14 +89,21 @@ def _weight(holding: Holding) -> Pieces:
     if remainder is None:
         return holding.pieces(param, param.dtype)
     lower = remainder
+    return holding.pieces(lambda a, b: join_masters(param[a:b], lower[a:b]), torch.float32)
 
-    def join(start: int, stop: int) -> Tensor:
-        joined = torch.empty(stop - start, dtype=torch.float32, device=param.device)
-        for a, b in _windows(start, stop):
-            joined[a - start : b - start] = join_master(param[a:b], lower[a:b])
-        return joined
 
-    return holding.pieces(join, torch.float32)
+def join_masters(upper: Tensor, lower: Tensor) -> Tensor:
+    """Return the masters (n,) of these halves, with little memory besides."""
+    joined = torch.empty(upper.numel(), dtype=torch.float32, device=upper.device)
+    for a, b in _windows(0, joined.numel()):
+        joined[a:b] = join_master(upper[a:b], lower[a:b])
+    return joined
+
+
+def split_masters(masters: Tensor, upper: Tensor, lower: Tensor) -> None:
+    """Write the halves of masters (n,), with little memory besides."""
+    for a, b in _windows(0, masters.numel()):
+        upper[a:b], lower[a:b] = split_master(masters[a:b])
 
 
 def _windows(start: int, stop: int) -> Iterable[tuple[int, int]]:
@@ -171,12 +178,7 @@ class Reading:
         lower = remainder
         joined = torch.empty(param.numel(), dtype=torch.float32, device=param.device)
         self.entries[key] = holding.pieces(joined, own)
-
-        def split() -> None:
-            for a, b in _windows(0, joined.numel()):
-                param[a:b], lower[a:b] = split_master(joined[a:b])
-
-        self.finish.append(split)
+        self.finish.append(lambda: split_masters(joined, param, lower))
 
     def _add_state(self, holding: Holding, key: str) -> None:
         own = holding.tensors[key]
