@@ -26,10 +26,11 @@ ROWS = [
     {"optimizer"},
     {"sharded"},
     {"checkpoint"},
+    {"cli"},
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
-OPTIONAL = {"integrations": {"deepspeed"}}
+OPTIONAL = {"integrations": {"deepspeed"}, "cli": {"rich"}}
 
 
 def module_of(path: Path) -> str:

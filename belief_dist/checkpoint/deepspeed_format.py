@@ -16,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.checkpoint.torch_format import OPTION_NAMES
 from belief_dist.checkpoint.whole import Whole
-from belief_dist.options import DEFAULTS
+from belief_dist.options import DEFAULTS, OPTION_NAMES
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
@@ -163,8 +162,10 @@ def _universal_groups(folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         return []
     saved = _load(file)
-    found = saved.get("optimizer_state_dict", saved) if isinstance(saved, Mapping) else {}
-    return list(found.get("base_optimizer_state", found).get("param_groups", []))
+    while isinstance(saved, Mapping) and "param_groups" not in saved:
+        inner = [key for key in ("optimizer_state_dict", "base_optimizer_state") if key in saved]
+        saved = saved[inner[0]] if inner else {"param_groups": []}
+    return list(saved["param_groups"]) if isinstance(saved, Mapping) else []
 
 
 def write_universal(whole: Whole, folder: str | Path, template: str | Path) -> None:

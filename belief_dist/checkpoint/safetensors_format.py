@@ -5,6 +5,7 @@ Source: https://github.com/huggingface/safetensors, "Format".
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 from collections.abc import Mapping
@@ -53,7 +54,8 @@ def write_safetensors(weights: Mapping[str, Tensor], path: str | Path) -> None:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in weights.values():
             flat = tensor.detach().cpu().contiguous().reshape(-1)
-            file.write(memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else b"")
+            # Not through numpy, which torch does without.
+            file.write((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

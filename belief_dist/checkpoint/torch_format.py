@@ -106,7 +106,8 @@ def _names(
 
 def to_state_dict(whole: Whole) -> dict[str, Any]:
     """Return a state_dict for `AdaBelief`; ZeroRedundancyOptimizer loads it too."""
-    groups, numbers = [], {}
+    groups: list[dict[str, Any]] = []
+    numbers: dict[str, int] = {}
     for group in whole.groups:
         members = list(range(len(numbers), len(numbers) + len(group["params"])))
         numbers |= dict(zip(group["params"], members, strict=True))
