@@ -7,8 +7,10 @@ from typing import Literal
 
 from jsonargparse import auto_cli
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks.bits import bits_table, run_bits
+from benchmarks.checkpoint import run_checkpoint
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.overhead import run_overhead
 from benchmarks.plot import draw_steps
@@ -98,6 +100,27 @@ def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> No
     _tell({"overhead": run_overhead(count, rounds)}, json)
 
 
+def checkpoint(
+    millions: int = 300,
+    ranks: int = 2,
+    only: list[str] | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Time saving and loading of model and optimizer, next to FSDP2 with DCP, and DeepSpeed.
+
+    Args:
+        millions: Of parameters, float32 with float32 states.
+        ranks: Processes.
+        only: Some of the contenders: belief_dist, FSDP2, DeepSpeed.
+        folder: Where to write; without it the system's temporary folder.
+    """
+    columns = ("blocked", "total", "bytes", "save MiB", "load", "load MiB")
+    table = Table("", *columns)
+    for name, row in run_checkpoint(millions, ranks, only, folder).items():
+        table.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
+    _console().print(table)
+
+
 def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
     """Compare parameters bit for bit with one process that adds gradients in rank order.
 
@@ -184,7 +207,7 @@ def readme() -> None:
 
 if __name__ == "__main__":
     auto_cli(
-        [readme, update, step, overhead, bits, simulate, scale, plot],
+        [readme, update, step, checkpoint, overhead, bits, simulate, scale, plot],
         prog="python -m benchmarks",
         as_positional=False,
     )
