@@ -11,9 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+import torch
+from torch.distributed.checkpoint.filesystem import (
+    DEFAULT_SUFFIX,
+    FileSystem,
+    FileSystemWriter,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 MANIFEST = "manifest.json"
 _AT_ONCE = 1 << 22
@@ -103,12 +111,24 @@ class SummingWriter(FileSystemWriter):
         """Of the files that this process has written."""
         return self._files.sums
 
-    def write_data(self, plan: Any, planner: Any) -> Any:
-        """See `FileSystemWriter`."""
+    def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
+        """See `FileSystemWriter`, which keeps every tensor that it has copied until the end."""
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        results: list[WriteResult] = []
         try:
-            return super().write_data(plan, planner)
+            with self._files.create_stream(Path(self.path, name), "wb") as stream:
+                for item in plan.items:
+                    begin = stream.tell()
+                    _write_item(item, planner, stream)
+                    length = stream.tell() - begin
+                    place = _StorageInfo(name, begin, length)
+                    results.append(WriteResult(item.index, length, place))
+                os.fsync(stream.fileno())
         except Exception as error:
             raise self._files.failure or error from None
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """See `FileSystemWriter`; entries get their other keys, which take no room."""
@@ -124,6 +144,17 @@ class SummingWriter(FileSystemWriter):
             if result.index.fqn == key
         ]
         super().finish(metadata, [*results, aliased])
+
+
+def _write_item(item: WriteItem, planner: Any, stream: Any) -> None:
+    data = planner.resolve_data(item)
+    if item.type == WriteItemType.BYTE_IO:
+        stream.write(data.getbuffer())
+        return
+    tensor = data.detach().cpu()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:
+        tensor = tensor.clone()  # torch.save writes all of the memory that a tensor is a part of
+    torch.save(tensor, stream)
 
 
 def write_manifest(folder: Path, sums: Mapping[str, Checksum], step: int) -> None:
