@@ -85,6 +85,16 @@ class Collectives(ABC):
         return [0] if self._group is None else dist.get_process_group_ranks(self._group)
 
     @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group of all ranks, if there are several."""
+        return self._group
+
+    @property
+    def rank_of_all(self) -> int:
+        """This process among all `num_ranks`."""
+        return 0 if self._group is None else dist.get_rank(self._group)
+
+    @property
     def copies(self) -> int:
         """How many ranks keep the same shard."""
         return self.num_ranks // self.world_size

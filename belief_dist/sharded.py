@@ -50,6 +50,7 @@ from belief_dist.dtensors import (
 )
 from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
+from belief_dist.integrations.rehearsal import TORCH_STATE_DICT, is_called_by
 from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
@@ -699,6 +700,31 @@ class ShardedAdaBelief(Optimizer):
         """Which rank owns which elements of which parameter."""
         return self._layout
 
+    @property
+    def num_ranks(self) -> int:
+        """Over how many ranks gradients are averaged."""
+        return self._links.num_ranks
+
+    @property
+    def rank_of_all(self) -> int:
+        """This process among these ranks."""
+        return self._links.rank_of_all
+
+    @property
+    def is_part(self) -> bool:
+        """Whether parameters are cut over the ranks of a tensor-parallel model."""
+        return self._mesh is not None
+
+    @property
+    def state_is_8bit(self) -> bool:
+        """Whether states are stored as `torch.uint8` codes."""
+        return self._state_dtype == torch.uint8
+
+    @property
+    def seed(self) -> int:
+        """Of the noise that rounds states."""
+        return self._seed
+
     def bytes_per_rank(self) -> dict[str, int]:
         """Return the bytes that this rank really holds, by kind.
 
@@ -713,6 +739,56 @@ class ShardedAdaBelief(Optimizer):
             total["gradients on the host"] = self._host_gradients.nbytes()
         return total
 
+    # - What a checkpoint of all ranks reads and writes
+
+    @property
+    def links(self) -> Collectives:
+        """The ranks that share the states, or keep copies of them."""
+        return self._links
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Wait for all that is under way: parameters, states and masters are those of this step."""
+        self._resolve_verdict()
+        self._guard.settle_all()
+        versions = [param._version for param in self._params]
+        if versions != self._param_versions:
+            self._take_over(versions)
+
+    def fragment_tensors(self, index: int) -> dict[str, Tensor]:
+        """Return what this rank holds of parameter number `index`, as views; call `settle` first.
+
+        The keys are those of its state, without "master" and "step", and "param": the master, which
+        may be the parameter itself, or with "remainder" the upper half of the master. All belong to
+        the elements of `layout.fragment`, but "wire_error" to the whole parameter.
+        """
+        part = self._layout.fragment(index, self._links.rank)
+        buffers = self._buckets[part.bucket]
+        own = storage.cut(
+            buffers.operands(buffers.grad_shard), part.in_shard, part.in_shard + part.numel
+        )
+        held = {key: value for key, value in self._states[index].items() if key != "step"}
+        held.pop("master", None)
+        return {**held, "param": own.param}
+
+    @torch.no_grad()
+    def take_masters(self, *, skipped_steps: int, seed: int) -> None:
+        """Make all parameters those of the masters, which have been written; called by all ranks.
+
+        Args:
+            skipped_steps: What `skipped_steps` shall be.
+            seed: What `seed` shall be.
+        """
+        for bucket in self._buckets:
+            if bucket.low_param is not None and bucket.remainder is None:
+                bucket.low_param.copy_(bucket.master)
+            bucket.send_back()
+            if self._links.world_size > 1:
+                self._links.start_gather(bucket.flat_param).wait()
+        self._skipped, self._seed = skipped_steps, seed
+        self._work.clear()  # it holds keys of the noise
+        self._param_versions = [param._version for param in self._params]
+
     # - Saving and loading of this rank's shard
 
     def state_dict(self) -> dict[str, Any]:
@@ -720,7 +796,18 @@ class ShardedAdaBelief(Optimizer):
 
         Every rank saves its own; `load_state_dict` takes it back on the same rank of an equal
         layout. Tensors are views of the live state: copy or save them before the next step.
+
+        Raises:
+            RuntimeError: torch's get_optimizer_state_dict asks, whose callers take tensors for
+                whole ones.
         """
+        if is_called_by(TORCH_STATE_DICT):
+            raise RuntimeError(
+                "ShardedAdaBelief.state_dict is this rank's shard, which get_optimizer_state_dict "
+                "would take for whole tensors; call it inside `with "
+                "belief_dist.checkpoint.logical_states(optimizer):`, or use "
+                "belief_dist.checkpoint.save."
+            )
         self._resolve_verdict()
         state_dict = super().state_dict()
         state_dict["sharding"] = self._sharding()

@@ -10,9 +10,11 @@ from typing import Any, Literal
 import torch
 from jsonargparse import auto_cli
 from rich.console import Console
+from rich.table import Table
 
 from benchmarks.accuracy import measure
 from benchmarks.bits import bits_table, run_bits
+from benchmarks.checkpoint import run_checkpoint
 from benchmarks.evidence import (
     Sheet,
     accuracy_sheet,
@@ -137,6 +139,27 @@ def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> No
         json: Also write all timings here.
     """
     _tell({"overhead": run_overhead(count, rounds)}, json)
+
+
+def checkpoint(
+    millions: int = 300,
+    ranks: int = 2,
+    only: list[str] | None = None,
+    folder: Path | None = None,
+) -> None:
+    """Time saving and loading of model and optimizer, next to FSDP2 with DCP, and DeepSpeed.
+
+    Args:
+        millions: Of parameters, float32 with float32 states.
+        ranks: Processes.
+        only: Some of the contenders: belief_dist, FSDP2, DeepSpeed.
+        folder: Where to write; without it the system's temporary folder.
+    """
+    columns = ("blocked", "total", "bytes", "save MiB", "load", "load MiB")
+    table = Table("", *columns)
+    for name, row in run_checkpoint(millions, ranks, only, folder).items():
+        table.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
+    _console().print(table)
 
 
 def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
@@ -316,7 +339,7 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates]
-_ON_RANKS = [step, bits, overhead, simulate, scale]
+_ON_RANKS = [step, checkpoint, bits, overhead, simulate, scale]
 _SHOWN = [plot, markdown]
 
 if __name__ == "__main__":

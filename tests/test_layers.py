@@ -25,10 +25,12 @@ ROWS = [
     {"integrations"},
     {"optimizer"},
     {"sharded"},
+    {"checkpoint"},
+    {"cli"},
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
-OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}}
+OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}, "cli": {"rich"}}
 # The only modules that may name an optional dependency at their top: nobody imports them at theirs.
 LAZY = {"triton_kernel"}
 

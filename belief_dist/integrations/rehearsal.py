@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Collection
 from types import FrameType
 
 # Both set every gradient to zero and call `step()` once, for its side effect.
@@ -10,6 +11,8 @@ _REHEARSING_FUNCTIONS = {
     "initialize_optimizer_states",  # DeepSpeed: construction of its stage-0 wrapper for 16 bits
     "_init_optim_state",  # torch.distributed.checkpoint.state_dict: load into a fresh optimizer
 }
+# What get_optimizer_state_dict and set_optimizer_state_dict call.
+TORCH_STATE_DICT = ("_get_optim_state_dict", "_load_optim_state_dict")
 
 
 def is_rehearsal() -> bool:
@@ -21,9 +24,14 @@ def is_rehearsal() -> bool:
     that step would silently diverge from the unsharded result. So ask who is calling; cheap
     enough for the first step, the only one that has to know.
     """
+    return is_called_by(_REHEARSING_FUNCTIONS)
+
+
+def is_called_by(names: Collection[str]) -> bool:
+    """Return whether a function with one of these names is among the callers."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_name in _REHEARSING_FUNCTIONS:
+        if frame.f_code.co_name in names:
             return True
         frame = frame.f_back
     return False

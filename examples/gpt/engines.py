@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -102,27 +101,17 @@ class ShardedEngine:
         return float(self.optimizer.grad_norm)
 
     def save(self, folder: Path) -> None:
-        rank = dist.get_rank()
-        if rank == 0:
-            torch.save(self.model.state_dict(), folder / "model.pt")
-        rest = {
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-        }
-        torch.save(rest, folder / f"optimizer_rank{rank}.pt")
+        from belief_dist import checkpoint
+
+        extra = {"scheduler": self.scheduler.state_dict()}
+        checkpoint.save(folder, 0, model=self.model, optimizer=self.optimizer, extra=extra)
 
     def load(self, folder: Path) -> None:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        saved = len(list(folder.glob("optimizer_rank*.pt")))
-        if saved != world_size:
-            raise ValueError(
-                f"{folder} was saved by {saved} ranks, and this job has {world_size}: each rank "
-                f"continues with its own shard, so start {saved} ranks."
-            )
-        self.model.load_state_dict(torch.load(folder / "model.pt"))
-        rest = torch.load(folder / f"optimizer_rank{rank}.pt")
-        self.optimizer.load_state_dict(rest["optimizer"])
-        self.scheduler.load_state_dict(rest["scheduler"])
+        from belief_dist import checkpoint
+
+        # Any number of ranks, whatever number has saved it.
+        loaded = checkpoint.load(folder, model=self.model, optimizer=self.optimizer)
+        self.scheduler.load_state_dict(loaded.extra["scheduler"])
 
     def bytes_per_rank(self) -> dict[str, int]:
         return self.optimizer.bytes_per_rank()

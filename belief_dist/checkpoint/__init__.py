@@ -1,0 +1,22 @@
+"""Checkpoints that any number of ranks writes, and any number of ranks reads.
+
+They are checkpoints of `torch.distributed.checkpoint` (DCP): its tools read them.
+"""
+
+from belief_dist.checkpoint.background import BackgroundSaver
+from belief_dist.checkpoint.errors import CheckpointError
+from belief_dist.checkpoint.reading import Loaded, load, verify
+from belief_dist.checkpoint.torch_api import logical_states
+from belief_dist.checkpoint.writing import Saved, contents, save
+
+__all__ = [
+    "BackgroundSaver",
+    "CheckpointError",
+    "Loaded",
+    "Saved",
+    "contents",
+    "load",
+    "logical_states",
+    "save",
+    "verify",
+]

@@ -1,0 +1,135 @@
+"""The command `belief-dist`: what one does with checkpoints from a shell."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from belief_dist.checkpoint import CheckpointError, convert, verify
+from belief_dist.checkpoint.files import read_manifest
+from belief_dist.checkpoint.folder import find
+from belief_dist.checkpoint.reading import read_description
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 if things differ, 2 after an error."""
+    args = _parser().parse_args(arguments)
+    try:
+        status: int = args.run(args)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(f"belief-dist: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="belief-dist", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    checkpoints = commands.add_parser("checkpoint", help="inspect, convert, verify, diff")
+    tools = checkpoints.add_subparsers(required=True, metavar="ACTION")
+
+    def action(name: str, run: Any, what: str) -> argparse.ArgumentParser:
+        made = tools.add_parser(name, help=what, description=what)
+        made.set_defaults(run=run)
+        made.add_argument("--step", type=int, help="of a run's folder; default: the newest")
+        return made
+
+    made = action("inspect", _inspect, "Show what a checkpoint holds.")
+    made.add_argument("path", type=Path)
+    made = action("verify", _verify, "Compare all files with their checksums.")
+    made.add_argument("path", type=Path)
+    for name, run, what in (
+        ("diff", _diff, "Show in which bits two training states differ."),
+        ("convert", _convert, "Convert between formats."),
+    ):
+        made = action(name, run, what)
+        made.add_argument("source", type=Path)
+        made.add_argument("target", type=Path)
+        made.add_argument("--weights", type=Path, help="the model's, where source is a state_dict")
+        made.add_argument("--names", help="file with the parameters' names in order, one a line")
+        made.add_argument("--options", default="{}", help="JSON: options that source does not tell")
+        made.add_argument("--trust", action="store_true", help="run code in DeepSpeed's pickles")
+    made.add_argument("--to", choices=convert.TARGETS, required=True)
+    made.add_argument("--template", type=Path, help="a universal checkpoint of the same job")
+    made.add_argument("--from_adam", action="store_true", help="estimate s from Adam's v")
+    made.add_argument("--eps", type=float, default=1e-16, help="AdaBelief's, with --from_adam")
+    return parser
+
+
+def _read(args: argparse.Namespace, path: Path, **more: Any) -> Any:
+    names = Path(args.names).read_text().split() if args.names else None
+    return convert.read(
+        path,
+        weights=args.weights,
+        names=names,
+        options=json.loads(args.options),
+        step=args.step,
+        trust=args.trust,
+        **more,
+    )
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    path = find(args.path, args.step)
+    step, sums = read_manifest(path)
+    metadata, description, extra = read_description(path)
+    nbytes = sum(checksum.nbytes for checksum in sums.values())
+    print(f"{path}: step {step}, {len(sums)} files, {nbytes / 1e6:.1f} MB")
+    print(f"saved by {description.get('ranks', 1)} ranks; extra: {sorted(extra)}")
+    for number, group in enumerate(description.get("groups", [])):
+        options = ", ".join(f"{key}={value}" for key, value in group["options"].items())
+        print(f"param group {number}: {len(group['params'])} parameters, {options}")
+    rows = []
+    for key, entry in metadata.state_dict_metadata.items():
+        size = getattr(entry, "size", None)
+        if size is not None:
+            properties = entry.properties  # type: ignore[union-attr]
+            name = str(properties.dtype).removeprefix("torch.")
+            rows.append((key, "x".join(map(str, size)) or "scalar", name))
+    _table(("tensor", "shape", "dtype"), rows)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    path = verify(args.path, step=args.step)
+    print(f"{path}: every file is as it was written")
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    found = convert.differences(_read(args, args.source), _read(args, args.target))
+    for sentence in found:
+        print(sentence)
+    if not found:
+        print("no difference in any bit")
+    return 1 if found else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    whole = _read(args, args.source, from_adam=args.from_adam, eps=args.eps)
+    written = convert.write(whole, args.target, args.to, template=args.template)
+    print(f"{written}: {len(whole.names)} optimized parameters, step {whole.step}")
+    return 0
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        for row in (head, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        return
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
