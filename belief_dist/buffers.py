@@ -160,6 +160,10 @@ class BucketBuffers:
             self.master[window].copy_(self.param_shard[window])
         if self.remainder is not None:
             self.remainder[window].zero_()
+        self.refresh_upper_halves(window)
+
+    def refresh_upper_halves(self, window: slice = slice(None)) -> None:
+        """Take the host's copies of 16-bit parameters from the parameters; remainders stay."""
         if self.on_host and self.low_param is not None:
             self.low_param[window].copy_(self.param_shard[window])
 

@@ -189,7 +189,7 @@ class AdaBelief(Optimizer):
                 # object between all sub-groups.
                 state["step"] = int(state["step"]) + 1
             return
-        sharing = Counter(id(state["step"]) for state in self.state.values())
+        sharing = Counter(id(state["step"]) for state in self.state.values() if state)
         together: dict[int, list[Tensor]] = {}
         for param in params:
             together.setdefault(id(self.state[param]["step"]), []).append(param)
@@ -198,17 +198,24 @@ class AdaBelief(Optimizer):
             if len(same) == sharing[name]:
                 step += 1  # in place: a captured graph counts on at every replay
                 continue
+            if step.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the parameters with a gradient are others than in the step before: run one "
+                    "such step before a CUDA graph captures it."
+                )
             step = step + 1  # others have no gradient this time
             for param in same:
                 self.state[param]["step"] = step
 
     def _share_steps(self) -> None:
-        """Let parameters with equal counts share one tensor; visits the host."""
+        """Let parameters whose counts are numbers, and equal, share a tensor that counts."""
         shared: dict[tuple[int, torch.device], Tensor] = {}
         for param, state in self.state.items():
-            key = (int(state["step"]), param.device)
+            if not isinstance(state.get("step"), int):
+                continue  # a captured graph may count on it
+            key = (state["step"], param.device)
             if key not in shared:
-                shared[key] = torch.tensor(float(key[0]), device=param.device)
+                shared[key] = torch.tensor(key[0], dtype=torch.float32, device=param.device)
             state["step"] = shared[key]
 
     def _update(self, params: list[Tensor], group: Mapping[str, Any]) -> None:
@@ -249,6 +256,21 @@ class AdaBelief(Optimizer):
             if in_order is None:  # laid out in different ways
                 host = scalars if isinstance(scalars, StepScalars) else scalars.on_host()
                 update_reference_(*operands[:4], host, max_exp_avg_sq=operands.max_exp_avg_sq)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return states and groups in torch's form; steps are numbers, with capturable too."""
+        state_dict = super().state_dict()
+        if self._capturable:
+            state_dict["state"] = {
+                index: {**state, "step": int(state["step"])} if state else state
+                for index, state in state_dict["state"].items()
+            }
+        return state_dict
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what copies and pickles need; torch's own leaves out what it does not know."""
+        own = {"_fused": self._fused, "_foreach": self._foreach, "_capturable": self._capturable}
+        return {**super().__getstate__(), **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.

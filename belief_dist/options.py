@@ -140,6 +140,10 @@ def validate_options(group: Mapping[str, Any]) -> None:
 
 def normalize_group_names(group: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a param group with aliases resolved; refuse names that nothing would read."""
+    if group.get("capturable"):
+        raise ValueError(
+            f"{where} takes capturable for all groups or none: pass it to the constructor."
+        )
     kept = {name: value for name, value in group.items() if name in _TOLERATED}
     options = {name: value for name, value in group.items() if name not in _TOLERATED}
     return {**kept, **resolve_aliases(options, OPTION_NAMES, where)}

@@ -116,7 +116,16 @@ class DeviceScalars(NamedTuple):
     coupled: bool  # whether coupled_decay is not zero
 
     def on_host(self) -> StepScalars:
-        """Return the same for the host, which waits for the device."""
+        """Return the same for the host, which waits for the device.
+
+        Raises:
+            RuntimeError: A CUDA graph is captured, which nothing may wait for.
+        """
+        if self.values.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a CUDA graph can capture this step only where Triton updates all tensors: see "
+                "belief_dist.backends(), and lay out gradients in memory as their parameters."
+            )
         *numbers, direction, sign, step = self.values.tolist()
         return StepScalars._make((*numbers, Direction(int(direction)), sign, int(step)))
 

@@ -106,7 +106,8 @@ class ShardedAdaBelief(Optimizer):
             error feedback, see `wire`. None sends them as they are. Like state_dtype, it may be a
             name ("bfloat16"), as in JSON or YAML.
         master: "remainder" keeps the lower half only of a bfloat16 parameter's float32 master, as
-            the parameter itself is the upper one: 2 bytes less and the same masters, see `storage`.
+            the parameter itself is the upper one: 2 bytes less, and the same masters from the same
+            gradients, see `storage`. (Parameters round ties away from zero, and not to even.)
             "fp32" keeps the whole.
         state_dtype: torch.float32, or torch.bfloat16 (2 bytes) or torch.uint8 (1 byte and 1/256)
             for each element of exp_avg and exp_avg_sq, rounded stochastically, see `storage`. The
@@ -821,13 +822,15 @@ class ShardedAdaBelief(Optimizer):
             "layout": self._layout.fingerprint(),
             "part": list(coordinate_of(self._mesh)),
             "skipped_steps": self._skipped,
+            "seed": self._seed,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` returned on the same rank of an equally built optimizer.
 
-        Called by all ranks.
+        Called by all ranks, after the model's own weights were loaded: weights that are set later
+        become the masters.
 
         Raises:
             ValueError: On every rank, before anything is changed: some rank's is not a shard of
@@ -855,7 +858,12 @@ class ShardedAdaBelief(Optimizer):
             own["step"] = int(entry["step"])
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
             group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
-        self._skipped = int(state_dict["sharding"]["skipped_steps"])
+        sharding = state_dict["sharding"]
+        self._skipped = int(sharding["skipped_steps"])
+        self._seed = int(sharding.get("seed", self._seed))
+        self._work.clear()  # it holds keys of the noise
+        for bucket in self._buckets:
+            bucket.refresh_upper_halves()
         # Weights that were loaded before are not newer than the masters that were loaded now.
         self._param_versions = [param._version for param in self._params]
 

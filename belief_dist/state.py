@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from belief_dist.options import OPTION_NAMES
@@ -70,13 +69,19 @@ def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, An
         if not isinstance(value, Tensor):
             continue
         loaded = entry[key]
+        if not isinstance(loaded, Tensor):
+            raise ValueError(
+                f"cannot load {key} of parameter {label}: it must be a tensor, got {loaded!r:.50}."
+            )
         if loaded.shape != value.shape:
             raise ValueError(
                 f"cannot load {key} of parameter {label}: its shape is "
                 f"{tuple(loaded.shape)}, {tuple(value.shape)} is needed."
             )
-        # Numbers widen and narrow; the codes of 8-bit states are no numbers.
-        if loaded.dtype != value.dtype and torch.uint8 in (loaded.dtype, value.dtype):
+        # Numbers widen and narrow; codes of 8-bit states and halves of masters are no numbers.
+        if loaded.dtype != value.dtype and not (
+            loaded.is_floating_point() and value.is_floating_point()
+        ):
             raise ValueError(
                 f"cannot load {key} of parameter {label}: its dtype is {loaded.dtype}, "
                 f"{value.dtype} is needed; build the optimizer with the state_dtype of then."
@@ -112,5 +117,6 @@ def check_sharding(saved: Any, own: Mapping[str, Any]) -> None:
     if saved["layout"] != own["layout"]:
         raise ValueError(
             "this shard was saved with another layout; build the optimizer with the same "
-            "parameters, groups and bucket_bytes as when saving."
+            "parameters, groups, bucket_bytes, state_dtype and reduce_dtype as when saving, or use "
+            "belief_dist.checkpoint, which loads any of them."
         )

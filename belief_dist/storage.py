@@ -219,10 +219,14 @@ def decode_s(code: Tensor, exponent: Tensor) -> Tensor:
 
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """Return the masters (n,), float32, whose halves are `param` (bfloat16) and `remainder`."""
+    """Return the masters (n,), float32, whose halves are `param` (bfloat16) and `remainder`.
+
+    Halves that no master has (somebody has set a parameter to zero, behind the optimizer's back,
+    and its remainder is still there) are the parameter alone: as a sum they could be a NaN.
+    """
     upper = param.contiguous().view(torch.int16).to(torch.int64) << 16
-    bits = (upper + remainder.to(torch.int64)) & _UINT32
-    return torch.where(param.isnan(), torch.nan, _float(bits))
+    joined = _float((upper + remainder.to(torch.int64)) & _UINT32)
+    return torch.where(joined.isnan(), param.to(torch.float32), joined)
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ def train(params: list[nn.Parameter], optimizer: AdaBelief, steps: int, unused: 
     for step in range(steps):
         for index, param in enumerate(params):
             generator = torch.Generator().manual_seed(10 * step + index)
-            param.grad = torch.randn(param.shape, generator=generator)
+            param.grad = torch.randn(param.shape, generator=generator, dtype=torch.float32)
             if index == unused and step == 1:
                 param.grad = None
         optimizer.step()
@@ -64,6 +66,38 @@ def test_the_learning_rate_is_read_from_its_tensor() -> None:
     lr.fill_(0.1)
     optimizer.step()
     assert (param < 0.95).all()
+
+
+def test_copies_can_step() -> None:
+    for optimizer in pair()[1::2]:
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        train(params, optimizer, 1)
+        for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+            copies = [p for group in other.param_groups for p in group["params"]]
+            train(copies, other, 1)
+            assert int(other.state[copies[0]]["step"]) == 2
+
+
+def test_a_state_that_somebody_has_looked_for_does_no_harm() -> None:
+    _, _, params, optimizer = pair()
+    assert optimizer.state[params[0]] == {}
+    train(params, optimizer, 2, unused=0)
+    assert int(optimizer.state[params[1]]["step"]) == 2
+
+
+def test_steps_are_saved_as_numbers() -> None:
+    _, _, params, optimizer = pair()
+    torch.set_default_dtype(torch.bfloat16)  # which cannot count beyond 256
+    try:
+        train(params, optimizer, 300)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [state["step"] for state in optimizer.state_dict()["state"].values()] == [300] * 3
+
+
+def test_a_group_cannot_be_capturable_alone() -> None:
+    with pytest.raises(ValueError, match="pass it to the constructor"):
+        AdaBelief([{"params": [nn.Parameter(torch.ones(2))], "capturable": True}])
 
 
 def test_counts_survive_saving() -> None:

@@ -376,6 +376,11 @@ def loads_together() -> None:
         saved["sharding"]["layout"] = "?"
     with pytest.raises(ValueError, match="another layout"):
         optimizer.load_state_dict(saved)
+    saved["sharding"] = optimizer.state_dict()["sharding"]
+    if dist.get_rank() == 1:
+        saved["state"][0]["exp_avg"] = "damaged"
+    with pytest.raises(ValueError, match=r"must be a tensor, got 'damaged'"):
+        optimizer.load_state_dict(saved)
     assert optimizer.state[param]["exp_avg"].count_nonzero() == len(
         optimizer.state[param]["exp_avg"]
     )

@@ -555,9 +555,15 @@ def test_stage_2(world_size: int, tmp_path: Path) -> None:
 def resumes_exactly() -> None:
     """A run that is saved, rebuilt and loaded goes on with the bits of one that never stopped."""
     rank = dist.get_rank()
-    for dtype in (torch.float32, torch.bfloat16):
+    small: dict[str, Any] = {"master": "remainder", "state_dtype": "uint8"}
+    for dtype, options in (
+        (torch.float32, {}),
+        (torch.bfloat16, {}),
+        (torch.bfloat16, small),
+        (torch.bfloat16, {**small, "offload": "cpu"}),
+    ):
         straight = make_params(dtype)
-        optimizer = ShardedAdaBelief(straight, bucket_bytes=1500, **HYPER)
+        optimizer = ShardedAdaBelief(straight, bucket_bytes=1500, seed=5, **options, **HYPER)
         for step in (1, 2):
             backward(
                 straight, [make_grad(s, step, rank, i).to(dtype) for i, s in enumerate(SHAPES)]
@@ -568,7 +574,8 @@ def resumes_exactly() -> None:
         weights = [p.detach().clone() for p in straight]
 
         resumed = make_params(dtype, seed=7)
-        second = ShardedAdaBelief(resumed, bucket_bytes=1500, **{**HYPER, "lr": 1.0})
+        other = {**HYPER, "lr": 1.0}
+        second = ShardedAdaBelief(resumed, bucket_bytes=1500, **options, **other)
         with torch.no_grad():
             for param, weight in zip(resumed, weights, strict=True):
                 param.copy_(weight)

@@ -79,6 +79,13 @@ def test_masters_are_lossless_and_parameters_their_nearest_bfloat16() -> None:
     assert torch.equal(off, (master.to(torch.bfloat16).double() - wide).abs()[finite])
 
 
+def test_a_parameter_that_was_zeroed_behind_our_back_is_zero() -> None:
+    """`param.data.zero_()` leaves the remainder; as a sum of bits, both would be a NaN."""
+    remainder = torch.tensor([-5, 5, -32768], dtype=torch.int16)
+    joined = join_master(torch.zeros(3, dtype=torch.bfloat16), remainder)
+    assert joined.isfinite().all() and joined.abs().max() < 1e-38
+
+
 # - Stochastic rounding
 
 

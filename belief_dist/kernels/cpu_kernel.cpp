@@ -25,7 +25,7 @@
 
 namespace {
 
-enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64, kUInt8 };  // cpp.py: _DTYPES
+enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64, kUInt8 };  // cpp.py: _CODES
 enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direction
 
 // What is stored in fewer bits is decoded into, and encoded from, buffers of this many elements:
@@ -306,8 +306,11 @@ PORTABLE_SIMD void encode(const States& to, int64_t first, int n, float* m, floa
 PORTABLE_SIMD void join_master(int64_t n, const uint16_t* param, const int16_t* remainder,
                                float* to) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i)
-    to[i] = bit_cast<float>((uint32_t{param[i]} << 16) + static_cast<uint32_t>(int{remainder[i]}));
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t upper = uint32_t{param[i]} << 16;
+    const float joined = bit_cast<float>(upper + static_cast<uint32_t>(int{remainder[i]}));
+    to[i] = joined != joined ? bit_cast<float>(upper) : joined;  // halves that no master has
+  }
 }
 
 PORTABLE_SIMD void split_master(int64_t n, const float* from, uint16_t* param, int16_t* remainder) {

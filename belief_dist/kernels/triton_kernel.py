@@ -225,9 +225,10 @@ def _update_tile(
     g = _widen(_load(grad, count, TILE, MASKED), m.dtype) * grad_scale
     stored = _load(param, count, TILE, MASKED)
     if remainder is not None:
-        upper = _bits(_widen(stored, tl.float32))
+        upper = _widen(stored, tl.float32)
         lower = _load(remainder, count, TILE, MASKED).to(tl.int32).to(tl.uint32, bitcast=True)
-        p = tl.where(upper == _NAN, _float(upper), _float(upper + lower))
+        joined = _float(upper.to(tl.uint32, bitcast=True) + lower)
+        p = tl.where(joined == joined, joined, upper)
     else:
         p = _widen(stored, m.dtype)
     if COUPLED:
