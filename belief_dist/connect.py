@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
@@ -73,11 +74,12 @@ def connect(
             return DirectExchange(own)
         return OrderedAllToAll(own)
 
-    if len(rows) == 1:
-        return over(everyone)
-    mine = next(row for row in rows if dist.get_rank() in row)
-    column = [row[mine.index(dist.get_rank())] for row in rows]
-    return Hybrid(_new_group(everyone, backend, timeout), over(mine), over(column))
+    with _in_equally_many_groups(_groups_of(ranks)):
+        if len(rows) == 1:
+            return over(everyone)
+        mine = next(row for row in rows if dist.get_rank() in row)
+        column = [row[mine.index(dist.get_rank())] for row in rows]
+        return Hybrid(_new_group(everyone, backend, timeout), over(mine), over(column))
 
 
 def connect_mesh(mesh: DeviceMesh, timeout: timedelta) -> Collectives:
@@ -85,7 +87,41 @@ def connect_mesh(mesh: DeviceMesh, timeout: timedelta) -> Collectives:
     members = mesh.mesh.flatten().tolist()
     if len(members) == 1:
         return Alone(None)
-    return Native(_new_group(members, str(dist.get_backend(mesh.get_group(0))), timeout))
+    with _in_equally_many_groups(_groups_of(mesh)):
+        return Native(_new_group(members, str(dist.get_backend(mesh.get_group(0))), timeout))
+
+
+def _groups_of(
+    ranks: dist.ProcessGroup | DeviceMesh | None,
+) -> Sequence[dist.ProcessGroup | None]:
+    return ranks.get_all_groups() if isinstance(ranks, DeviceMesh) else [ranks]
+
+
+@contextmanager
+def _in_equally_many_groups(groups: Sequence[dist.ProcessGroup | None]) -> Iterator[None]:
+    """Make this rank a member of as many process groups as any other rank of `groups`.
+
+    torch names a group that only its members make after their ranks and the number of groups that a
+    member is in already. Where that differs (a script has made a group of some ranks, say) they
+    would wait under different names, and for ever.
+
+    Args:
+        groups: Which together connect all ranks: a process group, or one for each dimension of a
+            mesh.
+    """
+    own = most = len(dist.distributed_c10d._world.pg_names)
+    for group in groups:
+        counts = [0] * dist.get_world_size(group)
+        dist.all_gather_object(counts, most, group=group)
+        most = max(counts)
+    alone = [
+        dist.new_group([dist.get_rank()], use_local_synchronization=True) for _ in range(most - own)
+    ]
+    try:
+        yield
+    finally:
+        for group in alone:
+            dist.destroy_process_group(group)
 
 
 def _new_group(members: Sequence[int], backend: str, timeout: timedelta) -> dist.ProcessGroup:

@@ -46,6 +46,18 @@ def sub_groups() -> None:
         trains_in_its_group(mine, dist.get_process_group_ranks(mine), stage)
 
 
+def after_groups_of_some() -> None:
+    """Ranks that are in different numbers of groups find each other all the same."""
+    made = [dist.new_group([0, 2]), dist.new_group([2, 3])]
+    before = len(dist.distributed_c10d._world.pg_names)
+    trains_in_its_group(None, [0, 1, 2, 3], 1)
+    if dist.get_rank() in (2, 3):
+        trains_in_its_group(made[1], [2, 3], 1)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    ShardedAdaBelief(make_params(), process_group=mesh)
+    assert len(dist.distributed_c10d._world.pg_names) > before
+
+
 def mesh_dimension() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("node", "local"))
     first = 2 * (dist.get_rank() // 2)
@@ -58,7 +70,7 @@ def mesh_dimension() -> None:
 
 
 def test_any_group(tmp_path: Path) -> None:
-    run_ranks(4, tmp_path, sub_groups, mesh_dimension)
+    run_ranks(4, tmp_path, sub_groups, mesh_dimension, after_groups_of_some)
 
 
 def copies_of_shards(
