@@ -298,11 +298,6 @@ def among(ranks: int, case: Any, *arguments: Any) -> None:
     if dist.get_rank() < ranks:
         *rest, options = arguments
         case(*rest, {**options, "process_group": group})
-    # torch makes the names of some groups from how many a rank is in, and hangs if that differs.
-    counts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(counts, len(dist.distributed_c10d._world.pg_names))
-    for _ in range(max(counts) - counts[dist.get_rank()]):
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def test_between_processes(tmp_path: Path) -> None:
