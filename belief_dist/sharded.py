@@ -407,6 +407,11 @@ class ShardedAdaBelief(Optimizer):
         # Lists beside what is found by tensors: a step looks thousands of times.
         self._states = [self.state[param] for param in self._params]
         self._members = [[slot.param for slot in plan.slots] for plan in layout.buckets]
+        # What must not be read while a bucket's gather is on the way: parameters, and of DTensors
+        # the parts that `to_local` reads.
+        self._watched = [[self._params[index] for index in members] for members in self._members]
+        for params in self._watched:
+            params += [part for p in list(params) if (part := local_part(p)) is not p]
         self._work: dict[tuple[int, int], _Work] = {}
         self._param_versions = [param._version for param in self._params]
         self._host_gradients = HostGradients(self._buckets) if self._offload else None
@@ -587,7 +592,7 @@ class ShardedAdaBelief(Optimizer):
             bucket.send_back()
             if self._links.world_size > 1:
                 handle = self._links.start_gather(bucket.flat_param)
-                self._guard.expect([self._params[i] for i in self._members[number]], handle.wait)
+                self._guard.expect(self._watched[number], handle.wait)
         if self._overlap:
             self._guard.arm()
         else:

@@ -15,6 +15,7 @@ from torch import nn
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.guard import ReadGuard
+from late import Slow
 from models import HYPER
 from ranks import run_ranks
 
@@ -158,26 +159,6 @@ def test_guards_of_two_optimizers_leave_whichever_ends_first() -> None:
     guards[1].settle_all()
     assert torch.overrides._get_current_function_mode_stack() == []
     assert log == ["a", "b"]
-
-
-class Slow:
-    """Delays every gather of an optimizer until somebody waits, by withholding the start."""
-
-    def __init__(self, optimizer: ShardedAdaBelief) -> None:
-        start = optimizer._links.start_gather
-
-        def start_late(flat: torch.Tensor) -> object:
-            handle: list[object] = []
-
-            class Handle:
-                def wait(self) -> None:
-                    if not handle:
-                        handle.append(start(flat))
-                    handle[0].wait()
-
-            return Handle()
-
-        optimizer._links.start_gather = start_late
 
 
 def late_gathers(read: str) -> None:

@@ -27,6 +27,7 @@ from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars, update_reference_
+from late import Slow
 from models import HYPER, rank_order_sum
 from ranks import run_ranks
 
@@ -101,6 +102,29 @@ def equals_the_uncut_rule(stage: Stage, overlap: bool) -> None:
         optimizer.zero_grad()
 
 
+def parts_are_never_read_too_early() -> None:
+    """Gathers that have not begun: `to_local` and the local tensor itself wait for them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    results = []
+    for read in (None, lambda param: param.to_local(), local_part):
+        model = cut_model(mesh["tp"])
+        optimizer = ShardedAdaBelief(
+            model.parameters(), process_group=mesh["dp"], bucket_bytes=200, **HYPER
+        )
+        if read is not None:
+            Slow(optimizer)
+        torch.manual_seed(1)
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        if read is None:
+            optimizer._guard.settle_all()
+        cut = [param for param in model.parameters() if isinstance(param, DTensor)]
+        results.append([(read or local_part)(param).clone() for param in cut])
+        optimizer._guard.settle_all()
+    for early in results[1:]:
+        assert all(map(torch.equal, early, results[0]))
+
+
 def skips_in_all_parts() -> None:
     """What one part's ranks find out concerns the others as well."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
@@ -154,6 +178,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         4,
         tmp_path,
         *(partial(equals_the_uncut_rule, s, o) for s in (1, 2) for o in (True, False)),
+        parts_are_never_read_too_early,
         skips_in_all_parts,
         refusals,
     )
