@@ -436,10 +436,8 @@ class ShardedAdaBelief(Optimizer):
 
     def _fragments(self, index: int) -> dict[str, Any]:
         """Return the state of one parameter: views of the part that this rank owns."""
-        part = self._layout.fragment(index, self._links.rank)
-        buffers = self._buckets[part.bucket]
-        whole = buffers.operands(buffers.grad_shard)
-        own = storage.cut(whole, part.in_shard, part.in_shard + part.numel)._asdict()
+        buffers = self._buckets[self._layout.place(index)[0]]
+        own = self._own_part(index)._asdict()
         state: dict[str, Any] = {"step": 0, **{name: own[name] for name in buffers.states}}
         if buffers.has_master:
             state["master"] = own["param"]
@@ -449,6 +447,13 @@ class ShardedAdaBelief(Optimizer):
             slot = self._layout.place(index)[1]
             state["wire_error"] = buffers.wire_error[slot.start : slot.stop]
         return state
+
+    def _own_part(self, index: int) -> Operands:
+        """Return what this rank updates of one parameter, as views."""
+        part = self._layout.fragment(index, self._links.rank)
+        buffers = self._buckets[part.bucket]
+        whole = buffers.operands(buffers.grad_shard)
+        return storage.cut(whole, part.in_shard, part.in_shard + part.numel)
 
     # - Step
 
@@ -707,16 +712,6 @@ class ShardedAdaBelief(Optimizer):
         return self._layout
 
     @property
-    def num_ranks(self) -> int:
-        """Over how many ranks gradients are averaged."""
-        return self._links.num_ranks
-
-    @property
-    def rank_of_all(self) -> int:
-        """This process among these ranks."""
-        return self._links.rank_of_all
-
-    @property
     def is_part(self) -> bool:
         """Whether parameters are cut over the ranks of a tensor-parallel model."""
         return self._mesh is not None
@@ -768,14 +763,9 @@ class ShardedAdaBelief(Optimizer):
         may be the parameter itself, or with "remainder" the upper half of the master. All belong to
         the elements of `layout.fragment`, but "wire_error" to the whole parameter.
         """
-        part = self._layout.fragment(index, self._links.rank)
-        buffers = self._buckets[part.bucket]
-        own = storage.cut(
-            buffers.operands(buffers.grad_shard), part.in_shard, part.in_shard + part.numel
-        )
         held = {key: value for key, value in self._states[index].items() if key != "step"}
         held.pop("master", None)
-        return {**held, "param": own.param}
+        return {**held, "param": self._own_part(index).param}
 
     @torch.no_grad()
     def take_masters(self, *, skipped_steps: int, seed: int) -> None:

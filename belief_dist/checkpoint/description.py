@@ -49,7 +49,7 @@ def describe(
     found |= {"groups": groups, "steps": steps, "dtypes": dtypes}
     if isinstance(optimizer, ShardedAdaBelief):
         found |= {
-            "ranks": optimizer.num_ranks,
+            "ranks": optimizer.links.num_ranks,
             "seed": optimizer.seed,
             "skipped_steps": optimizer.skipped_steps,
         }

@@ -221,7 +221,9 @@ class _Plan:
         for holding in self._held(optimizer):
             self._reading.add(holding)
             if isinstance(optimizer, ShardedAdaBelief):
-                self._reading.add_errors(holding, optimizer.rank_of_all, optimizer.num_ranks)
+                self._reading.add_errors(
+                    holding, optimizer.links.rank_of_all, optimizer.links.num_ranks
+                )
 
     def _make_states(self, optimizer: AdaBelief) -> None:
         """Make states for what has one in the checkpoint; they are the optimizer's at the end."""

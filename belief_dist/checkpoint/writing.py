@@ -100,7 +100,7 @@ def contents(
     owned: dict[int, str] = {}
     if optimizer is not None:
         names = parameter_names(optimizer, model)
-        rank = optimizer.rank_of_all if isinstance(optimizer, ShardedAdaBelief) else 0
+        rank = optimizer.links.rank_of_all if isinstance(optimizer, ShardedAdaBelief) else 0
         for holding in holdings(optimizer, names):
             found |= entries_of(holding, rank)
             owned[id(holding.param)] = holding.name
