@@ -29,6 +29,7 @@ from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
 from benchmarks.plot import draw_steps, markdown_steps
 from benchmarks.report import Result, machine, machine_line, save, show
+from benchmarks.resume import compare_runs, draw_resume, run_resume
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_step
 from benchmarks.team import Workload
@@ -155,11 +156,31 @@ def checkpoint(
         only: Some of the contenders: belief_dist, FSDP2, DeepSpeed.
         folder: Where to write; without it the system's temporary folder.
     """
-    columns = ("blocked", "total", "bytes", "save MiB", "load", "load MiB")
+    columns = ("blocked", "total", "bytes", "save MiB", "load", "load, unverified", "load MiB")
     table = Table("", *columns)
     for name, row in run_checkpoint(millions, ranks, only, folder).items():
         table.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
     _console().print(table)
+
+
+def resume(steps: int = 400, out: Path | None = None, json: Path | None = None) -> None:
+    """Train the example at 4, 3, 1 and 4 ranks by checkpoints, and at 4 ranks without a stop.
+
+    Args:
+        steps: Of a run; each quarter has its own number of ranks.
+        out: Where to draw the two curves (PNG).
+        json: Where to write both curves.
+    """
+    runs = run_resume(steps)
+    table = Table("steps", "ranks", "equal losses", "largest difference")
+    for part in compare_runs(runs):
+        gap = f"{part.largest_difference:.2g}"
+        table.add_row(f"{part.first} to {part.last}", str(part.ranks), f"{part.equal}", gap)
+    _console().print(table)
+    if json is not None:
+        json.write_text(json_module.dumps(runs) + "\n")
+    if out is not None:
+        draw_resume(runs, out)
 
 
 def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
@@ -339,7 +360,7 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates]
-_ON_RANKS = [step, checkpoint, bits, overhead, simulate, scale]
+_ON_RANKS = [step, checkpoint, resume, bits, overhead, simulate, scale]
 _SHOWN = [plot, markdown]
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.bits import run_bits
 from benchmarks.engines import ENGINES
+from benchmarks.resume import compare_runs, draw_resume
 
 ROOT = Path(__file__).parent.parent
 CONTROL = "control: bf16 params alone"
@@ -90,3 +91,20 @@ def test_the_main_job_trains_in_other_modes(tmp_path: Path) -> None:
     assert all(len(runs["held_out"]) == 1 for runs in found["modes"].values())
     assert "8-bit states" in table.read_text()
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_resumed_runs_are_compared_part_by_part(tmp_path: Path) -> None:
+    runs = {
+        name: [{"step": step, "loss": 1.0 / step + shift * (step > 4)} for step in range(1, 9)]
+        for name, shift in (("resumed", 0.25), ("uninterrupted", 0.0))
+    }
+    parts = compare_runs(runs)
+    assert [(part.first, part.last, part.ranks, part.equal) for part in parts] == [
+        (1, 2, 4, 2),
+        (3, 4, 3, 2),
+        (5, 6, 1, 0),
+        (7, 8, 4, 0),
+    ]
+    assert [round(part.largest_difference, 9) for part in parts] == [0, 0, 0.25, 0.25]
+    draw_resume(runs, tmp_path / "resume.png")
+    assert (tmp_path / "resume.png").read_bytes().startswith(b"\x89PNG")

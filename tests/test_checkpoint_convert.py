@@ -16,7 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from belief_dist import AdaBelief, checkpoint, cli
 from belief_dist.checkpoint import convert
-from belief_dist.checkpoint.safetensors_format import read_safetensors
+from belief_dist.checkpoint.safetensors_format import read_safetensors, write_safetensors
 from belief_dist.checkpoint.torch_format import from_state_dict, to_official, to_state_dict
 from belief_dist.checkpoint.whole import read_whole, write_whole
 from models import HYPER
@@ -109,18 +109,41 @@ def consolidates(folder: Path) -> None:
     optimizer.consolidate_state_dict()
     if dist.get_rank() == 0:
         saved = optimizer.state_dict()
+        assert len(saved["state"]) == len(names_of(model))  # of all ranks
         whole = from_state_dict(saved, model.state_dict(), names=names_of(model))
         write_whole(whole, folder)
         again = to_state_dict(read_whole(folder))
         assert same(again["state"], dict(saved["state"]))
         for group in again["param_groups"]:
             del group["param_names"]
-        optimizer.load_state_dict(again)
-        assert same(optimizer.state_dict()["state"], saved["state"])
+        torch.save(again, folder / "again.pt")
+    dist.barrier()
+    # All ranks load it, each keeps its own parameters' states, and all train on alike.
+    again = torch.load(folder / "again.pt", weights_only=True)
+    other = small()
+    other.load_state_dict(model.state_dict())
+    back = ZeroRedundancyOptimizer(other.parameters(), AdaBelief)
+    back.load_state_dict(again)
+    for each in (model, optimizer), (other, back):
+        steps(*each, range(3, 5))  # type: ignore[arg-type]
+    assert same(dict(model.state_dict()), dict(other.state_dict()))
 
 
-def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
-    run_ranks(1, tmp_path, partial(consolidates, tmp_path / "run"))
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_zero_redundancy_optimizer(tmp_path: Path, ranks: int) -> None:
+    run_ranks(ranks, tmp_path, partial(consolidates, tmp_path / "run"))
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    shared = torch.randn(3, 4)
+    weights = {"a": shared, "b": shared[1:], "t": shared.t(), "i": torch.arange(3), "e": shared[:0]}
+    write_safetensors(weights, file)
+    assert same(read_safetensors(file), weights) and list(tmp_path.iterdir()) == [file]
+    with file.open("rb+") as damaged:
+        damaged.truncate(40)
+    with pytest.raises(ValueError, match="is no safetensors file"):
+        read_safetensors(file)
 
 
 def test_adam_to_adabelief() -> None:

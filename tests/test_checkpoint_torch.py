@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from belief_dist import AdaBelief
+from belief_dist import AdaBelief, checkpoint
 from belief_dist.checkpoint import logical_states
 from models import HYPER
 from ranks import run_ranks
@@ -85,6 +85,53 @@ def continues(kind: str, full: bool, run: Path) -> None:
         for key in ("exp_avg", "exp_avg_sq"):
             a, b = optimizer.state[ours][key], other_optimizer.state[theirs][key]
             assert torch.equal(whole(a), whole(b)), f"{kind} {key}"
+
+
+def save_from(kind: str, run: Path) -> None:
+    model, optimizer = wrapped(kind, 0)
+    steps(model, optimizer, 0, 3)
+    checkpoint.save(run, 3, model=model, optimizer=optimizer, extra={"epoch": 1})
+    weights = {"model": get_model_state_dict(model)}
+    dcp.save(weights, checkpoint_id=run / "bare")
+    for _ in range(2):
+        steps(model, optimizer, 3, 1)
+    found = {n: whole(p) for n, p in get_model_state_dict(model).items()}
+    if dist.get_rank() == 0:
+        torch.save(found, run / "later.pt")
+
+
+def load_into(kind: str, run: Path, exact: bool) -> None:
+    """Another way of sharding goes on from the very states: with the bits, if it adds alike."""
+    model, optimizer = wrapped(kind, 1)
+    steps(model, optimizer, 5, 1)
+    loaded = checkpoint.load(run, model=model, optimizer=optimizer)
+    assert (loaded.step, loaded.extra) == (3, {"epoch": 1})
+    other, _ = wrapped(kind, 2)
+    weights = get_model_state_dict(other)
+    dcp.load({"model": weights}, checkpoint_id=run / "bare")
+    for name, value in get_model_state_dict(model).items():
+        assert torch.equal(whole(value), whole(weights[name])), (kind, name)
+    for _ in range(2):
+        steps(model, optimizer, 3, 1)
+    expected = torch.load(run / "later.pt", weights_only=True)
+    for name, value in get_model_state_dict(model).items():
+        if exact:
+            assert torch.equal(whole(value), expected[name]), (kind, name)
+        # All ranks see the same data, so only the mean over 3 instead of 2 rounds otherwise.
+        torch.testing.assert_close(whole(value), expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_save_under_ddp_and_fsdp2(tmp_path: Path) -> None:
+    """`checkpoint.save` at 2 ranks, `checkpoint.load` at 2 and 3, from and to either."""
+    kinds = ("DDP", "FSDP2")
+    run_ranks(2, tmp_path, *(partial(save_from, kind, tmp_path / kind) for kind in kinds))
+    for ranks in (2, 3):
+        cases = [
+            partial(load_into, to, tmp_path / saved, exact=ranks == 2 and saved == to)
+            for saved in kinds
+            for to in kinds
+        ]
+        run_ranks(ranks, tmp_path, *cases)
 
 
 def test_ddp_and_fsdp2(tmp_path: Path) -> None:

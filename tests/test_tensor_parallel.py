@@ -21,7 +21,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from belief_dist import ShardedAdaBelief
+from belief_dist import ShardedAdaBelief, checkpoint
+from belief_dist.checkpoint.convert import differences
+from belief_dist.checkpoint.whole import read_whole
 from belief_dist.dtensors import local_part
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
@@ -157,6 +159,48 @@ def skips_in_all_parts() -> None:
             assert torch.equal(local_part(param), value)
 
 
+def trains(model: nn.Module, optimizer: ShardedAdaBelief, numbers: range) -> None:
+    """Take steps on data that all data-parallel ranks share."""
+    for step in numbers:
+        torch.manual_seed(step)
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def checkpoints_reshard(folder: Path) -> None:
+    """Saved by 2 x 2 ranks; 1 x 4, uneven parts, and 4 x 1 have every logical tensor's bits."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = cut_model(mesh["tp"])
+    optimizer = ShardedAdaBelief(
+        model.named_parameters(), process_group=mesh["dp"], bucket_bytes=200, **HYPER
+    )
+    trains(model, optimizer, range(3))
+    saved = checkpoint.save(folder / "first", 3, model=model, optimizer=optimizer)
+    assert saved.nbytes > 0
+    for dp, tp in ((1, 4), (4, 1), (2, 2)):
+        other_mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+        other = cut_model(other_mesh["tp"])
+        other_optimizer = ShardedAdaBelief(
+            other.named_parameters(), process_group=other_mesh["dp"], stage=2, **HYPER
+        )
+        for param in other.parameters():
+            local_part(param.data).fill_(7.0)
+        checkpoint.load(folder / "first", model=other, optimizer=other_optimizer)
+        again = folder / f"{dp}x{tp}"
+        checkpoint.save(again, 3, model=other, optimizer=other_optimizer)
+        if dist.get_rank() == 0:
+            one, two = read_whole(folder / "first"), read_whole(again)
+            assert differences(one, two) == [], (dp, tp)
+            assert one.states["1.weight"]["exp_avg_sq"].shape == (10, 6)
+            assert one.steps["3.bias"] == 3
+    # On the mesh of then, training goes on as if it had never stopped.
+    for each in (model, optimizer), (other, other_optimizer):
+        trains(*each, range(3, 5))
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(local_part(ours), local_part(theirs))
+
+
 def refusals() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = cut_model(mesh["tp"])
@@ -180,5 +224,6 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         *(partial(equals_the_uncut_rule, s, o) for s in (1, 2) for o in (True, False)),
         parts_are_never_read_too_early,
         skips_in_all_parts,
+        partial(checkpoints_reshard, tmp_path / "checkpoints"),
         refusals,
     )

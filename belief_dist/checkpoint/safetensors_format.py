@@ -1,78 +1,56 @@
-"""Weights as a safetensors file: an 8-byte length, a JSON header, and the bytes of all tensors.
-
-Source: https://github.com/huggingface/safetensors, "Format".
-"""
+"""Weights as a safetensors file, by the library of that name."""
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
-import torch
 from torch import Tensor
 
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+
+def _library() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError(
+            "reading and writing .safetensors needs the package safetensors: "
+            "pip install 'belief-dist[safetensors]'."
+        ) from None
+    return safetensors.torch
 
 
 def write_safetensors(weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Write tensors; the file is there as a whole or not at all.
 
     Raises:
-        ValueError: A dtype has no place in the format.
+        ValueError: The library is not installed, or a dtype has no place in the format.
     """
-    path = Path(path)
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in weights.items():
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"safetensors cannot hold {name!r}, whose dtype is {tensor.dtype}.")
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    library, path = _library(), Path(path)
+    # Every name gets its own bytes: the library refuses tensors that share memory.
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in weights.values():
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            # Not through numpy, which torch does without.
-            file.write((ctypes.c_char * flat.nbytes).from_address(flat.data_ptr()))
-        file.flush()
+    try:
+        library.save_file(own, temporary, metadata={"format": "pt"})
+    except KeyError as error:
+        raise ValueError(f"safetensors cannot hold the dtype {error}.") from None
+    with open(temporary, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read what `write_safetensors`, or the library itself, has written."""
-    dtypes = {name: dtype for dtype, name in _NAMES.items()}
-    data = bytearray(Path(path).read_bytes())
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    found = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        flat = torch.frombuffer(data[start:end] or bytearray(1), dtype=torch.uint8)
-        flat = flat[: end - start].clone()
-        found[name] = flat.view(dtypes[entry["dtype"]]).view(entry["shape"])
+    """Read all tensors of a file.
+
+    Raises:
+        ValueError: The library is not installed, or the file is damaged.
+    """
+    library = _library()
+    from safetensors import SafetensorError
+
+    try:
+        found: dict[str, Tensor] = library.load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no safetensors file: {error}.") from None
     return found
