@@ -35,6 +35,7 @@ from benchmarks.step import run_step
 from benchmarks.team import Workload
 from benchmarks.update import run_tensors, run_update
 from benchmarks.updates_report import draw_updates, save_updates, show_updates
+from benchmarks.warmstart import run_warmstart
 
 _WIDTH = 132  # of the widest table
 
@@ -181,6 +182,22 @@ def resume(steps: int = 400, out: Path | None = None, json: Path | None = None) 
         json.write_text(json_module.dumps(runs) + "\n")
     if out is not None:
         draw_resume(runs, out)
+
+
+def warmstart(before: int = 300, after: int = 100, seeds: list[int] | None = None) -> None:
+    """Train with AdamW, and go on with AdaBelief from converted states, or from none.
+
+    Args:
+        before: Steps of AdamW.
+        after: Steps of each way to go on.
+        seeds: Of weights and data; 1, 2 and 3 without it.
+    """
+    found = run_warmstart(before, after, seeds or [1, 2, 3])
+    spans = next(iter(found.values()))
+    table = Table("loss less AdamW's", *(f"first {span} steps" for span in spans))
+    for way, gaps in found.items():
+        table.add_row(way, *(f"{gap:+.4f}" for gap in gaps.values()))
+    _console().print(table)
 
 
 def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
@@ -359,7 +376,7 @@ def readme() -> None:
     step()
 
 
-_ALONE = [readme, update, tensors, peak, accuracy, smallstates]
+_ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
 _ON_RANKS = [step, checkpoint, resume, bits, overhead, simulate, scale]
 _SHOWN = [plot, markdown]
 
