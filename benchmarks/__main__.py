@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,10 +12,13 @@ import torch
 from jsonargparse import auto_cli
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from benchmarks.accuracy import measure
 from benchmarks.bits import bits_table, run_bits
 from benchmarks.checkpoint import run_checkpoint
+from benchmarks.compatibility import ALL, DOZEN, STAGES, Cell, replace_table, run_cells, table
+from benchmarks.compatibility import Result as CellResult
 from benchmarks.evidence import (
     Sheet,
     accuracy_sheet,
@@ -182,6 +186,27 @@ def resume(steps: int = 400, out: Path | None = None, json: Path | None = None) 
         json.write_text(json_module.dumps(runs) + "\n")
     if out is not None:
         draw_resume(runs, out)
+
+
+def compatibility(
+    stages: list[int] | None = None, dozen: bool = False, page: Path | None = None
+) -> None:
+    """Train by DeepSpeed in every combination, beside unsharded training.
+
+    Args:
+        stages: Some of ZeRO's stages 0 to 3.
+        dozen: Only those that the tests train.
+        page: The Markdown page whose table is to be replaced.
+    """
+    chosen = [c for c in (DOZEN if dozen else ALL) if c.stage in (stages or STAGES)]
+    results: dict[Cell, CellResult] = {}
+    jobs = [list(cells) for _, cells in groupby(chosen, key=lambda cell: cell[:3])]
+    for cells in tqdm(jobs, unit="job"):
+        results |= run_cells(cells)
+    text = table(results)
+    print(text)
+    if page is not None:
+        replace_table(page, text)
 
 
 def warmstart(before: int = 300, after: int = 100, seeds: list[int] | None = None) -> None:
@@ -377,7 +402,7 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
-_ON_RANKS = [step, checkpoint, resume, bits, overhead, simulate, scale]
+_ON_RANKS = [step, checkpoint, compatibility, resume, bits, overhead, simulate, scale]
 _SHOWN = [plot, markdown]
 
 if __name__ == "__main__":
