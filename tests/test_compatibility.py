@@ -46,9 +46,9 @@ def test_another_optimizer_would_be_far_outside_the_tolerance(
     start = [param.detach() for param in make_model().parameters()]
     assert distance(start, cell) == 1.0  # no training at all
     trained_otherwise = unsharded(cell, torch.optim.AdamW)
-    assert distance(trained_otherwise, cell) > 3 * max(TOLERANCE.values())
+    assert distance(trained_otherwise, cell) > 3 * max(TOLERANCE.values())  # of bfloat16, too
     of_a_wrong_scale = unsharded(cell, AdaBelief, gradient_scale=2.0)
-    assert cell.clip or distance(of_a_wrong_scale, cell) > 2 * max(TOLERANCE.values())
+    assert cell.clip or distance(of_a_wrong_scale, cell) > 100 * TOLERANCE[cell.dtype]
 
 
 def test_the_table_says_what_came_out(tmp_path: Path) -> None:
