@@ -17,7 +17,8 @@ import torch
 class Own: pass
 print(json.dumps({
     "argv": sys.argv[1:], "argv0": os.path.abspath(sys.argv[0]), "path": sys.path[0],
-    "name": __name__, "file": __file__, "pickles": isinstance(pickle.loads(pickle.dumps(Own())), Own),
+    "name": __name__, "file": __file__,
+    "pickles": isinstance(pickle.loads(pickle.dumps(Own())), Own),
     "known": hasattr(torch.optim, "adabelief"),
 }))
 if "exit" in sys.argv: sys.exit(7)
