@@ -235,12 +235,9 @@ class Mixture(nn.Module):
 
 
 def mixture_of_experts(stage: int, ep_size: int) -> dict[str, Any]:
-    model = Mixture(ep_size)
-    model.moe.set_deepspeed_parallelism()
-    # What DeepSpeed groups by lies on the parameters, and copies of tensors do not have it.
-    reference = Mixture(ep_size)
-    reference.moe.set_deepspeed_parallelism()
-    reference.load_state_dict(model.state_dict())
+    # Not a copy: what DeepSpeed groups by lies on the parameters, and copies do not have it.
+    model, reference = Mixture(ep_size), Mixture(ep_size)
+    reference.moe.set_deepspeed_parallelism()  # the engine does that for the model
     for left, right in zip(model.parameters(), reference.parameters(), strict=True):
         dist.broadcast(left.data, 0)
         right.data.copy_(left.data)

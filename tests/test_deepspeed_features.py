@@ -17,8 +17,8 @@ from test_deepspeed import launch
 JOB = Path(__file__).with_name("deepspeed_features_job.py")
 FP32 = 2e-6  # DeepSpeed adds up the gradients in another order: rounding, nothing more
 # Forward and backward in bfloat16 (8 bits, a spacing of 2**-8 around 1), where the reference may
-# round elsewhere: a few times that spacing on parameters of about 1.
-BF16 = 2e-2
+# round elsewhere: two to three such spacings on parameters below 1.
+BF16 = 1e-2
 REFUSED = {
     "lr as string": "lr must be a number, got '1e-3'",
     "eps auto": "eps='auto', which only the Transformers Trainer replaces",
@@ -37,7 +37,7 @@ def results(tmp_path_factory) -> list[dict[str, Any]]:
 def test_trains_as_an_unsharded_optimizer(results, case):
     for result in results:
         found = result[case]
-        assert found["moved"] > 0.1
+        assert found["moved"] > 0.05
         assert found["difference"] < (BF16 if "bf16" in case or "autocast" in case else FP32)
         assert found["optimizer"] == ("Subclass" if "subclass" in case else "AdaBelief")
         assert found["steps"] == [STEPS]
