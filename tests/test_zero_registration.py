@@ -43,11 +43,11 @@ def test_a_class_and_its_subclass_count_as_tested_once(deepspeed):
 def test_an_old_engine_is_refused_and_an_old_bystander_is_not(deepspeed):
     deepspeed.__version__ = "0.9.5"
     build(AdaBelief)
-    with pytest.raises(RuntimeError, match=r"needs DeepSpeed 0\.17 or newer .* this is 0\.9\.5"):
+    with pytest.raises(RuntimeError, match=r"needs DeepSpeed 0\.18 or newer .* this is 0\.9\.5"):
         _configure_basic_optimizer(AdaBelief)
 
 
-@pytest.mark.parametrize("version", ["0.17.0", "1.0", "unknown"])
+@pytest.mark.parametrize("version", ["0.18.0", "1.0", "unknown"])
 def test_other_engines_build(deepspeed, version):
     deepspeed.__version__ = version
     assert isinstance(_configure_basic_optimizer(Own), AdaBelief)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from belief_dist.integrations.rehearsal import is_called_by
 
-_OLDEST_TRIED = (0, 17)
+_OLDEST = (0, 18)
 
 
 def register_zero_optimizer(cls: type[Optimizer]) -> None:
@@ -38,10 +38,10 @@ def register_zero_optimizer(cls: type[Optimizer]) -> None:
 def _check_version(version: str) -> None:
     # Only where an engine is the caller: a DeepSpeed that something else has loaded does no harm.
     found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or tuple(map(int, found.groups())) >= _OLDEST_TRIED:
+    if found is None or tuple(map(int, found.groups())) >= _OLDEST:
         return
     if is_called_by({"_configure_basic_optimizer"}):
-        oldest = ".".join(map(str, _OLDEST_TRIED))
+        oldest = ".".join(map(str, _OLDEST))
         raise RuntimeError(
             f"AdaBelief needs DeepSpeed {oldest} or newer as its engine, this is {version}; "
             f'run pip install -U "deepspeed>={oldest}".'
