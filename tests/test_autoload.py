@@ -58,7 +58,7 @@ def test_any_letter_case(name):
     assert getattr(torch.optim, f"sharded{name}") is belief_dist.ShardedAdaBelief
 
 
-def test_torch_optim_before_the_package_and_a_spawned_child_know_the_name():
+def test_torch_optim_before_the_package_and_a_child_process_know_the_name():
     code = """
 import multiprocessing
 def show(): print(getattr(__import__("torch").optim, "shardedADABELIEF"))
