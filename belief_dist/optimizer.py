@@ -14,7 +14,7 @@ from belief_dist import kernels
 from belief_dist.integrations.deepspeed import register_zero_optimizer
 from belief_dist.integrations.rehearsal import is_rehearsal
 from belief_dist.options import complete_options
-from belief_dist.params import as_groups, prepare_group
+from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
 from belief_dist.rule import (
     DeviceScalars,
     StepScalars,
@@ -80,13 +80,17 @@ class AdaBelief(Optimizer):
             otherwise leave the parameter alone.
         amsgrad: Divide by the largest s so far. Cannot be combined with rectify.
         maximize: Ascend instead of descending.
+        no_decay: "1d" exempts parameters of fewer than 2 dimensions (biases, norms) from weight
+            decay; a function of (name, parameter) returns True for those to exempt (name is None
+            if parameters came without names). They become a param group of their own, after the
+            one that they came in, also in `add_param_group`.
         foreach: True updates all tensors of a group by torch's multi-tensor operations.
         fused: True insists on a compiled kernel and raises without one; False uses plain torch;
             None takes the fastest that is usable.
         capturable: Keep step counts on the device and read them, and learning rates that are
             tensors, there, so that a CUDA graph can capture `step`. Needs Triton on GPUs.
 
-    All options except the last three may differ per param group and travel in the state_dict.
+    All options except the last four may differ per param group and travel in the state_dict.
     A parameter's state is ``{"step": int, "exp_avg": m, "exp_avg_sq": s}``, with
     ``max_exp_avg_sq`` under amsgrad; with capturable, step is a tensor that all parameters share
     which have taken the same steps.
@@ -112,6 +116,7 @@ class AdaBelief(Optimizer):
         degenerated_to_sgd: bool = True,
         amsgrad: bool = False,
         maximize: bool = False,
+        no_decay: NoDecay = None,
         foreach: bool | None = None,
         fused: bool | None = None,
         capturable: bool = False,
@@ -131,13 +136,16 @@ class AdaBelief(Optimizer):
         self._fused = fused
         self._foreach = foreach
         self._capturable = capturable
+        self._no_decay = no_decay
         super().__init__(as_groups(params, "AdaBelief"), defaults)
         register_zero_optimizer(type(self))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it leaves out are those of the constructor."""
         owned = {id(p) for group in self.param_groups for p in group["params"]}
-        super().add_param_group(prepare_group(param_group, self.defaults, owned, "AdaBelief"))
+        prepared = prepare_group(param_group, self.defaults, owned, "AdaBelief")
+        for group in split_by_decay(prepared, self._no_decay, "AdaBelief"):
+            super().add_param_group(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -269,8 +277,8 @@ class AdaBelief(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what copies and pickles need; torch's own leaves out what it does not know."""
-        own = {"_fused": self._fused, "_foreach": self._foreach, "_capturable": self._capturable}
-        return {**super().__getstate__(), **own}
+        own = ("_fused", "_foreach", "_capturable", "_no_decay")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.

@@ -7,24 +7,44 @@ value that they would have to check again.
 from __future__ import annotations
 
 import difflib
+import functools
+import logging
 import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-# Spellings of other AdaBelief packages (timm, pytorch_optimizer) for the same switch.
+logger = logging.getLogger("belief_dist")
+
+# Spellings of other packages (timm, pytorch_optimizer, DeepSpeed's Adam) for the same switch.
 ALIASES = {
     "decoupled_decay": "weight_decouple",
     "ams_bound": "amsgrad",
     "beta": "betas",
     "wd": "weight_decay",
     "learning_rate": "lr",
+    "adam_w_mode": "weight_decouple",
+    "adamw_mode": "weight_decouple",
+}
+# What is left over where a configuration said Adam before: the values that change nothing here,
+# and why.
+_OF_ADAM: dict[str, tuple[tuple[Any, ...], str]] = {
+    "torch_adam": ((True, False), "it chooses among implementations of Adam"),
+    "bias_correction": ((True,), "AdaBelief always corrects the bias of its moments"),
+    "fp32_optimizer_states": ((True,), "states are float32"),
+    "set_grad_none": ((True, False), "zero_grad decides that"),
+    "differentiable": ((False,), "steps are not differentiable"),
 }
 # Silent no-ops that frameworks write into optimizer configs and group dicts.
 _TOLERATED = {"params", "param_names", "fused", "foreach", "capturable", "initial_lr"}
+# By these DeepSpeed finds the groups of a mixture of experts again.
+_TOLERATED |= {"name", "moe"}
+# Of this size or more, eps is probably one that was meant for Adam.
+_ADAMS_EPS = 1e-8
 DEFAULTS: dict[str, Any] = {
     "lr": 1e-3,
     "betas": (0.9, 0.999),
@@ -70,12 +90,58 @@ def resolve_aliases(given: Mapping[str, Any], known: Iterable[str], where: str) 
         if target != name and (target in given or target in resolved):
             raise TypeError(f"{where} got both {name!r} and {target!r}, which mean the same.")
         if target != name:
-            warnings.warn(
-                f"{where}: option {name!r} is spelled {target!r} here; it was accepted.",
-                stacklevel=3,
-            )
+            _warn(f"{where}: option {name!r} is spelled {target!r} here; it was accepted.")
         resolved[target] = value
     return resolved
+
+
+def _is_first_rank() -> bool:
+    return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
+
+
+def _warn(sentence: str) -> None:
+    """Warn the caller of the optimizer's constructor, on one of all ranks."""
+    if _is_first_rank():
+        warnings.warn(sentence, stacklevel=5)
+
+
+@functools.cache  # once per process
+def _warn_of_large_eps(eps: float, floor: float) -> None:
+    if _is_first_rank():
+        logger.warning(
+            "eps=%g is large for AdaBelief, which adds it to exp_avg_sq in every step: where "
+            "gradients deviate from exp_avg by less than about %.0e, steps shrink with them as "
+            "SGD's do. If this value was meant for Adam, or the Transformers Trainer put it in for "
+            '"auto", leave eps out (the default is 1e-16).',
+            eps,
+            floor,
+        )
+
+
+def _without_adams(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return `given` without what concerns Adam alone.
+
+    Raises:
+        ValueError: A value asks for what AdaBelief does not do.
+    """
+    kept = dict(given)
+    for name in given.keys() & _OF_ADAM.keys():
+        value = kept.pop(name)
+        harmless, reason = _OF_ADAM[name]
+        if value not in harmless:
+            raise ValueError(f"{where} cannot serve {name}={value!r}: {reason}. Remove it.")
+        _warn(f"{where}: option {name!r} is Adam's and was ignored: {reason}.")
+    return kept
+
+
+def _refuse_auto(given: Mapping[str, Any], where: str) -> None:
+    for name, value in given.items():
+        if isinstance(value, str) and value == "auto":
+            raise TypeError(
+                f"{where} got {name}='auto', which only the Transformers Trainer replaces, and "
+                f"only for lr, betas, eps and weight_decay; write a value, or leave {name} out for "
+                f"{DEFAULTS[name]!r}."
+            )
 
 
 def _number(name: str, value: Any) -> float:
@@ -140,10 +206,11 @@ def validate_options(group: Mapping[str, Any]) -> None:
 
 def normalize_group_names(group: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return a param group with aliases resolved; refuse names that nothing would read."""
-    if group.get("capturable"):
-        raise ValueError(
-            f"{where} takes capturable for all groups or none: pass it to the constructor."
-        )
+    for name in ("capturable", "no_decay"):
+        if group.get(name):
+            raise ValueError(
+                f"{where} takes {name} for all groups or none: pass it to the constructor."
+            )
     kept = {name: value for name, value in group.items() if name in _TOLERATED}
     options = {name: value for name, value in group.items() if name not in _TOLERATED}
     return {**kept, **resolve_aliases(options, OPTION_NAMES, where)}
@@ -159,12 +226,23 @@ def complete_options(
         ValueError: A value is out of range.
     """
     options = {name: given[name] for name in OPTION_NAMES}
+    other_spellings = _without_adams(other_spellings, where)
     for name in other_spellings:
         target = ALIASES.get(name, name)
         if target in options and options[target] != DEFAULTS[target]:
             raise TypeError(f"{where} got {target!r} in two spellings; keep one of them.")
     options.update(resolve_aliases(other_spellings, OPTION_NAMES, where))
+    _refuse_auto(options, where)
     validate_options(options)
+    no_decay = given["no_decay"]
+    if no_decay not in (None, "1d") and not callable(no_decay):
+        raise ValueError(
+            f"no_decay must be None, '1d' (no weight decay for parameters of fewer than 2 "
+            f"dimensions) or a function of (name, parameter), got {no_decay!r}."
+        )
+    eps = float(options["eps"])
+    if eps >= _ADAMS_EPS:
+        _warn_of_large_eps(eps, math.sqrt(eps / (1.0 - float(options["betas"][1]))))
     return options
 
 

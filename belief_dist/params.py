@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from belief_dist.options import normalize_group_names, validate_options
+
+# Which parameters get no weight decay: those of fewer than 2 dimensions, or those for which a
+# function of name (None where parameters came without) and parameter says so.
+NoDecay = Literal["1d"] | Callable[[str | None, Tensor], bool] | None
 
 SUPPORTED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _UNORDERED = "{where} got a set of parameters, whose order differs between processes; pass a list."
@@ -108,3 +112,39 @@ def prepare_group(
     prepared["params"] = list(zip(names, tensors, strict=True)) if names else tensors
     validate_options(prepared)
     return prepared
+
+
+def split_by_decay(group: dict[str, Any], no_decay: NoDecay, where: str) -> list[dict[str, Any]]:
+    """Return a prepared group as one or two: what decays, and what does not.
+
+    Both keep all other options, names and the order of their parameters; an empty one is left out.
+
+    Raises:
+        TypeError: The function `no_decay` does not return a bool.
+        ValueError: The function `no_decay` fails.
+    """
+    if no_decay is None:
+        return [group]
+    decaying: list[Any] = []
+    others: list[Any] = []
+    for member in group["params"]:
+        name, tensor = member if isinstance(member, tuple) else (None, member)
+        (others if _is_exempt(name, tensor, no_decay, where) else decaying).append(member)
+    halves = [{**group, "params": decaying}, {**group, "params": others, "weight_decay": 0.0}]
+    return [half for half in halves if half["params"]] or [group]
+
+
+def _is_exempt(name: str | None, tensor: Tensor, no_decay: NoDecay, where: str) -> bool:
+    # Under deepspeed.zero.Init a parameter is empty, and its shape is elsewhere.
+    shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+    if not callable(no_decay):
+        return len(shape) < 2
+    label = f"parameter {name!r} of shape {shape}"
+    try:
+        exempt = no_decay(name, tensor)
+    except Exception as error:
+        hint = "" if name else " (without names; pass model.named_parameters() to have them)"
+        raise ValueError(f"{where}: no_decay failed on {label}{hint}: {error!r}.") from error
+    if not isinstance(exempt, bool):
+        raise TypeError(f"{where}: no_decay must return True or False, got {exempt!r} for {label}.")
+    return exempt

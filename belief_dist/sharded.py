@@ -55,7 +55,7 @@ from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
 from belief_dist.options import as_dtype, check_engine_options, complete_options
-from belief_dist.params import as_groups, prepare_group
+from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
 from belief_dist.rule import step_scalars
 from belief_dist.state import (
     SHARD_FORMAT,
@@ -93,6 +93,7 @@ class ShardedAdaBelief(Optimizer):
         lr, betas, eps, weight_decay, weight_decouple, fixed_decay, rectify, degenerated_to_sgd,
             amsgrad, maximize: As for `AdaBelief`; each may differ per param group. A group with
             ``"clip": False`` neither counts in the gradient norm nor is clipped.
+        no_decay: As for `AdaBelief`.
         process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
             dimension; None means all. A mesh of two dimensions shards over the last and keeps a
             copy of all shards for each index of the first (HSDP: a node for each row).
@@ -154,6 +155,7 @@ class ShardedAdaBelief(Optimizer):
         degenerated_to_sgd: bool = True,
         amsgrad: bool = False,
         maximize: bool = False,
+        no_decay: NoDecay = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         stage: Literal[1, 2] = 1,
         reduction: Reduction = "auto",
@@ -175,6 +177,7 @@ class ShardedAdaBelief(Optimizer):
         dtypes = {"reduce_dtype": self._reduce_dtype, "state_dtype": self._state_dtype}
         arguments = {**locals(), **dtypes}
         self._built = False
+        self._no_decay = no_decay
         self._master = master
         self._seed = seed
         self._buckets: list[BucketBuffers] = []
@@ -270,7 +273,8 @@ class ShardedAdaBelief(Optimizer):
         if not isinstance(clip, bool):
             raise TypeError(f"clip of a param group must be True or False, got {clip!r}.")
         prepared = prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
-        super().add_param_group({**prepared, "clip": clip})
+        for group in split_by_decay(prepared, self._no_decay, "ShardedAdaBelief"):
+            super().add_param_group({**group, "clip": clip})
 
     def _check_params(self) -> torch.device:
         self._params = [p for group in self.param_groups for p in group["params"]]

@@ -55,6 +55,22 @@ def test_without_autoload_an_import_of_the_package_is_needed():
 @pytest.mark.parametrize("name", ["AdaBelief", "adabelief", "ADABELIEF", "Adabelief"])
 def test_any_letter_case(name):
     assert getattr(torch.optim, name) is belief_dist.AdaBelief
+    assert getattr(torch.optim, f"sharded{name}") is belief_dist.ShardedAdaBelief
+
+
+def test_torch_optim_before_the_package_and_a_child_process_know_the_name():
+    code = """
+import multiprocessing
+def show(): print(getattr(__import__("torch").optim, "shardedADABELIEF"))
+if __name__ == "__main__":
+    from torch.optim import AdaBelief
+    import belief_dist
+    assert AdaBelief is belief_dist.AdaBelief
+    process = multiprocessing.get_context("fork").Process(target=show)
+    process.start()
+    process.join()
+"""
+    assert run(code) == "<class 'belief_dist.sharded.ShardedAdaBelief'>"
 
 
 @pytest.mark.parametrize("name", ["AdaBelif", "adabelief2", "__wrapped__"])
@@ -79,7 +95,9 @@ def test_an_earlier_getattr_keeps_answering():
 def test_an_adabelief_of_torch_itself_wins():
     namespace = {"AdaBelief": torch.optim.AdamW}
     _belief_dist_autoload._install(namespace)
-    assert namespace == {"AdaBelief": torch.optim.AdamW}
+    assert namespace["AdaBelief"] is torch.optim.AdamW
+    assert namespace["__getattr__"]("adabelief") is torch.optim.AdamW
+    assert namespace["__getattr__"]("ShardedAdaBelief") is belief_dist.ShardedAdaBelief
 
 
 def test_a_failure_cannot_break_the_import_of_torch(monkeypatch):

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,18 +67,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(folder: Path) -> None:
-    """Run the job by the deepspeed launcher; fail with its output if it fails."""
+def launch(folder: Path, job: Sequence[str | Path] = (JOB,), **more: str) -> None:
+    """Run a job by the deepspeed launcher; fail with its output if it fails.
+
+    Args:
+        folder: The job's argument, and where it runs.
+        job: What the launcher runs on every rank.
+        more: Environment variables.
+    """
     bin_dir = Path(sys.executable).parent
     command = [bin_dir / "deepspeed", "--num_accelerators", str(WORLD_SIZE)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), JOB, folder]
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
-    }
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), *job, folder]
+    environment = (
+        os.environ
+        | {
+            "DS_ACCELERATOR": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
+            "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
+            "PYTHONPATH": os.pathsep.join(
+                [str(JOB.parent.parent), os.environ.get("PYTHONPATH", "")]
+            ),
+        }
+        | more
+    )
     with subprocess.Popen(
         list(map(str, command)),
         cwd=folder,

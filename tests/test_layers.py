@@ -26,7 +26,7 @@ ROWS = [
     {"optimizer"},
     {"sharded"},
     {"checkpoint"},
-    {"cli"},
+    {"cli", "run"},
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
