@@ -219,7 +219,7 @@ class Gradients(ABC):
             place.copy_(error)
 
     def forget_errors(self) -> None:
-        """Drop what rounding has cut off in a step that was skipped."""
+        """Drop what rounding has cut off in a step that was skipped or given up."""
         for buffers in self._buckets:
             if buffers.wire_error is not None:
                 buffers.wire_error.zero_()
@@ -344,11 +344,13 @@ class FullGradients(Gradients):
         if reduced is not None:
             view = self._views[index]
             # One in-place change since the reduction is this accumulation: onto a sum over ranks.
-            if self._params[index].grad is view and view._version == reduced + 1:
+            onto_sum = self._params[index].grad is view and view._version == reduced + 1
+            if onto_sum or self._fired[index]:
                 raise RuntimeError(
                     f"backward reached parameter {self._label(index)} again after its gradient was "
                     f"summed over the ranks: call zero_grad() after step(), and run all but the "
-                    f"last backward of a step under optimizer.no_sync()."
+                    f"last backward of a step under optimizer.no_sync(). A step that is given up "
+                    f"forgets gradients by optimizer.zero_grad()."
                 )
             self._reduced_version[index] = None
         if self._at_once[index] and self._params[index].grad is not self._views[index]:
@@ -403,7 +405,13 @@ class FullGradients(Gradients):
         self._start_round()
 
     def zero_grad(self, *, set_to_none: bool) -> None:
-        """See `Gradients.zero_grad`."""
+        """See `Gradients.zero_grad`; in the middle of a step it is called by all ranks."""
+        if self._waiting is not None and self._overlap:
+            # What is forgotten is on the way already, on some ranks more of it than on others.
+            self._launch()
+            self._drain()
+            self.forget_errors()
+        self._start_round()
         self._reduced_version = [None] * len(self._params)
         if set_to_none:
             self._drop_grads()
@@ -411,6 +419,9 @@ class FullGradients(Gradients):
             for buffers in self._buckets:
                 assert buffers.flat_grad is not None
                 buffers.flat_grad.zero_()
+            for param, view in zip(self._params, self._views, strict=True):
+                if param.grad is not None and param.grad is not view:  # waits for its bucket
+                    param.grad.zero_()
 
     @property
     def has_begun(self) -> bool:
@@ -511,6 +522,8 @@ class ShardedGradients(Gradients):
 
     def zero_grad(self, *, set_to_none: bool) -> None:
         """See `Gradients.zero_grad`."""
+        if self.has_begun:
+            self.forget_errors()
         self._drain()
         self._drop_grads()
         for flat in self._filling.values():
