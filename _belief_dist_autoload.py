@@ -40,10 +40,11 @@ def _lazy_getattr(previous: Callable[[str], Any] | None) -> Callable[[str], Any]
 
     def __getattr__(name: str) -> Any:
         # DeepSpeed lower-cases only its own optimizers' names, so users expect any case to work.
-        if name.lower() == "adabelief":
-            from belief_dist import AdaBelief
+        if name.lower() in ("adabelief", "shardedadabelief"):
+            import belief_dist
 
-            return AdaBelief
+            sharded = name.lower() == "shardedadabelief"
+            return belief_dist.ShardedAdaBelief if sharded else belief_dist.AdaBelief
         if previous is not None:
             return previous(name)
         raise AttributeError(f"module 'torch.optim' has no attribute {name!r}")

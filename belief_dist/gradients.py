@@ -74,6 +74,7 @@ class Gradients(ABC):
         overlap: Reduce while backward goes on.
         wire_dtype: Gradients are rounded to it before they travel; None means not at all.
         label: Names a parameter in errors.
+        is_last: Tells, when a backward pass begins, whether it is the last one before the step.
 
     Attributes:
         bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards, for
@@ -93,6 +94,7 @@ class Gradients(ABC):
         overlap: bool,
         wire_dtype: torch.dtype | None,
         label: Callable[[int], str],
+        is_last: Callable[[], bool],
     ) -> None:
         self._params = params
         self._buckets = buckets
@@ -101,6 +103,7 @@ class Gradients(ABC):
         self._overlap = overlap
         self._wire_dtype = wire_dtype
         self._label = label
+        self._is_last = is_last
         self._members = [[slot.param for slot in b.bucket.slots] for b in buckets]
         # Of every parameter, its bucket and its position there.
         self._home = [(0, 0)] * len(params)
@@ -108,7 +111,7 @@ class Gradients(ABC):
             for position, index in enumerate(members):
                 self._home[index] = (b, position)
         self._is_cut = [is_dtensor(param) for param in params]
-        self._silent = False  # gradients stay on this rank for now
+        self._silent = False  # gradients of the running backward stay on this rank for now
         self._recycler = Recycler(max((b.wire_nbytes(wire_dtype) for b in buckets), default=0))
         self._in_flight: deque[_InFlight] = deque()
         self._task = -1  # autograd's number of the running backward pass
@@ -326,18 +329,19 @@ class FullGradients(Gradients):
         ]
         # The version of a gradient when it was summed over the ranks.
         self._reduced_version: list[int | None] = [None] * len(self._params)
+        self._in_no_sync = False
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients locally inside the context."""
-        before, self._silent = self._silent, True
+        before, self._in_no_sync = self._in_no_sync, True
         try:
             yield
         finally:
-            self._silent = before
+            self._in_no_sync = before
 
     def _enter_backward(self) -> None:
-        pass
+        self._silent = self._in_no_sync or not self._is_last()
 
     def _take(self, index: int) -> None:
         reduced = self._reduced_version[index]
