@@ -381,21 +381,35 @@ def refusals(folder: Path) -> None:
             assert re.search(sentence, str(error)), f"{sentence}: {error}"
         else:
             raise AssertionError(f"{more} {options} was accepted")
-    stranger = make_model()
     import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.pipe import PipelineModule
 
     from belief_dist import ShardedAdaBelief
 
-    try:
-        deepspeed.initialize(
-            model=make_model(),
-            optimizer=ShardedAdaBelief(stranger.parameters()),
-            config=config_of(f32, 1, None),
-        )
-    except ValueError as error:
-        assert "has 6 parameters that are not the engine's model's" in str(error)
-    else:
-        raise AssertionError("a stranger's parameters were accepted")
+    config = config_of(f32, 1, None) | {"optimizer": {"type": "ShardedAdaBelief"}}
+    stranger = ShardedAdaBelief(make_model().parameters())
+    partitioned = make_model()
+    partitioned[0].weight.ds_id = 0  # what deepspeed.zero.Init leaves on every parameter
+    experts = nn.Sequential(MoE(8, nn.Linear(8, 8), num_experts=1))
+    models: list[tuple[str, nn.Module, Any]] = [
+        ("has 6 parameters that are not the engine's model's", make_model(), stranger),
+        ("deepspeed.zero.Init", partitioned, None),
+        ("MoE layers", experts, ShardedAdaBelief(experts.parameters())),
+        ("pipeline engine", PipelineModule([nn.Linear(7, 5)], num_stages=1), None),
+    ]
+    for sentence, model, optimizer in models:
+        try:
+            deepspeed.initialize(
+                model=model,
+                optimizer=optimizer,
+                model_parameters=[p for p in model.parameters() if p.requires_grad],
+                config=config,
+            )
+        except ValueError as error:
+            assert sentence in str(error), error
+        else:
+            raise AssertionError(f"{sentence} was accepted")
 
 
 def unnoticed_engine(folder: Path) -> None:

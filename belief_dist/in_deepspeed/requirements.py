@@ -61,10 +61,15 @@ def _problems(engine: Any, optimizer: ShardedAdaBelief) -> Iterator[str]:
     """Yield a sentence for each thing that is wrong; what else is wrong follows from the first."""
     config = engine._config
     zero = config.zero_config
-    if not isinstance(engine, DeepSpeedEngine) or engine.pipeline_parallelism:
+    if engine.pipeline_parallelism:
         yield (
             "cannot serve DeepSpeed's pipeline engine, which keeps another part of the model on "
             'each stage; use "type": "AdaBelief" there.'
+        )
+    if type(engine) is not DeepSpeedEngine:
+        yield (
+            f"serves DeepSpeedEngine itself, and this is a {type(engine).__name__}; use "
+            f'"type": "AdaBelief" there.'
         )
     stage = int(engine.zero_optimization_stage())
     if stage != 0:
