@@ -95,7 +95,8 @@ def initialize(config: dict[str, Any], way: str = "type", **options: Any) -> Any
     import deepspeed
 
     model = make_model()
-    chosen: dict[str, Any] = {"model_parameters": param_groups(model)}
+    empty = {"params": [], "lr": 9.0}  # DeepSpeed drops it
+    chosen: dict[str, Any] = {"model_parameters": [empty, *param_groups(model)]}
     if way == "type":
         optimizer = {"type": "ShardedAdaBelief", "params": {**HYPER, **options}}
         config = config | {"optimizer": optimizer}
@@ -392,7 +393,10 @@ def refusals(folder: Path) -> None:
     partitioned = make_model()
     partitioned[0].weight.ds_id = 0  # what deepspeed.zero.Init leaves on every parameter
     experts = nn.Sequential(MoE(8, nn.Linear(8, 8), num_experts=1))
+    used = initialize(config, "instance")
+    train(used, 0)
     models: list[tuple[str, nn.Module, Any]] = [
+        ("has made 1 steps already", used.module, used.optimizer),
         ("has 6 parameters that are not the engine's model's", make_model(), stranger),
         ("deepspeed.zero.Init", partitioned, None),
         ("MoE layers", experts, ShardedAdaBelief(experts.parameters())),

@@ -42,8 +42,10 @@ class ShardedEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed carries
             tag = f"global_step{self.global_steps}"
         if save_dir:  # else DeepSpeed says so
             self.optimizer.save(Path(save_dir, str(tag)), self.global_steps)
-        saved: bool = super().save_checkpoint(save_dir, tag, *args, **kwargs)
-        self.optimizer.end_of_save()
+        try:
+            saved: bool = super().save_checkpoint(save_dir, tag, *args, **kwargs)
+        finally:
+            self.optimizer.end_of_save()
         return saved
 
     def load_checkpoint(

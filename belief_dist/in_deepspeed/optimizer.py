@@ -45,8 +45,11 @@ class EngineOptimizer(ShardedAdaBelief):
         for group in self.param_groups:
             # Under which a checkpoint holds them, and errors name them.
             group["param_names"] = [names[id(param)] for param in group["params"]]
-        if engine.client_optimizer is self:
-            self._rebuild()  # the engine has cast and broadcast the model since
+        groups = {spec.group for spec in self._layout.params}
+        has_gaps = len(groups) <= max(groups, default=-1)
+        # The engine has cast and broadcast the model since, or has dropped empty param groups.
+        if engine.client_optimizer is self or has_gaps:
+            self._rebuild()
         if first_time:
             self.register_step_pre_hook(_before_step)
             self.register_step_post_hook(_after_step)

@@ -150,6 +150,12 @@ def _problems(engine: Any, optimizer: ShardedAdaBelief) -> Iterator[str]:
             "writes one checkpoint of all ranks into a folder that all must see; leave "
             "checkpoint.use_node_local_storage out."
         )
+    steps = max((state["step"] for state in optimizer.state.values()), default=0)
+    if engine.client_optimizer is optimizer and steps > 0:
+        yield (
+            f"has made {steps} steps already, and its shards begin anew in the engine, which casts "
+            f"and broadcasts the model; build a new one, and load a checkpoint afterwards."
+        )
     own = {id(param) for param in engine.module.parameters()}
     strangers = [tuple(param.shape) for param in params if id(param) not in own]
     if strangers:
