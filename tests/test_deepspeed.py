@@ -66,11 +66,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(folder: Path) -> None:
-    """Run the job by the deepspeed launcher; fail with its output if it fails."""
+def launch(folder: Path, *arguments: str, job: Path = JOB, world_size: int = WORLD_SIZE) -> None:
+    """Run a job by the deepspeed launcher; fail with its output if it fails."""
     bin_dir = Path(sys.executable).parent
-    command = [bin_dir / "deepspeed", "--num_accelerators", str(WORLD_SIZE)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), JOB, folder]
+    command = [bin_dir / "deepspeed", "--num_accelerators", str(world_size)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), job, folder]
+    command += arguments
     environment = os.environ | {
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
