@@ -1,6 +1,9 @@
 """belief_dist: ZeRO-style sharded AdaBelief for PyTorch."""
 
+from typing import Any
+
 import _belief_dist_autoload
+from belief_dist.integrations.deepspeed import on_engine
 from belief_dist.kernels import backends
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
@@ -8,5 +11,14 @@ from belief_dist.sharded import ShardedAdaBelief
 __version__ = "0.1.0"
 __all__ = ["AdaBelief", "ShardedAdaBelief", "__version__", "backends"]
 
-# Also without the installed entry point, `import belief_dist` makes the name known to torch.optim.
+# Also without the installed entry point, `import belief_dist` makes the names known to torch.optim.
 _belief_dist_autoload.register()
+
+
+def _enter_engine(engine: Any, optimizer: ShardedAdaBelief) -> None:
+    from belief_dist.in_deepspeed import enter  # imports DeepSpeed
+
+    enter(engine, optimizer)
+
+
+on_engine(ShardedAdaBelief, _enter_engine)

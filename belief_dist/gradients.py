@@ -74,6 +74,7 @@ class Gradients(ABC):
         overlap: Reduce while backward goes on.
         wire_dtype: Gradients are rounded to it before they travel; None means not at all.
         label: Names a parameter in errors.
+        is_last: Tells, when a backward pass begins, whether it is the last one before the step.
 
     Attributes:
         bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards, for
@@ -93,6 +94,7 @@ class Gradients(ABC):
         overlap: bool,
         wire_dtype: torch.dtype | None,
         label: Callable[[int], str],
+        is_last: Callable[[], bool],
     ) -> None:
         self._params = params
         self._buckets = buckets
@@ -101,6 +103,7 @@ class Gradients(ABC):
         self._overlap = overlap
         self._wire_dtype = wire_dtype
         self._label = label
+        self._is_last = is_last
         self._members = [[slot.param for slot in b.bucket.slots] for b in buckets]
         # Of every parameter, its bucket and its position there.
         self._home = [(0, 0)] * len(params)
@@ -108,7 +111,7 @@ class Gradients(ABC):
             for position, index in enumerate(members):
                 self._home[index] = (b, position)
         self._is_cut = [is_dtensor(param) for param in params]
-        self._silent = False  # gradients stay on this rank for now
+        self._silent = False  # gradients of the running backward stay on this rank for now
         self._recycler = Recycler(max((b.wire_nbytes(wire_dtype) for b in buckets), default=0))
         self._in_flight: deque[_InFlight] = deque()
         self._task = -1  # autograd's number of the running backward pass
@@ -219,7 +222,7 @@ class Gradients(ABC):
             place.copy_(error)
 
     def forget_errors(self) -> None:
-        """Drop what rounding has cut off in a step that was skipped."""
+        """Drop what rounding has cut off in a step that was skipped or given up."""
         for buffers in self._buckets:
             if buffers.wire_error is not None:
                 buffers.wire_error.zero_()
@@ -326,29 +329,32 @@ class FullGradients(Gradients):
         ]
         # The version of a gradient when it was summed over the ranks.
         self._reduced_version: list[int | None] = [None] * len(self._params)
+        self._in_no_sync = False
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Accumulate gradients locally inside the context."""
-        before, self._silent = self._silent, True
+        before, self._in_no_sync = self._in_no_sync, True
         try:
             yield
         finally:
-            self._silent = before
+            self._in_no_sync = before
 
     def _enter_backward(self) -> None:
-        pass
+        self._silent = self._in_no_sync or not self._is_last()
 
     def _take(self, index: int) -> None:
         reduced = self._reduced_version[index]
         if reduced is not None:
             view = self._views[index]
             # One in-place change since the reduction is this accumulation: onto a sum over ranks.
-            if self._params[index].grad is view and view._version == reduced + 1:
+            onto_sum = self._params[index].grad is view and view._version == reduced + 1
+            if onto_sum or self._fired[index]:
                 raise RuntimeError(
                     f"backward reached parameter {self._label(index)} again after its gradient was "
                     f"summed over the ranks: call zero_grad() after step(), and run all but the "
-                    f"last backward of a step under optimizer.no_sync()."
+                    f"last backward of a step under optimizer.no_sync(). A step that is given up "
+                    f"forgets gradients by optimizer.zero_grad()."
                 )
             self._reduced_version[index] = None
         if self._at_once[index] and self._params[index].grad is not self._views[index]:
@@ -403,7 +409,13 @@ class FullGradients(Gradients):
         self._start_round()
 
     def zero_grad(self, *, set_to_none: bool) -> None:
-        """See `Gradients.zero_grad`."""
+        """See `Gradients.zero_grad`; in the middle of a step it is called by all ranks."""
+        if self._waiting is not None and self._overlap:
+            # What is forgotten is on the way already, on some ranks more of it than on others.
+            self._launch()
+            self._drain()
+            self.forget_errors()
+        self._start_round()
         self._reduced_version = [None] * len(self._params)
         if set_to_none:
             self._drop_grads()
@@ -411,6 +423,9 @@ class FullGradients(Gradients):
             for buffers in self._buckets:
                 assert buffers.flat_grad is not None
                 buffers.flat_grad.zero_()
+            for param, view in zip(self._params, self._views, strict=True):
+                if param.grad is not None and param.grad is not view:  # waits for its bucket
+                    param.grad.zero_()
 
     @property
     def has_begun(self) -> bool:
@@ -511,6 +526,8 @@ class ShardedGradients(Gradients):
 
     def zero_grad(self, *, set_to_none: bool) -> None:
         """See `Gradients.zero_grad`."""
+        if self.has_begun:
+            self.forget_errors()
         self._drain()
         self._drop_grads()
         for flat in self._filling.values():

@@ -50,6 +50,7 @@ from belief_dist.dtensors import (
 )
 from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
+from belief_dist.integrations.deepspeed import refuse_unknown_engine, watch_engines
 from belief_dist.integrations.rehearsal import TORCH_STATE_DICT, is_called_by
 from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
@@ -213,6 +214,7 @@ class ShardedAdaBelief(Optimizer):
         self._defers_verdict = device.type != "cpu" and offload is None
         self._build()
         self._built = True
+        watch_engines()
 
     # - Construction
 
@@ -431,6 +433,7 @@ class ShardedAdaBelief(Optimizer):
             overlap=self._overlap,
             wire_dtype=self._reduce_dtype,
             label=self._label,
+            is_last=lambda: self._is_last_backward(),
         )
 
     def _counts(self, bucket: Bucket) -> bool:
@@ -460,6 +463,14 @@ class ShardedAdaBelief(Optimizer):
         return storage.cut(whole, part.in_shard, part.in_shard + part.numel)
 
     # - Step
+
+    def _is_last_backward(self) -> bool:
+        """Tell whether the backward pass that begins is the last of its step, outside `no_sync`."""
+        return True
+
+    def _check_caller(self) -> None:
+        """Refuse the first step of a DeepSpeed engine that did not hand itself over."""
+        refuse_unknown_engine()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients locally: no communication in backward passes inside the context.
@@ -501,6 +512,8 @@ class ShardedAdaBelief(Optimizer):
                 "reduce_dtype=torch.int8 does not work with a GradScaler, whose changing scale "
                 "would spoil the errors that are fed back; use bfloat16 parameters without one."
             )
+        if self._step_calls == 0:
+            self._check_caller()
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -106,7 +106,7 @@ def _deepspeed(model: GPT, dtype: torch.dtype, stage: int, make_optimizer: MakeO
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=make_optimizer(model.parameters(), **OPTIONS),
+        optimizer=partial(make_optimizer, **OPTIONS),
         config={
             "train_micro_batch_size_per_gpu": 1,
             "gradient_clipping": 0.0,
@@ -143,6 +143,7 @@ ENGINES: dict[str, Builder] = {
         _ddp, make_optimizer=partial(_zero_redundancy, optimizer_class=AdamW, fused=True)
     ),
     "FSDP2 + AdamW": partial(_fsdp2, make_optimizer=_ADAMW),
+    f"DeepSpeed + {OURS}": partial(_deepspeed, stage=0, make_optimizer=ShardedAdaBelief),
     "DeepSpeed ZeRO-1 + AdamW": partial(_deepspeed, stage=1, make_optimizer=_ADAMW),
     "DeepSpeed ZeRO-2 + AdamW": partial(_deepspeed, stage=2, make_optimizer=_ADAMW),
     "DeepSpeed ZeRO-3 + AdamW": partial(_deepspeed, stage=3, make_optimizer=_ADAMW),

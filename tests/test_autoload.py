@@ -73,6 +73,11 @@ if __name__ == "__main__":
     assert run(code) == "<class 'belief_dist.sharded.ShardedAdaBelief'>"
 
 
+@pytest.mark.parametrize("name", ["ShardedAdaBelief", "shardedadabelief"])
+def test_the_sharded_optimizer_has_a_name_too(name):
+    assert getattr(torch.optim, name) is belief_dist.ShardedAdaBelief
+
+
 @pytest.mark.parametrize("name", ["AdaBelif", "adabelief2", "__wrapped__"])
 def test_unknown_names_stay_unknown(name):
     with pytest.raises(AttributeError, match=f"module 'torch.optim' has no attribute '{name}'"):

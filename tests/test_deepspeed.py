@@ -67,17 +67,26 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(folder: Path, job: Sequence[str | Path] = (JOB,), **more: str) -> None:
+def launch(
+    folder: Path,
+    *arguments: str,
+    job: Sequence[str | Path] = (JOB,),
+    world_size: int = WORLD_SIZE,
+    **more: str,
+) -> None:
     """Run a job by the deepspeed launcher; fail with its output if it fails.
 
     Args:
-        folder: The job's argument, and where it runs.
+        folder: The job's first argument, and where it runs.
+        arguments: Its further ones.
         job: What the launcher runs on every rank.
+        world_size: How many ranks.
         more: Environment variables.
     """
     bin_dir = Path(sys.executable).parent
-    command = [bin_dir / "deepspeed", "--num_accelerators", str(WORLD_SIZE)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), *job, folder]
+    command = [bin_dir / "deepspeed", "--num_accelerators", str(world_size)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    command += [*job, folder, *arguments]
     environment = (
         os.environ
         | {

@@ -29,7 +29,7 @@ REFUSED = {
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("features")
-    launch(folder, ["--module", "belief_dist.run", JOB], TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    launch(folder, job=["--module", "belief_dist.run", JOB], TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 

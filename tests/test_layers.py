@@ -26,11 +26,13 @@ ROWS = [
     {"optimizer"},
     {"sharded"},
     {"checkpoint"},
+    {"in_deepspeed"},
     {"cli", "run"},
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
 OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}, "cli": {"rich"}}
+OPTIONAL["in_deepspeed"] = {"deepspeed"}
 # The only modules that may name an optional dependency at their top: nobody imports them at theirs.
 LAZY = {"triton_kernel"}
 

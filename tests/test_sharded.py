@@ -714,6 +714,32 @@ def schedulers_work() -> None:
     assert rates[0][1] < rates[1][1]  # a larger lr moves further
 
 
+def forgotten_gradients_leave_nothing() -> None:
+    """Gradients that were reduced, in part or as a whole, and then zeroed: as if never computed."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    for stage, overlap, wire in itertools.product((1, 2), (True, False), (None, torch.int8)):
+        options: dict[str, Any] = {"stage": stage, "overlap": overlap, "reduce_dtype": wire}
+        trained = []
+        # With int8, later also what rounding had kept back is forgotten.
+        for forgets in ((), (0,) if wire else (0, 1, 2)):
+            params = make_params()
+            optimizer = ShardedAdaBelief(params, bucket_bytes=200, **HYPER, **options)
+            for step in range(3):
+                grads = [make_grad(p.shape, step, rank, i) for i, p in enumerate(params)]
+                if step in forgets:
+                    # Stage 2 ends a round with every backward; stage 1 may be in the middle of it.
+                    some = stage == 1 and rank == world_size - 1
+                    used = [None if some and i < 4 else 7 * g for i, g in enumerate(grads)]
+                    backward(params, used)
+                    optimizer.zero_grad(set_to_none=step != 1)
+                backward(params, grads)
+                optimizer.step()
+                optimizer.zero_grad()
+            trained.append(params)
+        for ours, theirs in zip(*trained, strict=True):
+            assert torch.equal(ours, theirs), options
+
+
 def backward_twice_is_an_error() -> None:
     """Adding to a gradient that was summed over the ranks would be silently wrong."""
     params = make_params()
@@ -723,12 +749,21 @@ def backward_twice_is_an_error() -> None:
     with pytest.raises(RuntimeError, match=r"no_sync\(\)"):
         backward(params, grads)
     optimizer.step()
+    optimizer.zero_grad()
+    backward(params, grads)
+    for param in params:
+        param.grad = None  # the optimizer cannot know that all ranks do
+    with pytest.raises(RuntimeError, match=r"forgets gradients by optimizer.zero_grad\(\)"):
+        backward(params, grads)
+    optimizer.zero_grad()
+    backward(params, grads)
+    optimizer.step()
     # zero_grad in place, through the model, is as good as the optimizer's own.
     for param in params:
         param.grad.zero_()
     backward(params, grads)
     optimizer.step()
-    assert optimizer.state[params[0]]["step"] == 2
+    assert optimizer.state[params[0]]["step"] == 3
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -741,6 +776,7 @@ def test_training_loop_habits(world_size: int, tmp_path: Path) -> None:
         skips_together,
         grad_scaler_works,
         schedulers_work,
+        forgotten_gradients_leave_nothing,
         backward_twice_is_an_error,
     )
 

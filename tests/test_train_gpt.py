@@ -55,8 +55,9 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read]
 
 
-def zero(stage: int) -> list[str]:
-    config = ROOT / "configs" / f"deepspeed_zero{stage}.json"
+def zero(stage: int | str) -> list[str]:
+    name = stage if stage == "sharded" else f"zero{stage}"
+    config = ROOT / "configs" / f"deepspeed_{name}.json"
     return ["--engine", "deepspeed", "--deepspeed_config", str(config)]
 
 
@@ -69,6 +70,7 @@ def zero(stage: int) -> list[str]:
         ("deepspeed", zero(1)),
         ("torchrun", [*zero(2), "--dtype", "bfloat16", "--accumulate", "2"]),
         ("python", zero(0)),
+        ("deepspeed", [*zero("sharded"), "--dtype", "bfloat16", "--accumulate", "2"]),
     ],
     ids=[
         "deepspeed",
@@ -77,6 +79,7 @@ def zero(stage: int) -> list[str]:
         "deepspeed-zero1",
         "torchrun-zero2",
         "python-zero0",
+        "deepspeed-sharded",
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one(

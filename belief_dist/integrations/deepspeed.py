@@ -1,15 +1,26 @@
-"""What DeepSpeed must know of an optimizer before its ZeRO stages accept it."""
+"""Where DeepSpeed meets the optimizers: what it must know of them, and when it is built around one.
+
+Nothing here imports DeepSpeed; where it is not loaded, nothing happens.
+"""
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from torch.optim import Optimizer
 
 from belief_dist.integrations.rehearsal import is_called_by
 
 _OLDEST = (0, 18)
+# Called with an engine that is being built and its optimizer, by the optimizer's class.
+_entrances: dict[type[Optimizer], Callable[[Any, Any], None]] = {}
+# What an engine's step, and the wrapper that it puts around an optimizer of 16-bit parameters, call
+# `optimizer.step` from.
+_ENGINE_STEPS = ("_take_model_step", "initialize_optimizer_states")
 
 
 def register_zero_optimizer(cls: type[Optimizer]) -> None:
@@ -17,8 +28,7 @@ def register_zero_optimizer(cls: type[Optimizer]) -> None:
 
     Without it a user would have to write `"zero_allow_untested_optimizer": true`. The optimizers
     call this in their constructors, which is early enough: DeepSpeed checks what it constructed or
-    was given afterwards, by exact type. Where DeepSpeed is not loaded nothing happens; it is never
-    imported from here.
+    was given afterwards, by exact type.
 
     Args:
         cls: The optimizer's class itself; DeepSpeed does not look at base classes.
@@ -45,4 +55,49 @@ def _check_version(version: str) -> None:
         raise RuntimeError(
             f"AdaBelief needs DeepSpeed {oldest} or newer as its engine, this is {version}; "
             f'run pip install -U "deepspeed>={oldest}".'
+        )
+
+
+def on_engine(cls: type[Optimizer], enter: Callable[[Any, Any], None]) -> None:
+    """Call `enter(engine, optimizer)` for every engine that is built with an optimizer of `cls`."""
+    _entrances[cls] = enter
+
+
+def watch_engines() -> None:
+    """See to it that engines built from now on call what `on_engine` was given.
+
+    An engine looks at its optimizer once, whether it has constructed it or was given it, after it
+    has cast and broadcast the model, and then chooses a wrapper of its own. That is where ours
+    enters, for our classes alone, and goes unwrapped. Constructors call this: DeepSpeed may be
+    loaded at any time before.
+    """
+    engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+    check = getattr(engine_class, "_do_optimizer_sanity_check", None)
+    if check is None or hasattr(check, "serves_belief_dist"):
+        return
+
+    @functools.wraps(check)
+    def check_or_enter(engine: Any, optimizer: Any) -> Any:
+        for cls, enter in _entrances.items():
+            if isinstance(optimizer, cls):
+                enter(engine, optimizer)
+                return None
+        return check(engine, optimizer)
+
+    check_or_enter.serves_belief_dist = True  # type: ignore[attr-defined]
+    engine_class._do_optimizer_sanity_check = check_or_enter  # type: ignore[union-attr]
+
+
+def refuse_unknown_engine() -> None:
+    """Raise if a DeepSpeed engine calls that has not entered: it reduces and clips once more.
+
+    Raises:
+        RuntimeError: It does.
+    """
+    if "deepspeed" in sys.modules and is_called_by(_ENGINE_STEPS):
+        version = getattr(sys.modules["deepspeed"], "__version__", "of unknown version")
+        raise RuntimeError(
+            f"this engine of DeepSpeed {version} was built around ShardedAdaBelief unnoticed: "
+            f"import deepspeed before you build the optimizer, or let the engine build it by "
+            f'"type": "ShardedAdaBelief". If you do, this version of DeepSpeed is not supported.'
         )

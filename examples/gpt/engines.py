@@ -118,7 +118,7 @@ class ShardedEngine:
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's own loop; belief_dist comes in by "type": "AdaBelief" in the JSON alone."""
+    """DeepSpeed's own loop; belief_dist comes in by the "type" in the JSON alone."""
 
     def __init__(self, model: GPT, schedule: Callable[[int], float], settings: Settings) -> None:
         import deepspeed
@@ -140,6 +140,8 @@ class DeepSpeedEngine:
             lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
         )
         self.model = self.engine.module
+        # "ShardedAdaBelief" shards at stage 0, where DeepSpeed does not.
+        self._shards_itself = hasattr(self.engine.optimizer, "bytes_per_rank")
         self.lr = self.grad_norm = 0.0
         self._gradients = 0
 
@@ -151,11 +153,11 @@ class DeepSpeedEngine:
             if number == len(micro_batches):
                 self.lr = self.engine.get_lr()[0]
                 self._gradients = max(self._gradients, self._gradient_bytes())
-                if self.engine.zero_optimization_stage() == 0:  # clips without telling the norm
+                if not self._tells_norm():
                     norm = torch.nn.utils.get_total_norm(self._local_gradients())
             self.engine.step()
             losses.append(loss.detach())
-        if self.engine.zero_optimization_stage() > 0:
+        if self._tells_norm():
             norm = self.engine.get_global_grad_norm()
         self.grad_norm = float(norm)
         return torch.stack(losses).mean()
@@ -167,6 +169,10 @@ class DeepSpeedEngine:
         path, _ = self.engine.load_checkpoint(str(folder), tag="engine")
         if path is None:
             raise ValueError(f"DeepSpeed found no checkpoint of its own in {folder}.")
+
+    def _tells_norm(self) -> bool:
+        """Return whether the engine does; at stage 0 DeepSpeed itself clips without telling it."""
+        return self._shards_itself or self.engine.zero_optimization_stage() > 0
 
     def _local_gradients(self) -> list[Tensor]:
         return [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -180,6 +186,9 @@ class DeepSpeedEngine:
 
     def bytes_per_rank(self) -> dict[str, int]:
         optimizer = self.engine.optimizer
+        if self._shards_itself:
+            held: dict[str, int] = optimizer.bytes_per_rank()
+            return held
         masters = getattr(optimizer, "single_partition_of_fp32_groups", [])
         states = self.engine.basic_optimizer.state.values()
         return {
