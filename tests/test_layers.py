@@ -17,6 +17,7 @@ ROWS = [
     {"norm", "storage"},
     {"kernels", "params", "state", "buffers", "guard", "dtensors"},
     {"wire", "offload"},
+    {"distributed"},
     {"collectives"},
     {"direct", "hybrid"},
     {"connect"},
@@ -30,7 +31,12 @@ ROWS = [
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
-OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}, "cli": {"rich"}}
+OPTIONAL = {
+    "integrations": {"deepspeed"},
+    "kernels": {"triton"},
+    "distributed": {"mpi4py"},
+    "cli": {"rich"},
+}
 # The only modules that may name an optional dependency at their top: nobody imports them at theirs.
 LAZY = {"triton_kernel"}
 
