@@ -32,7 +32,7 @@ from gpt.settings import Settings
 
 # A resumed run may differ in these alone.
 _FREE = {
-    *("stop_at", "out", "resume", "run", "timeout"),
+    *("stop_at", "out", "resume", "folder", "timeout"),
     *("prompt", "sample_bytes", "local_rank", "eval_every"),
 }
 
@@ -60,7 +60,7 @@ def train(settings: Settings, device: torch.device) -> None:
             f"batch must be a multiple of ranks x accumulate ({world_size} x "
             f"{settings.accumulate}), got {settings.batch}."
         )
-    run = run_folder(settings.out, settings.resume, settings.run)
+    run = run_folder(settings.out, settings.resume, settings.folder)
     corpus = load_corpus()
     unigram = unigram_entropy(corpus.held_out)
 

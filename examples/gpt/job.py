@@ -36,13 +36,13 @@ def process_group(timeout: timedelta) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def run_folder(out: Path | None, resume: Path | None, run: Path | None) -> Path:
+def run_folder(out: Path | None, resume: Path | None, fixed: Path | None) -> Path:
     """Return the folder of this run, the same on all ranks.
 
     Args:
         out: To start in; None is a new folder under runs/.
         resume: Whose run continues.
-        run: Where the run starts, or continues if it has a checkpoint.
+        fixed: Where the run starts, or continues if it has a checkpoint.
 
     Raises:
         ValueError: There is no run to resume, or another one is in the way.
@@ -50,7 +50,7 @@ def run_folder(out: Path | None, resume: Path | None, run: Path | None) -> Path:
     found: list[Path | ValueError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [_run_folder(out, resume, run)]
+            found = [_run_folder(out, resume, fixed)]
         except ValueError as error:
             found = [error]
     dist.broadcast_object_list(found)
@@ -60,11 +60,11 @@ def run_folder(out: Path | None, resume: Path | None, run: Path | None) -> Path:
     return found[0]
 
 
-def _run_folder(out: Path | None, resume: Path | None, run: Path | None) -> Path:
-    if run is not None:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / STOP).unlink(missing_ok=True)
-        return run.resolve()
+def _run_folder(out: Path | None, resume: Path | None, fixed: Path | None) -> Path:
+    if fixed is not None:
+        fixed.mkdir(parents=True, exist_ok=True)
+        (fixed / STOP).unlink(missing_ok=True)
+        return fixed.resolve()
     if resume is not None:
         if last_checkpoint(resume) is None:
             raise ValueError(f"there is no checkpoint under {resume}; resume needs a run's folder.")
