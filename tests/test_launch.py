@@ -49,8 +49,13 @@ STUBS = {
         number=0 status=0 pids=()
         command=$*
         for host in ${hosts//,/ }; do
-            { env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${command//%n/$number}" ||
-                { code=$?; echo "pdsh@here: $host: ssh exited with exit code $code" >&2; exit $code; } } &
+            (
+                env -i HOME="$HOME" PATH=/usr/bin:/bin bash -c "${command//%n/$number}" || {
+                    code=$?
+                    echo "pdsh@here: $host: ssh exited with exit code $code" >&2
+                    exit $code
+                }
+            ) &
             pids+=($!) number=$((number + 1))
         done
         for pid in "${pids[@]}"; do wait "$pid" || status=$?; done
@@ -188,14 +193,8 @@ def test_deepspeed_on_two_hosts_and_what_a_stopped_rank_leaves(
     hostfile, extra = tmp_path / "hostfile", tmp_path / "extra"
     hostfile.write_text("node0 slots=1\n\n# another\nnode1 slots=1  \n")
     extra.write_text("# a comment\n\nBELIEF_DIST_MARK=seen\n")
-    command = [str(LAUNCH / "deepspeed.sh"), str(hostfile), *SMALL, "--timeout", "8"]
+    command = [str(LAUNCH / "deepspeed.sh"), str(hostfile), *SMALL, "--timeout", "5"]
     environment |= {"DS_ENV_FILE": str(extra)}
-    whole = tmp_path / "whole"
-    done = run([*command, "--folder", str(whole)], environment)
-    assert done.returncode == 0, done.stderr
-    assert steps(whole) == [1, 2, 3, 4, 5, 6]
-    assert "2 ranks on 1 host, launched by the deepspeed launcher" in done.stdout + done.stderr
-
     process = subprocess.Popen(
         [*command, "--folder", str(tmp_path / "hung"), "--steps", "100000"],
         env=environment,
@@ -224,6 +223,7 @@ def test_deepspeed_on_two_hosts_and_what_a_stopped_rank_leaves(
     os.kill(pid, signal.SIGSTOP)
     said, _ = process.communicate(timeout=90)
     assert process.returncode == 1, said
+    assert "2 ranks on 1 host, launched by the deepspeed launcher" in said
     assert "nothing of it is left on the hosts" in said
     assert left_over(job) == []
 
@@ -261,7 +261,7 @@ def test_a_batch_job_saves_and_queues_again_before_its_time_is_over(
     assert f"scontrol requeue {environment['SLURM_JOB_ID']}" in calls
     assert re.search(r"srun .*--kill-on-bad-exit=1", calls)
 
-    again = run([*command[:2], *command[2:]], environment)
+    again = run(command, environment)
     assert again.returncode == 0, again.stdout + again.stderr
     assert steps(tmp_path / "run") == list(range(1, 201))
     assert (tmp_path / "calls").read_text().count("requeue") == 1
