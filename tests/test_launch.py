@@ -14,7 +14,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +26,7 @@ LAUNCH = ROOT / "launch"
 BIN = Path(sys.executable).parent
 SMALL = (
     "--layers 1 --width 32 --heads 2 --context 32 --batch 8 --steps 6 --warmup 2 --eval_every 3 "
-    "--save_every 2 --sample_bytes 20"
+    "--save_every 20 --sample_bytes 20"
 ).split()
 
 # "localhost" and names that begin with "node" are this machine under another name; others are dead.
@@ -174,6 +177,23 @@ def test_settings_of_the_recipes_are_checked(environment: dict[str, str], tmp_pa
             assert said in line
 
 
+@contextmanager
+def started(command: list[str], environment: dict[str, str], log: Path) -> Iterator[Any]:
+    """Start a job that shall not end by itself, and wait until its log has a step."""
+    output = log.parent.with_suffix(".output")
+    with output.open("w") as file:
+        process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=file, stderr=file)
+    deadline = time.monotonic() + 120
+    try:
+        while not (log.exists() and log.stat().st_size):
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.05)
+        yield process, output
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
 def left_over(job: str) -> list[str]:
     """Return the processes of a job that are still there."""
     found = []
@@ -195,18 +215,21 @@ def test_deepspeed_on_two_hosts_and_what_a_stopped_rank_leaves(
     extra.write_text("# a comment\n\nBELIEF_DIST_MARK=seen\n")
     command = [str(LAUNCH / "deepspeed.sh"), str(hostfile), *SMALL, "--timeout", "5"]
     environment |= {"DS_ENV_FILE": str(extra)}
-    process = subprocess.Popen(
-        [*command, "--folder", str(tmp_path / "hung"), "--steps", "100000"],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    log, deadline = tmp_path / "hung" / "log.jsonl", time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+    command += ["--folder", str(tmp_path / "hung"), "--steps", "100000"]
+    with started(command, environment, tmp_path / "hung" / "log.jsonl") as (process, output):
+        job, pid = rank_one(tmp_path / "hung")
+        assert len(left_over(job)) >= 4  # on each host the launcher and a rank
+        os.kill(pid, signal.SIGSTOP)
+        status = process.wait(timeout=90)
+    said = output.read_text()
+    assert status == 1, said
+    assert "2 ranks on 1 host, launched by the deepspeed launcher" in said
+    assert "nothing of it is left on the hosts" in said
+    assert left_over(job) == []
+
+
+def rank_one(folder: Path) -> tuple[str, int]:
+    """Return the job and the process of rank 1 of the run in a folder."""
     environs = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -214,18 +237,12 @@ def test_deepspeed_on_two_hosts_and_what_a_stopped_rank_leaves(
             environ = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if str(tmp_path / "hung").encode() in arguments and b"RANK=1" in environ:
+        if str(folder).encode() in arguments and b"RANK=1" in environ:
             environs[int(path.name)] = environ
     ((pid, environ),) = environs.items()
     assert b"BELIEF_DIST_MARK=seen" in environ
     (job,) = [v.decode().split("=")[1] for v in environ if v.startswith(b"BELIEF_DIST_JOB=")]
-    assert pid and len(left_over(job)) >= 4  # on each host the launcher and a rank
-    os.kill(pid, signal.SIGSTOP)
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 1, said
-    assert "2 ranks on 1 host, launched by the deepspeed launcher" in said
-    assert "nothing of it is left on the hosts" in said
-    assert left_over(job) == []
+    return job, pid
 
 
 @pytest.mark.parametrize("script", ["srun.sbatch", "torchrun.sbatch"])
@@ -239,29 +256,17 @@ def test_a_batch_job_saves_and_queues_again_before_its_time_is_over(
         **{"SLURM_JOB_NUM_NODES": "1", "PLAYED_TASKS": str(tasks), "NPROC": "2"},
         **{"RUN": str(tmp_path / "run"), "SLURM_CPUS_PER_TASK": "1"},
     }
-    command = ["bash", str(LAUNCH / "slurm" / script), *SMALL, "--steps", "200"]
-    process = subprocess.Popen(
-        command,
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    log, deadline = tmp_path / "run" / "log.jsonl", time.monotonic() + 60
-    while not (log.exists() and log.stat().st_size):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=90)
-    assert process.returncode == 0, said
+    command = ["bash", str(LAUNCH / "slurm" / script), *SMALL, "--steps", "80"]
+    with started(command, environment, tmp_path / "run" / "log.jsonl") as (process, output):
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(timeout=90) == 0, output.read_text()
     done = len(steps(tmp_path / "run"))
-    assert 1 <= done < 200
+    assert 1 <= done < 80
     calls = (tmp_path / "calls").read_text()
     assert f"scontrol requeue {environment['SLURM_JOB_ID']}" in calls
     assert re.search(r"srun .*--kill-on-bad-exit=1", calls)
 
     again = run(command, environment)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert steps(tmp_path / "run") == list(range(1, 201))
+    assert steps(tmp_path / "run") == list(range(1, 81))
     assert (tmp_path / "calls").read_text().count("requeue") == 1
