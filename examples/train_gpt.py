@@ -2,6 +2,8 @@
 
 deepspeed --num_accelerators 2 examples/train_gpt.py --config configs/gpt.yaml
 torchrun --nproc-per-node 2 examples/train_gpt.py --config configs/gpt.yaml
+mpirun -n 2 python examples/train_gpt.py --config configs/gpt.yaml
+srun --ntasks 2 python examples/train_gpt.py --config configs/gpt.yaml
 python examples/train_gpt.py --config configs/gpt.yaml
 """
 
@@ -12,29 +14,38 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 
+from belief_dist.distributed import LaunchError
 from gpt.data import global_batch, load_corpus, unigram_entropy
 from gpt.engines import Engine, build_engine
 from gpt.evaluate import held_out_loss, sample
-from gpt.job import last_checkpoint, process_group, run_folder, write_checkpoint
+from gpt.job import STOP, last_checkpoint, process_group, run_folder, write_checkpoint
 from gpt.model import GPT
 from gpt.report import Log, draw_losses, print_table, progress_bar, unsharded_bytes
 from gpt.settings import Settings
 
 # A resumed run may differ in these alone.
-_FREE = {"stop_at", "out", "resume", "prompt", "sample_bytes", "local_rank", "eval_every"}
+_FREE = {
+    *("stop_at", "out", "resume", "folder", "timeout"),
+    *("prompt", "sample_bytes", "local_rank", "eval_every"),
+}
 
 
 def main() -> None:
     try:
         settings = auto_cli(Settings, as_positional=False)
-        with process_group() as device:
+        with process_group(timedelta(seconds=settings.timeout)) as device:
             train(settings, device)
+    except LaunchError as error:
+        # Not always of all ranks, and the environment may not tell which this is.
+        print(f"train_gpt.py: {error}", file=sys.stderr)
+        sys.exit(2)
     except ValueError as error:
         # Every rank comes here with the same sentence.
         if os.environ.get("RANK", "0") == "0":
@@ -49,7 +60,7 @@ def train(settings: Settings, device: torch.device) -> None:
             f"batch must be a multiple of ranks x accumulate ({world_size} x "
             f"{settings.accumulate}), got {settings.batch}."
         )
-    run = run_folder(settings.out, settings.resume)
+    run = run_folder(settings.out, settings.resume, settings.folder)
     corpus = load_corpus()
     unigram = unigram_entropy(corpus.held_out)
 
@@ -57,7 +68,7 @@ def train(settings: Settings, device: torch.device) -> None:
     model = GPT(settings.layers, settings.width, settings.heads, settings.context)
     num_params = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, settings, device)
-    done = resume(engine, settings, run) if settings.resume else 0
+    done = resume(engine, settings, run) if last_checkpoint(run) else 0
     if rank == 0:
         print(
             f"{num_params:,} parameters, {world_size} ranks on {device.type}, engine "
@@ -73,15 +84,18 @@ def train(settings: Settings, device: torch.device) -> None:
         batch = global_batch(corpus.train, settings.batch, settings.context, settings.seed, step)
         mine = batch[rank * share : (rank + 1) * share].to(device)
         loss = engine.step(list(mine.chunk(settings.accumulate)))
-        dist.all_reduce(loss)
+        asked_to_stop = rank == 0 and (run / STOP).exists()
+        sums = torch.stack([loss, torch.full_like(loss, asked_to_stop)])
+        dist.all_reduce(sums)
         row = {
             "step": step,
-            "loss": loss.item() / world_size,
+            "loss": sums[0].item() / world_size,
             "grad_norm": engine.grad_norm,
             "lr": engine.lr,
             "tokens_per_second": batch[:, 1:].numel() / (time.perf_counter() - started),
         }
-        if step % settings.eval_every == 0 or step == last:
+        is_last = step == last or bool(sums[1])
+        if step % settings.eval_every == 0 or is_last:
             row["held_out_loss"] = held_out_loss(
                 engine.model, corpus.held_out, settings.context, device
             )
@@ -93,8 +107,10 @@ def train(settings: Settings, device: torch.device) -> None:
                 refresh=False,
             )
             bar.update()
-        if step % settings.save_every == 0 or step == last:
+        if step % settings.save_every == 0 or is_last:
             save(engine, settings, run, step)
+        if is_last:
+            break
     if rank == 0:
         bar.close()
 

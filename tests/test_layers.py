@@ -17,6 +17,7 @@ ROWS = [
     {"norm", "storage"},
     {"kernels", "params", "state", "buffers", "guard", "dtensors"},
     {"wire", "offload"},
+    {"distributed"},
     {"collectives"},
     {"direct", "hybrid"},
     {"connect"},
@@ -31,8 +32,13 @@ ROWS = [
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
-OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}, "cli": {"rich"}}
-OPTIONAL["in_deepspeed"] = {"deepspeed"}
+OPTIONAL = {
+    "integrations": {"deepspeed"},
+    "in_deepspeed": {"deepspeed"},
+    "kernels": {"triton"},
+    "distributed": {"mpi4py"},
+    "cli": {"rich"},
+}
 # The only modules that may name an optional dependency at their top: nobody imports them at theirs.
 LAZY = {"triton_kernel"}
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +50,8 @@ def build_engine(model: GPT, settings: Settings, device: torch.device) -> Engine
     schedule = lr_factor(settings.warmup, settings.steps)
     if settings.engine == "sharded":
         dtype = getattr(torch, settings.dtype)
-        return ShardedEngine(model.to(device, dtype), schedule, settings.optimizer)
+        options = {"timeout": timedelta(seconds=settings.timeout)} | settings.optimizer
+        return ShardedEngine(model.to(device, dtype), schedule, options)
     return DeepSpeedEngine(model, schedule, settings)
 
 

@@ -12,29 +12,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(minutes=5)
+from belief_dist.distributed import init
+
+# A file of this name in the folder of a run ends the run, saved, after the step under way.
+STOP = "stop"
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Join the ranks of torchrun, deepspeed or mpirun; without a launcher be the only one.
+def process_group(timeout: timedelta) -> Iterator[torch.device]:
+    """Join the ranks of any launcher; without one be the only rank.
+
+    Args:
+        timeout: After which a missing rank ends the job.
 
     Yields:
         The device of this rank.
     """
-    device = torch.device("cpu")
-    if torch.accelerator.is_available():
-        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
-        accelerator = torch.accelerator.current_accelerator()
-        assert accelerator is not None
-        device = torch.device(accelerator.type, torch.accelerator.current_device_index())
-    backend = dist.get_default_backend_for_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=TIMEOUT)
-        os.environ.setdefault("LOCAL_RANK", "0")
+    device = init(timeout=timeout).device
     try:
         yield device
         dist.barrier()  # nobody leaves while another still talks to it
@@ -42,8 +36,13 @@ def process_group() -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def run_folder(out: Path | None, resume: Path | None) -> Path:
+def run_folder(out: Path | None, resume: Path | None, fixed: Path | None) -> Path:
     """Return the folder of this run, the same on all ranks.
+
+    Args:
+        out: To start in; None is a new folder under runs/.
+        resume: Whose run continues.
+        fixed: Where the run starts, or continues if it has a checkpoint.
 
     Raises:
         ValueError: There is no run to resume, or another one is in the way.
@@ -51,7 +50,7 @@ def run_folder(out: Path | None, resume: Path | None) -> Path:
     found: list[Path | ValueError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            found = [_run_folder(out, resume)]
+            found = [_run_folder(out, resume, fixed)]
         except ValueError as error:
             found = [error]
     dist.broadcast_object_list(found)
@@ -61,7 +60,11 @@ def run_folder(out: Path | None, resume: Path | None) -> Path:
     return found[0]
 
 
-def _run_folder(out: Path | None, resume: Path | None) -> Path:
+def _run_folder(out: Path | None, resume: Path | None, fixed: Path | None) -> Path:
+    if fixed is not None:
+        fixed.mkdir(parents=True, exist_ok=True)
+        (fixed / STOP).unlink(missing_ok=True)
+        return fixed.resolve()
     if resume is not None:
         if last_checkpoint(resume) is None:
             raise ValueError(f"there is no checkpoint under {resume}; resume needs a run's folder.")

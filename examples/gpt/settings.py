@@ -31,6 +31,9 @@ class Settings:
         stop_at: End after this step, saved, as if the job's time were over.
         out: Folder of the run; default: a new one under runs/.
         resume: Folder of a run to continue from its last checkpoint.
+        folder: Of a run to start, or to continue if it has a checkpoint: one command for both,
+            as launchers that restart a job need it.
+        timeout: Seconds after which a rank that does not answer ends the job.
         prompt: What the sample begins with.
         sample_bytes: Length of the sample.
         local_rank: Ignored; the deepspeed launcher passes it.
@@ -54,6 +57,8 @@ class Settings:
     stop_at: int | None = None
     out: Path | None = None
     resume: Path | None = None
+    folder: Path | None = None
+    timeout: float = 300
     prompt: str = "The "
     sample_bytes: int = 300
     local_rank: int = -1
@@ -79,5 +84,9 @@ class Settings:
                 "engine=deepspeed and deepspeed_config go together: for example --engine deepspeed "
                 "--deepspeed_config configs/deepspeed_zero1.json."
             )
-        if self.out is not None and self.resume is not None:
-            raise ValueError("resume continues in the folder of its run: leave out away.")
+        if sum(path is not None for path in (self.out, self.resume, self.folder)) > 1:
+            raise ValueError(
+                "out starts a run, resume continues one, folder does either: give only one of them."
+            )
+        if self.timeout <= 0:
+            raise ValueError(f"timeout must be positive, got {self.timeout}.")

@@ -1,0 +1,6 @@
+"""Join the ranks of a job, whatever started them: `belief_dist.distributed.init()`."""
+
+from belief_dist.distributed.errors import LaunchError
+from belief_dist.distributed.init import TIMEOUT, World, init
+
+__all__ = ["TIMEOUT", "LaunchError", "World", "init"]

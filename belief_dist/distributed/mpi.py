@@ -1,0 +1,80 @@
+"""How the processes of mpirun find rank 0: MPI itself tells them."""
+
+from __future__ import annotations
+
+import socket
+import sys
+from types import TracebackType
+from typing import Any
+
+from belief_dist.distributed.errors import LaunchError
+from belief_dist.distributed.place import OPEN_MPI, Place
+
+
+def communicator(place: Place) -> Any:
+    """Return MPI's communicator of all processes, whose ranks are those of the launcher.
+
+    Raises:
+        LaunchError: mpi4py is missing, or has loaded another MPI than that of the launcher.
+    """
+    try:
+        import mpi4py
+        from mpi4py import run
+
+        # Initialized below: a library that the launcher does not know may end the process there.
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise LaunchError(
+            f"{place} needs mpi4py to agree on an address, and it does not load "
+            f"({str(error).splitlines()[0]}): pip install 'belief_dist[mpi]', or set MASTER_ADDR "
+            f"and MASTER_PORT."
+        ) from error
+    library = MPI.Get_library_version().splitlines()[0].split(",")[0].strip("\0 ")
+    advice = (
+        "start with the mpirun of that library, or name the launcher's own libmpi in MPI4PY_LIBMPI."
+    )
+    if ("Open MPI" in library) != (place.launcher == OPEN_MPI):
+        raise LaunchError(f"{place}, but mpi4py has loaded {library!r}: {advice}")
+    if not MPI.Is_initialized():
+        MPI.Init_thread()
+    world = MPI.COMM_WORLD
+    if (world.Get_rank(), world.Get_size()) != (place.rank, place.world_size):
+        raise LaunchError(
+            f"{place}, but mpi4py has loaded {library!r}, in which this process is rank "
+            f"{world.Get_rank()} of {world.Get_size()}: {advice}"
+        )
+    _abort_on_exceptions(run.set_abort_status)
+    return world
+
+
+def _abort_on_exceptions(set_abort_status: Any) -> None:
+    """Let a rank that dies of an exception end the job.
+
+    Else it waits in MPI_Finalize for ranks that wait for it.
+    """
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        previous(kind, error, trace)
+        set_abort_status(error)
+
+    sys.excepthook = hook
+
+
+def hosts(world: Any) -> list[str]:
+    """Return the host name of every rank; called by all."""
+    names: list[str] = world.allgather(socket.gethostname())
+    return names
+
+
+def tell(world: Any, endpoint: tuple[str, int] | LaunchError | None) -> tuple[str, int]:
+    """Return the address and port that rank 0 gives; called by all.
+
+    Raises:
+        LaunchError: On every rank, if rank 0 has none to give.
+    """
+    answer: tuple[str, int] | LaunchError = world.bcast(endpoint, root=0)
+    if isinstance(answer, LaunchError):
+        raise answer
+    return answer

@@ -1,0 +1,96 @@
+"""Which of this host's addresses and interfaces lead to the other ranks."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import ipaddress
+import socket
+import struct
+import time
+
+from belief_dist.distributed.errors import LaunchError
+
+_SIOCGIFADDR = 0x8915
+_DOCUMENTATION = "192.0.2.1"  # an address that nobody has: whatever leads to it leads outside
+
+
+def address_towards(host: str) -> str:
+    """Return this host's address on the way to another; nothing is sent.
+
+    Raises:
+        OSError: The name is unknown, or no way leads there.
+    """
+    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)
+        address: str = probe.getsockname()[0]
+    return address
+
+
+def outward_address() -> str:
+    """Return the address that this host has towards others, or the loopback's if it has none."""
+    try:
+        return address_towards(_DOCUMENTATION)
+    except OSError:
+        return "127.0.0.1"
+
+
+def is_loopback(address: str) -> bool:
+    """Tell whether an address reaches this host only."""
+    return ipaddress.ip_address(address.split("%")[0]).is_loopback
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the interface that has an address, or None if none is known to."""
+    wanted = ipaddress.ip_address(address.split("%")[0])
+    if wanted.is_loopback:
+        return "lo"
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            if _ipv4_of(probe, name) == wanted:
+                return name
+    return _ipv6_interfaces().get(wanted)
+
+
+def _ipv4_of(probe: socket.socket, name: str) -> ipaddress.IPv4Address | None:
+    request = array.array("B", struct.pack("256s", name.encode()[:15]))
+    try:
+        fcntl.ioctl(probe, _SIOCGIFADDR, request)
+    except OSError:
+        return None  # down, or without an IPv4 address
+    return ipaddress.IPv4Address(request.tobytes()[20:24])
+
+
+def _ipv6_interfaces() -> dict[ipaddress.IPv4Address | ipaddress.IPv6Address, str]:
+    try:
+        with open("/proc/net/if_inet6") as file:
+            rows = [line.split() for line in file]
+    except OSError:
+        return {}
+    return {ipaddress.IPv6Address(bytes.fromhex(row[0])): row[-1] for row in rows}
+
+
+def wait_for_name(host: str, source: str, patience: float = 30.0) -> None:
+    """Return when a host's name is known; a new container's may take a while.
+
+    Args:
+        host: A name or an address.
+        source: The environment variable that it is from, for the message.
+        patience: Seconds.
+
+    Raises:
+        LaunchError: It is still unknown.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{source} names {host!r}, which {socket.gethostname()} cannot resolve "
+                    f"({error.strerror}): set MASTER_ADDR to an address of rank 0's host."
+                ) from None
+        time.sleep(0.5)

@@ -1,0 +1,194 @@
+"""What the ranks of a job compare before they train: that they run the same code, and the time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store
+
+import belief_dist
+from belief_dist.distributed.errors import LaunchError
+
+_MAX_SKEW = 5.0  # seconds
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a rank shows to rank 0.
+
+    Attributes:
+        host: Its host.
+        facts: What must be equal on all ranks, by what it is.
+        problem: Why this rank cannot take part; empty if it can.
+    """
+
+    host: str
+    facts: Mapping[str, str]
+    problem: str = ""
+
+
+def own_facts(world_size: int, backend: str) -> dict[str, str]:
+    """Return what must be equal on all ranks, by what it is."""
+    return {
+        "world size": str(world_size),
+        "backend": backend,
+        "version of torch": torch.__version__,
+        "version of belief_dist": belief_dist.__version__,
+        "source code of belief_dist": source_hash(Path(belief_dist.__file__).parent),
+    }
+
+
+def source_hash(folder: Path) -> str:
+    """Return a short hash of all source files in a folder, by their names and contents."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in {".py", ".cpp"}:
+            digest.update(f"{path.relative_to(folder)}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:12]
+
+
+def difference(first: Card, card: Card, rank: int) -> str:
+    """Return a sentence about the first difference between rank 0 and another; empty if none."""
+    if card.problem:
+        return f"rank {rank} on {card.host} reports: {card.problem}"
+    for what, here in first.facts.items():
+        there = card.facts.get(what)
+        if there != here:
+            return (
+                f"the {what} differs: {here} on rank 0 ({first.host}), {there} on rank {rank} "
+                f"({card.host}). Start every rank with the same environment and the same code."
+            )
+    return ""
+
+
+def meet(
+    store: Store,
+    rank: int,
+    world_size: int,
+    facts: Mapping[str, str],
+    problem: str,
+    *,
+    timeout: timedelta,
+    warn: bool,
+) -> list[str]:
+    """Wait until all ranks are here, and compare them; called by all ranks.
+
+    Args:
+        store: Where nobody else writes.
+        rank: This process's.
+        world_size: Number of processes.
+        facts: See `own_facts`.
+        problem: Why this rank cannot take part; empty if it can.
+        timeout: After which a missing rank becomes an error.
+        warn: Whether this rank warns if its clock differs from rank 0's.
+
+    Returns:
+        The host of every rank on rank 0, nothing on others.
+
+    Raises:
+        LaunchError: A rank has a problem, differs from rank 0, or is missing; on every rank.
+    """
+    if store.add(f"arrived/{rank}", 1) > 1:
+        raise LaunchError(
+            f"another process is rank {rank} of this job already: give every process its own rank, "
+            f"and every job its own MASTER_PORT."
+        )
+    card = Card(socket.gethostname(), facts, problem)
+    store.set(f"card/{rank}", json.dumps([card.host, card.facts, card.problem]))
+    hosts: list[str] = []
+    if rank == 0:
+        sentence = difference(card, card, 0)
+        if not sentence:
+            sentence, hosts = _inspect(store, card, world_size, timeout)
+        store.set("verdict", json.dumps([sentence, time.time()]))
+    # Rank 0 waits as long for others, and answers then.
+    sentence, clock = json.loads(_get(store, "verdict", timeout * 2, "rank 0 has not answered"))
+    skew = time.time() - clock
+    if sentence:
+        if rank == 0:
+            # Its process holds the server: the others read first.
+            _wait_for_readers(store, world_size)
+        else:
+            store.add("read", 1)
+        raise LaunchError(sentence)
+    if warn and abs(skew) > _MAX_SKEW:
+        warnings.warn(
+            f"the clock of {card.host} (rank {rank}) is {abs(skew):.0f} s "
+            f"{'ahead of' if skew > 0 else 'behind'} that of rank 0: logs and file times will "
+            f"mislead; synchronize the hosts.",
+            stacklevel=3,
+        )
+    return hosts
+
+
+def _inspect(
+    store: Store, first: Card, world_size: int, timeout: timedelta
+) -> tuple[str, list[str]]:
+    deadline = time.monotonic() + timeout.total_seconds()
+    hosts = [first.host]
+    for rank in range(1, world_size):
+        left = timedelta(seconds=max(0.01, deadline - time.monotonic()))
+        try:
+            store.wait([f"card/{rank}"], left)
+        except dist.DistStoreError:
+            missing = [r for r in range(1, world_size) if not store.check([f"card/{r}"])]
+            return (
+                f"{_ranks(missing)} of {world_size} did not join within "
+                f"{timeout.total_seconds():g} s.",
+                hosts,
+            )
+        host, facts, problem = json.loads(store.get(f"card/{rank}"))
+        sentence = difference(first, Card(host, facts, problem), rank)
+        if sentence:
+            return sentence, hosts
+        hosts.append(host)
+    return "", hosts
+
+
+def _ranks(missing: list[int]) -> str:
+    shown = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
+    return f"rank{'s' if len(missing) > 1 else ''} {shown}"
+
+
+def _get(store: Store, key: str, timeout: timedelta, failure: str) -> str:
+    try:
+        store.wait([key], timeout)
+        value: bytes = store.get(key)
+        return value.decode()
+    except (dist.DistStoreError, dist.DistNetworkError) as error:
+        raise LaunchError(f"{failure}: {str(error).splitlines()[0]}") from None
+
+
+def _wait_for_readers(store: Store, world_size: int) -> None:
+    deadline = time.monotonic() + 2
+    present = sum(store.check([f"card/{rank}"]) for rank in range(1, world_size))
+    while store.add("read", 0) < present and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def count_local_rank(store: Store, rank: int) -> int:
+    """Return how many lower ranks are on this host; called by all ranks.
+
+    Raises:
+        LaunchError: A lower rank does not come.
+    """
+    here = socket.gethostname()
+    store.set(f"host/{rank}", here)
+    hosts = []
+    for lower in range(rank):
+        try:
+            hosts.append(store.get(f"host/{lower}").decode())
+        except (dist.DistStoreError, dist.DistNetworkError):
+            raise LaunchError(f"rank {lower} did not join in time.") from None
+    return hosts.count(here)

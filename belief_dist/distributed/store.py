@@ -1,0 +1,156 @@
+"""Open the store at which all ranks meet: one server in rank 0, found by all."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from contextlib import ExitStack
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import Store, TCPStore
+
+from belief_dist.distributed import mpi, slurm
+from belief_dist.distributed.errors import LaunchError
+from belief_dist.distributed.network import address_towards, outward_address, wait_for_name
+from belief_dist.distributed.place import HYDRA, OPEN_MPI, SLURM, Place
+
+Opened = tuple[Store, str, int]  # with the address and port of its server
+
+
+def open_store(
+    place: Place, environ: Mapping[str, str], timeout: timedelta, stack: ExitStack
+) -> Opened:
+    """Return the store of a job; called by all ranks.
+
+    Args:
+        place: This process's.
+        environ: Its environment, of which MASTER_ADDR and MASTER_PORT count where they are set.
+        timeout: After which a rank that does not come becomes an error.
+        stack: Keeps open what others need until they have come, too.
+
+    Raises:
+        LaunchError: Rank 0 cannot be found, or its port is taken.
+    """
+    master = _master(environ)
+    if place.world_size == 1:
+        return _serve(place, "127.0.0.1", 0, timeout)
+    if place.launcher in (OPEN_MPI, HYDRA):
+        return _open_by_mpi(place, master, timeout)
+    if place.launcher == SLURM and None in master:
+        return _open_by_slurm(place, environ, master, timeout, stack)
+    address, port = master
+    if address is None or port is None:
+        missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
+        raise LaunchError(
+            f"{missing} is not set, but {place} says that there are other ranks: set MASTER_ADDR "
+            f"to rank 0's host and MASTER_PORT to a port that is free there."
+        )
+    return _open_by_variables(place, environ, address, port, timeout)
+
+
+def _master(environ: Mapping[str, str]) -> tuple[str | None, int | None]:
+    text = environ.get("MASTER_PORT")
+    if not text:
+        return environ.get("MASTER_ADDR") or None, None
+    if not (text.isdecimal() and 0 < int(text) < 2**16):
+        raise LaunchError(f"MASTER_PORT must be in 1..65535, got {text!r}.")
+    return environ.get("MASTER_ADDR") or None, int(text)
+
+
+def _serve(place: Place, address: str, port: int, timeout: timedelta) -> Opened:
+    try:
+        # Port 0 lets the system choose: no other program can take it in between.
+        store = TCPStore(
+            address,
+            port,
+            place.world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=timeout,
+            multi_tenant=port != 0,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise LaunchError(
+            f"MASTER_PORT is {port}, which is taken on {socket.gethostname()}: choose another, or "
+            f"end the job that has it."
+        ) from None
+    return store, address, store.port
+
+
+def _connect(place: Place, address: str, port: int, timeout: timedelta) -> Opened:
+    try:
+        store = TCPStore(address, port, place.world_size, is_master=False, timeout=timeout)
+    except (dist.DistNetworkError, dist.DistStoreError):
+        raise LaunchError(
+            f"rank {place.rank} on {socket.gethostname()} could not reach rank 0 at {address}:"
+            f"{port} within {timeout.total_seconds():g} s: is it running, are MASTER_ADDR and "
+            f"MASTER_PORT its own, and does a firewall let the port through?"
+        ) from None
+    return store, address, port
+
+
+def _open_by_variables(
+    place: Place, environ: Mapping[str, str], address: str, port: int, timeout: timedelta
+) -> Opened:
+    wait_for_name(address, "MASTER_ADDR")
+    # torchrun's agent serves the store itself.
+    if place.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return _serve(place, address, port, timeout)
+    return _connect(place, address, port, timeout)
+
+
+def _open_by_mpi(place: Place, master: tuple[str | None, int | None], timeout: timedelta) -> Opened:
+    address, port = master
+    try:
+        world = mpi.communicator(place)
+    except LaunchError:
+        if address is None or port is None:
+            raise
+        return _open_by_variables(place, os.environ, address, port, timeout)
+    hosts = mpi.hosts(world)
+    opened: Opened | None = None
+    problem: LaunchError | None = None
+    if place.rank == 0:
+        try:
+            opened = _serve(place, address or _own_address(hosts), port or 0, timeout)
+        except LaunchError as error:
+            problem = error
+    address, port = mpi.tell(world, problem or (opened and opened[1:]))
+    return opened or _connect(place, address, port, timeout)
+
+
+def _own_address(hosts: list[str]) -> str:
+    """Return the address of this host that the others reach."""
+    others = [host for host in hosts if host != socket.gethostname()]
+    if not others:
+        return "127.0.0.1"
+    try:
+        return address_towards(others[0])
+    except OSError:  # their names mean nothing here
+        return outward_address()
+
+
+def _open_by_slurm(
+    place: Place,
+    environ: Mapping[str, str],
+    master: tuple[str | None, int | None],
+    timeout: timedelta,
+    stack: ExitStack,
+) -> Opened:
+    address, port = master
+    source = "MASTER_ADDR"
+    if address is None:
+        address, source = slurm.first_host(environ)
+    wait_for_name(address, source)
+    if port is not None:
+        return _open_by_variables(place, environ, address, port, timeout)
+    token = slurm.job_token(environ)
+    if place.rank == 0:
+        opened = _serve(place, address, 0, timeout)
+        stack.enter_context(slurm.answering(token, opened[2]))
+        return opened
+    return _connect(place, address, slurm.ask_for_port(address, token, timeout), timeout)
