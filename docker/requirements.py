@@ -4,9 +4,11 @@ The images install that before the source is there, so that a changed source kee
 """
 
 import sys
-import tomllib
 from pathlib import Path
 
+import tomllib
+
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-extras = [project["optional-dependencies"][extra] for extra in sys.argv[1:]]
-print(*project["dependencies"], *sum(extras, []), sep="\n")
+print(*project["dependencies"], sep="\n")
+for extra in sys.argv[1:]:
+    print(*project["optional-dependencies"][extra], sep="\n")

@@ -32,21 +32,24 @@ class Podman:
 
     def __init__(self, state: Path) -> None:
         self.state = state
+        self.environment = os.environ | {
+            "CONTAINERS_CONF": str(state / "containers.conf"),
+            "CONTAINERS_STORAGE_CONF": str(state / "storage.conf"),
+            "PATH": f"{BIN}:{os.environ['PATH']}",
+            "TMPDIR": str(state),
+        }
+        # In memory: a few gigabytes in small files, which are gone with the mount.
+        self.run("mount", "-t", "tmpfs", "-o", "size=8g", "tmpfs", state)
         self.namespace = f"belief-images-{os.getpid()}"
         for file in CONFIG.glob("*.*"):
             if file.suffix in (".conf", ".json"):
                 text = file.read_text().replace("STATE", str(state))
                 (state / file.name).write_text(text)
         (state / "networks").mkdir()
-        self.environment = os.environ | {
-            "CONTAINERS_CONF": str(state / "containers.conf"),
-            "CONTAINERS_STORAGE_CONF": str(state / "storage.conf"),
-            "PATH": f"{BIN}:{os.environ['PATH']}",
-        }
         self.run("ip", "netns", "add", self.namespace)
         self.run("ip", "-n", self.namespace, "link", "set", "lo", "up")
 
-    def run(self, *command: str | Path, timeout: float = 240, **environment: str) -> str:
+    def run(self, *command: str | Path, timeout: float = 400, **environment: str) -> str:
         """Run a command that must succeed; return what it wrote to standard output."""
         done = subprocess.run(
             list(map(str, command)),
@@ -100,14 +103,12 @@ class Podman:
         )
 
     def close(self) -> None:
-        """Remove containers, mounts, the network namespace and the folder with the images."""
+        """Remove containers, the network namespace, and the mounts with the images."""
         self.run("podman", "rm", "--all", "--force", "--time=0")
-        mounts = Path("/proc/mounts").read_text().splitlines()
-        for mount in reversed([line.split()[1] for line in mounts]):
-            if mount.startswith(f"{self.state}/"):
-                self.run("umount", mount)
         self.run("ip", "netns", "delete", self.namespace)
-        shutil.rmtree(self.state)
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in reversed([m for m in mounts if Path(m).is_relative_to(self.state)]):
+            self.run("umount", mount)
 
     @property
     def _policy(self) -> tuple[str, str]:

@@ -17,6 +17,8 @@ import pytest
 import images
 from images import BIN, ROOT, Podman
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for the build: a minute or two
+
 IMAGE = "localhost/belief-dist:cpu"
 SETTINGS = (
     "--layers 1 --width 32 --heads 2 --context 32 --batch 8 --steps 6 --warmup 2 --eval_every 3 "

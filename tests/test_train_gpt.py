@@ -68,6 +68,7 @@ def zero(stage: int) -> list[str]:
         ("python", []),
         ("deepspeed", zero(1)),
         ("torchrun", [*zero(2), "--dtype", "bfloat16", "--accumulate", "2"]),
+        ("torchrun", zero(3)),
         ("python", zero(0)),
     ],
     ids=[
@@ -76,6 +77,7 @@ def zero(stage: int) -> list[str]:
         "python",
         "deepspeed-zero1",
         "torchrun-zero2",
+        "torchrun-zero3",
         "python-zero0",
     ],
 )
