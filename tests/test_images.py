@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import images
-from images import BIN, ROOT, Podman
+from images import BIN, CONFIG, ROOT, Podman
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the build: a minute or two
 
@@ -34,6 +34,10 @@ def check(*command: str | Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_dockerfiles_pass_the_linter(device: str) -> None:
     check("hadolint", ROOT / "docker" / f"Dockerfile.{device}")
+
+
+def test_scripts_pass_the_linter() -> None:
+    check("shellcheck", *sorted((ROOT / "docker").glob("*.sh")), CONFIG / "install.sh")
 
 
 def test_both_images_are_made_alike() -> None:
