@@ -49,7 +49,7 @@ class Podman:
         self.run("ip", "netns", "add", self.namespace)
         self.run("ip", "-n", self.namespace, "link", "set", "lo", "up")
 
-    def run(self, *command: str | Path, timeout: float = 400, **environment: str) -> str:
+    def run(self, *command: str | Path, timeout: float = 600, **environment: str) -> str:
         """Run a command that must succeed; return what it wrote to standard output."""
         done = subprocess.run(
             list(map(str, command)),

@@ -17,7 +17,7 @@ import pytest
 import images
 from images import BIN, CONFIG, ROOT, Podman
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for the build: a minute or two
+pytestmark = pytest.mark.timeout(1200)  # the first test waits for the build: a minute or two
 
 IMAGE = "localhost/belief-dist:cpu"
 SETTINGS = (
