@@ -116,11 +116,10 @@ def train(settings: Settings, device: torch.device) -> None:
 
     fullest = torch.tensor(list(engine.bytes_per_rank().values()), device=device)
     dist.all_reduce(fullest, dist.ReduceOp.MAX)
+    # On all ranks: at ZeRO-3 each forward gathers the parameters.
+    text = sample(engine.model, settings.prompt, settings.sample_bytes, settings.context, device)
     if rank == 0:
         draw_losses(log.rows, unigram, run / "loss.png")
-        text = sample(
-            engine.model, settings.prompt, settings.sample_bytes, settings.context, device
-        )
         print(f"\nA sample:\n{text}\n")
         unsharded = unsharded_bytes(num_params, getattr(torch, settings.dtype).itemsize)
         held = dict(zip(unsharded, fullest.tolist(), strict=True))

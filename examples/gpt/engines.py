@@ -184,19 +184,27 @@ class DeepSpeedEngine:
         held = self._local_gradients()
         for averaged in getattr(self.engine.optimizer, "averaged_gradients", {}).values():
             held += averaged or []
+        held += [master.grad for master in self._masters() if master.grad is not None]  # offloaded
         return nbytes(held)
+
+    def _masters(self) -> list[Tensor]:
+        """Return the float32 shards of stages 1 and 2, or those of stage 3."""
+        for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+            if hasattr(self.engine.optimizer, name):
+                return getattr(self.engine.optimizer, name)
+        return []
 
     def bytes_per_rank(self) -> dict[str, int]:
         optimizer = self.engine.optimizer
         if self._shards_itself:
             held: dict[str, int] = optimizer.bytes_per_rank()
             return held
-        masters = getattr(optimizer, "single_partition_of_fp32_groups", [])
         states = self.engine.basic_optimizer.state.values()
         return {
-            "parameters": nbytes(self.model.parameters()),
+            # At stage 3 a parameter is empty between its uses, and its shard lies beside it.
+            "parameters": nbytes(getattr(p, "ds_tensor", p) for p in self.model.parameters()),
             "gradients": self._gradients,
-            "masters": nbytes(masters),
+            "masters": nbytes(self._masters()),
             "exp_avg": nbytes(state["exp_avg"] for state in states),
             "exp_avg_sq": nbytes(state["exp_avg_sq"] for state in states),
         }
