@@ -51,6 +51,7 @@ from belief_dist.dtensors import (
 from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
 from belief_dist.integrations.rehearsal import TORCH_STATE_DICT, is_called_by
+from belief_dist.integrations.replaced import watch
 from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
@@ -210,6 +211,7 @@ class ShardedAdaBelief(Optimizer):
         self._defers_verdict = device.type != "cpu" and offload is None
         self._build()
         self._built = True
+        watch(self)
 
     # - Construction
 

@@ -26,11 +26,17 @@ ROWS = [
     {"optimizer"},
     {"sharded"},
     {"checkpoint"},
-    {"cli"},
+    {"running"},
+    {"cli", "hf"},
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
-OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}, "cli": {"rich"}}
+OPTIONAL = {
+    "integrations": {"deepspeed"},
+    "kernels": {"triton"},
+    "cli": {"rich"},
+    "hf": {"transformers"},
+}
 # The only modules that may name an optional dependency at their top: nobody imports them at theirs.
 LAZY = {"triton_kernel"}
 
