@@ -37,17 +37,15 @@ class _Watched:
     def is_trained_by(self, other: Optimizer) -> bool:
         """Return whether `other` certainly trains a parameter of this one."""
         params = [param for ref in self.params if (param := ref()) is not None]
+        stepped = [param for group in other.param_groups for param in group["params"]]
+        # Where this object is gone, a script may have thrown it away and gone on with another on
+        # purpose; under DeepSpeed, below, that is the silent replacement.
+        if self.optimizer() is not None and {*map(id, params)} & {*map(id, stepped)}:
+            return True
         if any(_is_zero_3_owner(param, other) for param in params):
             return True
-        stepped = {_address(p) for group in other.param_groups for p in group["params"]} - {0}
-        # Where only parameters can tell, and this object is gone, a script may have thrown it away
-        # and gone on with another on purpose; under DeepSpeed that is the silent replacement.
-        own = params if self.optimizer() is not None else []
-        return any(
-            _address(tensor) in stepped
-            for tensor in [*own, *map(_zero_fragment, params)]
-            if tensor is not None
-        )
+        fragments = {_address(f) for param in params if (f := _zero_fragment(param)) is not None}
+        return any(_address(param) in fragments - {None} for param in stepped)
 
 
 _unstepped: list[_Watched] = []
@@ -71,7 +69,7 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
     for watched in list(_unstepped):
         if watched.optimizer() is stepped:
             _unstepped.remove(watched)
-        elif watched.is_trained_by(stepped):
+        elif type(stepped).__name__ != watched.name and watched.is_trained_by(stepped):
             _unstepped.remove(watched)
             if not dist.is_initialized() or dist.get_rank() == 0:
                 logger.warning(
@@ -87,14 +85,12 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
                 _unstepped.remove(watched)
 
 
-def _address(tensor: Tensor) -> int:
-    """Return where this rank's part of a tensor is stored, 0 if nowhere."""
-    to_local = getattr(tensor, "to_local", None)
-    storage = (to_local() if to_local is not None else tensor).untyped_storage()
+def _address(tensor: Tensor) -> int | None:
+    """Return where the memory begins that a tensor is a part of, None if it has none of its own."""
     try:
-        return storage.data_ptr()
-    except RuntimeError:  # a fake tensor
-        return 0
+        return tensor.untyped_storage().data_ptr() or None
+    except RuntimeError:  # a DTensor
+        return None
 
 
 def _zero_fragment(param: Tensor) -> Tensor | None:
