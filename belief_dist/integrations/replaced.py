@@ -45,7 +45,7 @@ class _Watched:
         if any(_is_zero_3_owner(param, other) for param in params):
             return True
         fragments = {_address(f) for param in params if (f := _zero_fragment(param)) is not None}
-        return any(_address(param) in fragments - {None} for param in stepped)
+        return any(_address(param) in fragments for param in stepped)
 
 
 _unstepped: list[_Watched] = []
@@ -85,12 +85,12 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
                 _unstepped.remove(watched)
 
 
-def _address(tensor: Tensor) -> int | None:
-    """Return where the memory begins that a tensor is a part of, None if it has none of its own."""
+def _address(tensor: Tensor) -> object:
+    """Return where the memory begins that a tensor is a part of; unique if it has none."""
     try:
-        return tensor.untyped_storage().data_ptr() or None
+        return tensor.untyped_storage().data_ptr() or object()
     except RuntimeError:  # a DTensor
-        return None
+        return object()
 
 
 def _zero_fragment(param: Tensor) -> Tensor | None:
