@@ -176,6 +176,20 @@ def test_lightning_example_under_ddp(tmp_path):
     assert float(re.search(r"^loss ([\d.]+)", output, re.MULTILINE)[1]) < 4.5
 
 
+def test_lightning_config_is_one_that_deepspeed_and_the_strategy_read():
+    # Further than this its strategy does not go without CUDA.
+    code = (
+        "import torch; from deepspeed import DeepSpeedConfig; "
+        "from lightning.pytorch.strategies import DeepSpeedStrategy; "
+        "config = DeepSpeedStrategy(config='configs/lightning_zero2.json').config; "
+        "read = DeepSpeedConfig(config); "
+        "cls = getattr(torch.optim, read.optimizer_name); "
+        "cls([torch.ones(1)], **read.optimizer_params); "
+        "print(cls.__name__, read.zero_config.stage)"
+    )
+    assert launch(ROOT, sys.executable, "-c", code).endswith("AdaBelief 2\n")
+
+
 def steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
