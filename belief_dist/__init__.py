@@ -7,10 +7,20 @@ from belief_dist import distributed
 from belief_dist.integrations.deepspeed import on_engine
 from belief_dist.kernels import backends
 from belief_dist.optimizer import AdaBelief
+from belief_dist.running import NotAdaBelief, Running, verify
 from belief_dist.sharded import ShardedAdaBelief
 
 __version__ = "0.1.0"
-__all__ = ["AdaBelief", "ShardedAdaBelief", "__version__", "backends", "distributed"]
+__all__ = [
+    "AdaBelief",
+    "NotAdaBelief",
+    "Running",
+    "ShardedAdaBelief",
+    "__version__",
+    "backends",
+    "distributed",
+    "verify",
+]
 
 # Also without the installed entry point, `import belief_dist` makes the names known to torch.optim.
 _belief_dist_autoload.register()

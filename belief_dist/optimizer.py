@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from belief_dist import kernels
 from belief_dist.integrations.deepspeed import register_zero_optimizer
 from belief_dist.integrations.rehearsal import is_rehearsal
+from belief_dist.integrations.replaced import watch
 from belief_dist.options import complete_options
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
 from belief_dist.rule import (
@@ -139,6 +140,7 @@ class AdaBelief(Optimizer):
         self._no_decay = no_decay
         super().__init__(as_groups(params, "AdaBelief"), defaults)
         register_zero_optimizer(type(self))
+        watch(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it leaves out are those of the constructor."""

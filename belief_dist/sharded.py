@@ -52,6 +52,7 @@ from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
 from belief_dist.guard import ReadGuard
 from belief_dist.integrations.deepspeed import refuse_unknown_engine, watch_engines
 from belief_dist.integrations.rehearsal import TORCH_STATE_DICT, is_called_by
+from belief_dist.integrations.replaced import watch
 from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
 from belief_dist.norm import norm_from_bins
 from belief_dist.offload import HostGradients, warn_of_one_thread
@@ -215,6 +216,7 @@ class ShardedAdaBelief(Optimizer):
         self._build()
         self._built = True
         watch_engines()
+        watch(self)
 
     # - Construction
 

@@ -28,7 +28,8 @@ ROWS = [
     {"sharded"},
     {"checkpoint"},
     {"in_deepspeed"},
-    {"cli", "run"},
+    {"running"},
+    {"cli", "hf", "run"},
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
@@ -38,6 +39,7 @@ OPTIONAL = {
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
     "cli": {"rich"},
+    "hf": {"transformers"},
 }
 # The only modules that may name an optional dependency at their top: nobody imports them at theirs.
 LAZY = {"triton_kernel"}

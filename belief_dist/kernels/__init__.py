@@ -33,6 +33,7 @@ __all__ = [
     "ordered_sum_",
     "prefers_foreach",
     "require_fused",
+    "serving",
     "squared_norm_bins_",
     "update_",
 ]
@@ -118,6 +119,14 @@ def backends() -> list[tuple[str, bool, str]]:
         else (name, True, kernel.description)
         for name, kernel in found
     ] + [("eager", True, "plain torch, on every device")]
+
+
+def serving(device: torch.device) -> str:
+    """Return which backend updates tensors on `device`: "cpp", "triton" or "eager"."""
+    kernel = _kernel(device)
+    if isinstance(kernel, TritonKernel):
+        return "triton"
+    return "cpp" if isinstance(kernel, CppKernel) and device.type == "cpu" else "eager"
 
 
 def require_fused() -> None:

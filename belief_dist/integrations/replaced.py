@@ -1,0 +1,104 @@
+"""Notices that another optimizer trains the parameters that were given to one of ours.
+
+Accelerate and the Hugging Face Trainer put DeepSpeedCPUAdam or AdamW in the place of an optimizer
+that the script built, and say nothing. The replaced object never takes a step, so it is watched
+from its construction to its first one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import weakref
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+logger = logging.getLogger("belief_dist")
+
+# Steps of other optimizers to look at: one tells, unless a framework rehearses it (see rehearsal).
+_LOOKS = 10
+
+
+class _Watched:
+    """An optimizer that has not taken a step yet; holds neither it nor its parameters alive."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.name = type(optimizer).__name__
+        self.optimizer = weakref.ref(optimizer)
+        self.params = [
+            weakref.ref(param) for group in optimizer.param_groups for param in group["params"]
+        ]
+        self.looks = _LOOKS
+
+    def is_trained_by(self, other: Optimizer) -> bool:
+        """Return whether `other` certainly trains a parameter of this one."""
+        params = [param for ref in self.params if (param := ref()) is not None]
+        stepped = [param for group in other.param_groups for param in group["params"]]
+        # Where this object is gone, a script may have thrown it away and gone on with another on
+        # purpose; under DeepSpeed, below, that is the silent replacement.
+        if self.optimizer() is not None and {*map(id, params)} & {*map(id, stepped)}:
+            return True
+        if any(_is_zero_3_owner(param, other) for param in params):
+            return True
+        fragments = {_address(f) for param in params if (f := _zero_fragment(param)) is not None}
+        return any(_address(param) in fragments for param in stepped)
+
+
+_unstepped: list[_Watched] = []
+
+
+def watch(optimizer: Optimizer) -> None:
+    """Warn, once and on rank 0, if another optimizer steps what `optimizer` was given, and it not.
+
+    Called at the end of a constructor. Costs nothing after the optimizer's own first step.
+    """
+    _install_hook()
+    _unstepped.append(_Watched(optimizer))
+
+
+@functools.cache
+def _install_hook() -> None:
+    register_optimizer_step_post_hook(_after_any_step)
+
+
+def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
+    for watched in list(_unstepped):
+        if watched.optimizer() is stepped:
+            _unstepped.remove(watched)
+        elif type(stepped).__name__ != watched.name and watched.is_trained_by(stepped):
+            _unstepped.remove(watched)
+            if not dist.is_initialized() or dist.get_rank() == 0:
+                logger.warning(
+                    "%s trains the parameters that were given to %s, which has not taken a step: "
+                    'name AdaBelief in the DeepSpeed JSON ("optimizer": {"type": "AdaBelief", ...})'
+                    " instead of passing an object, or ask belief_dist.verify() for the cause.",
+                    type(stepped).__name__,
+                    watched.name,
+                )
+        else:
+            watched.looks -= 1
+            if not watched.looks:
+                _unstepped.remove(watched)
+
+
+def _address(tensor: Tensor) -> object:
+    """Return where the memory begins that a tensor is a part of; unique if it has none."""
+    try:
+        return tensor.untyped_storage().data_ptr() or object()
+    except RuntimeError:  # a DTensor
+        return object()
+
+
+def _zero_fragment(param: Tensor) -> Tensor | None:
+    """Return this rank's part of the master copy that ZeRO-1 or 2 steps in place of `param`."""
+    mapping = getattr(param, "_hp_mapping", None)
+    return getattr(mapping, "hp_fragment", None)
+
+
+def _is_zero_3_owner(param: Tensor, other: Optimizer) -> bool:
+    """Return whether `other` is the optimizer inside the ZeRO-3 one that owns `param`."""
+    return getattr(getattr(param, "_z3_optimizer", None), "optimizer", None) is other

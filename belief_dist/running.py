@@ -1,0 +1,160 @@
+"""Which optimizer really trains, whatever framework was asked to use AdaBelief."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch.optim import Optimizer
+
+from belief_dist import kernels
+from belief_dist.optimizer import AdaBelief
+from belief_dist.sharded import ShardedAdaBelief
+
+_JSON = '"optimizer": {"type": "AdaBelief", "params": {...}} in the DeepSpeed JSON'
+
+
+class NotAdaBelief(RuntimeError):
+    """Another optimizer than AdaBelief trains, or none that could be found."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """The optimizer that really steps; as a string, one line that says so.
+
+    Attributes:
+        optimizer: AdaBelief or ShardedAdaBelief.
+        wrappers: What stands around it, outermost first, such as "DeepSpeedEngine".
+        ranks: World size.
+        backend: What computes its update: "cpp", "triton", "foreach" or "eager".
+    """
+
+    optimizer: AdaBelief | ShardedAdaBelief
+    wrappers: tuple[str, ...]
+    ranks: int
+    backend: str
+
+    def __str__(self) -> str:
+        """Return the line."""
+        under = f" under {' > '.join(self.wrappers)}" if self.wrappers else ""
+        group = self.optimizer.param_groups[0]
+        return (
+            f"{type(self.optimizer).__name__} runs{under} on {self.ranks} "
+            f"{'rank' if self.ranks == 1 else 'ranks'} with the {self.backend} kernel, "
+            f"lr {float(group['lr']):g}, eps {group['eps']:g}"
+        )
+
+
+def verify(training: Any) -> Running:
+    """Tell which optimizer really trains; raise where it is not one of belief_dist's.
+
+    Communicates nothing, so any rank may ask; frameworks decide alike on all of them.
+
+    Args:
+        training: A DeepSpeed engine, an Accelerator after `prepare`, a Trainer of Hugging Face
+            (once training has begun) or of Lightning, or an optimizer in any of their wrappers.
+
+    Returns:
+        Optimizer, wrappers, ranks and kernel; print it for one line.
+
+    Raises:
+        NotAdaBelief: Something else runs; names it, the cause if it is a known one, and the way
+            out.
+    """
+    chain = _chain(training)
+    optimizer = chain[-1]
+    if not isinstance(optimizer, (AdaBelief, ShardedAdaBelief)):
+        raise NotAdaBelief(_explain(optimizer, chain))
+    return Running(
+        optimizer=optimizer,
+        wrappers=tuple(map(_label, chain[:-1])),
+        ranks=dist.get_world_size() if dist.is_initialized() else 1,
+        backend=_backend(optimizer),
+    )
+
+
+def _chain(training: Any) -> list[Any]:
+    """Return `training` and what it wraps, down to what has no optimizer inside."""
+    chain = [training]
+    while not isinstance(chain[-1], (AdaBelief, ShardedAdaBelief)):
+        inner = _inside(chain[-1])
+        if inner is None or any(inner is outer for outer in chain):
+            break
+        chain.append(inner)
+    return chain
+
+
+def _inside(outer: Any) -> Any:
+    """Return the optimizer or engine that an object of some framework holds, or None."""
+    # Trainer and engine and every wrapper call it "optimizer"; Accelerate and Lightning have lists.
+    for name in ("optimizer", "_optimizers", "optimizers"):
+        inner = getattr(outer, name, None)
+        if isinstance(inner, (list, tuple)):
+            inner = inner[0] if len(inner) == 1 else None
+        if inner is not None:
+            return inner
+    return None
+
+
+def _label(wrapper: Any) -> str:
+    name = type(wrapper).__name__
+    if name == "DeepSpeedZeroOptimizer":
+        return f"{name} (ZeRO-{2 if wrapper.partition_gradients else 1})"
+    return name
+
+
+def _backend(optimizer: AdaBelief | ShardedAdaBelief) -> str:
+    param = optimizer.param_groups[0]["params"][0]
+    if isinstance(optimizer, ShardedAdaBelief):
+        return kernels.serving(param.device)
+    if kernels.prefers_foreach(param, optimizer._foreach, optimizer._fused):
+        return "foreach"
+    return "eager" if optimizer._fused is False else kernels.serving(param.device)
+
+
+def _explain(found: Any, chain: list[Any]) -> str:
+    """Return one sentence: what runs, why, and what to do."""
+    name = type(found).__name__
+    if name in ("DummyOptim", "DummyScheduler"):
+        return (
+            f"{name} is Accelerate's placeholder and trains nothing: "
+            "verify what accelerator.prepare() returned."
+        )
+    if not isinstance(found, Optimizer):
+        return (
+            f"{name} holds no single optimizer that belief_dist.verify() could find: pass the "
+            "engine, the Accelerator after prepare(), a Trainer whose training has begun, or the "
+            "optimizer itself."
+        )
+    asked = _named_in_config(chain)
+    if asked is not None:
+        return (
+            f"{name} runs instead of AdaBelief because the DeepSpeed configuration names "
+            f'"{asked}" as its optimizer: write {_JSON}.'
+        )
+    if name == "DeepSpeedCPUAdam":
+        return (
+            "DeepSpeedCPUAdam runs instead of AdaBelief because Accelerate and the Hugging Face "
+            "Trainer put it in the place of every optimizer that the script passes while "
+            f'offload_optimizer is on: write {_JSON}, or set "zero_force_ds_cpu_optimizer": false '
+            "there."
+        )
+    if any("DeepSpeed" in type(outer).__name__ for outer in chain):
+        return (
+            f"{name} runs instead of AdaBelief because that is what DeepSpeed was given; the "
+            "Hugging Face Trainer with deepspeed= drops optimizers=(optimizer, None) and builds "
+            f"what optim= says: write {_JSON}, or pass "
+            "optimizer_cls_and_kwargs=(AdaBelief, {...})."
+        )
+    return f"{name} runs instead of AdaBelief: pass belief_dist.AdaBelief where it was built."
+
+
+def _named_in_config(chain: list[Any]) -> str | None:
+    """Return the optimizer that an engine's JSON names, if there is an engine and it names one."""
+    for outer in chain:
+        config = getattr(outer, "_config", None)
+        name = getattr(config, "optimizer_name", None)
+        if name is not None and type(outer).__name__ == "DeepSpeedEngine":
+            return str(name)
+    return None
