@@ -22,3 +22,16 @@ def register_zero_optimizer(cls: type[Optimizer]) -> None:
     supported = getattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if supported is not None and cls not in supported:
         supported.append(cls)
+
+
+def extend_deepspeed(cls: type[Optimizer]) -> None:
+    """Have DeepSpeed offload, save and load optimizers of this class as it does its own.
+
+    Like `register_zero_optimizer`, in memory, from constructors, and only where it is loaded.
+    """
+    if "deepspeed.runtime.engine" in sys.modules:
+        from belief_dist.integrations.deepspeed_checkpoint import extend_checkpoints
+        from belief_dist.integrations.deepspeed_offload import extend_offload
+
+        extend_offload(cls)
+        extend_checkpoints(cls)
