@@ -120,8 +120,11 @@ def test_states_on_nvme_come_back(run):
     for before, after in zip(run("3 nvme"), run("resumed"), strict=True):
         trajectory = before["trajectory"]
         assert equal([after["loaded"]], [trajectory[SAVED_AT - 1]])
-        assert equal(after["trajectory"], trajectory[SAVED_AT:])
-        assert equal(after["again"], trajectory[SAVED_AT:])
+        assert equal(after["again"], after["trajectory"])
+        for ours, theirs in zip(after["trajectory"], trajectory[SAVED_AT:], strict=True):
+            # A new step count or new moments would differ by about lr, 1e-2. It is not the same
+            # bits: gradients that DeepSpeed swaps differ from those of the run that saved.
+            assert largest_difference(ours, theirs) < 1e-5
         assert [group["lr"] for group in after["options"]] == [OPTIONS["lr"], 0.005]
         assert [group["weight_decay"] for group in after["options"]] == [0.1, 0.0]
         missing, module_only = after["errors"]
