@@ -71,13 +71,18 @@ def _read_stage12(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]])
             pieces = {k: v[offset : offset + count].view(tuple(shape)) for k, v in flat.items()}
             _add(whole, name, pieces, step)
             offset += count + (paddings[number][position] if paddings else 0)
-        _add_group(whole, list(shapes), base[0]["param_groups"][number])
+    _add_groups(whole, model["param_shapes"], base[0]["param_groups"])
     return _finish(whole)
 
 
 def _read_stage3(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> Whole:
     """Each parameter is cut over all ranks; sub-groups hold one flat tensor each."""
     whole, ranks = _start(model), len(shards)
+    if any(not flat.numel() for shard in shards for flat in shard["fp32_flat_groups"]):
+        raise ValueError(
+            "this checkpoint was saved with optimizer states on NVMe, whose files cannot be read "
+            "here: save one with offload_optimizer's device cpu or none."
+        )
     base = [shard["optimizer_state_dict"] for shard in shards]
     sub_groups = model["param_shapes"]
     groups = base[0]["param_groups"]
@@ -98,8 +103,7 @@ def _read_stage3(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) 
             pieces = {k: joined(v)[:count].view(tuple(shape)) for k, v in flats.items()}
             _add(whole, name, pieces, step)
             offset += part
-        # Several sub-groups of one group have its options; DeepSpeed writes no more of them.
-        _add_group(whole, list(shapes), groups[number if len(groups) == len(sub_groups) else 0])
+    _add_groups(whole, sub_groups, groups)
     return _finish(whole)
 
 
@@ -118,9 +122,16 @@ def _add(whole: Whole, name: str, pieces: Mapping[str, Tensor], step: int | None
         whole.states[name] = {key: pieces[key].clone() for key in _STATES}
 
 
-def _add_group(whole: Whole, names: list[str], group: Mapping[str, Any]) -> None:
-    options = {k: v for k, v in group.items() if k in OPTION_NAMES}
-    whole.groups.append({"params": names, "options": {**DEFAULTS, **options}})
+def _add_groups(
+    whole: Whole,
+    shapes: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add param groups: each names the numbers of its flat tensors, at stage 3 its sub-groups."""
+    for group in groups:
+        names = [name for number in group["params"] for name in shapes[number]]
+        options = {k: v for k, v in group.items() if k in OPTION_NAMES}
+        whole.groups.append({"params": names, "options": {**DEFAULTS, **options}})
 
 
 def _finish(whole: Whole) -> Whole:
@@ -140,7 +151,7 @@ def read_universal(folder: str | Path) -> Whole:
     model = _load(_by_rank(folder, "*model_states.pt")[0])
     whole = _start(model)
     options = _universal_groups(folder)
-    for number, shapes in enumerate(model["param_shapes"]):
+    for shapes in model["param_shapes"]:
         for name, shape in shapes.items():
             pieces = {}
             for key in ("fp32", *_STATES):
@@ -152,15 +163,14 @@ def read_universal(folder: str | Path) -> Whole:
             if step is None and options:
                 step = options[0].get("step")
             _add(whole, name, pieces, step or int(model.get("global_steps", 0)))
-        group = options[number if number < len(options) else 0] if options else {}
-        _add_group(whole, list(shapes), group)
+    _add_groups(whole, model["param_shapes"], options)
     return _finish(whole)
 
 
 def _universal_groups(folder: Path) -> list[dict[str, Any]]:
     file = folder / "zero" / "optimizer_state.pt"
     if not file.exists():
-        return []
+        raise ValueError(f"{folder} is no whole universal checkpoint: it has no {file.name}.")
     saved = _load(file)
     while isinstance(saved, Mapping) and "param_groups" not in saved:
         inner = [key for key in ("optimizer_state_dict", "base_optimizer_state") if key in saved]

@@ -101,3 +101,16 @@ def refuse_unknown_engine() -> None:
             f"import deepspeed before you build the optimizer, or let the engine build it by "
             f'"type": "ShardedAdaBelief". If you do, this version of DeepSpeed is not supported.'
         )
+
+
+def extend_deepspeed(cls: type[Optimizer]) -> None:
+    """Have DeepSpeed offload, save and load optimizers of this class as it does its own.
+
+    Like `register_zero_optimizer`, in memory, from constructors, and only where it is loaded.
+    """
+    if "deepspeed.runtime.engine" in sys.modules:
+        from belief_dist.integrations.deepspeed_checkpoint import extend_checkpoints
+        from belief_dist.integrations.deepspeed_offload import extend_offload
+
+        extend_offload(cls)
+        extend_checkpoints(cls)
