@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,31 +11,9 @@ import torch
 from belief_dist.checkpoint import convert
 from belief_dist.checkpoint.whole import Whole, read_whole
 from deepspeed_checkpoint_job import CASES, WORLD_SIZE
-from test_deepspeed import free_port
+from test_deepspeed import launch
 
 JOB = Path(__file__).with_name("deepspeed_checkpoint_job.py")
-
-
-def environment(folder: Path) -> dict[str, str]:
-    bin_dir = Path(sys.executable).parent
-    return os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
-    }
-
-
-def start(folder: Path, *command: str | Path) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment(folder))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-
-
-def launch(folder: Path, ranks: int, *source: str) -> None:
-    launcher = Path(sys.executable).parent / "deepspeed"
-    options = ["--num_accelerators", str(ranks), "--master_addr", "127.0.0.1"]
-    start(folder, launcher, *options, "--master_port", str(free_port()), JOB, folder, *source)
 
 
 def check_resumed(folder: Path, source: str, ranks: int, name: str, saved: Whole) -> None:
@@ -59,7 +34,7 @@ def check_resumed(folder: Path, source: str, ranks: int, name: str, saved: Whole
 
 
 def test_zero_and_universal(tmp_path: Path) -> None:
-    launch(tmp_path, WORLD_SIZE)
+    launch(tmp_path, job=[JOB], world_size=WORLD_SIZE)
     names = [f"{stage}{dtype}" for stage, dtype in CASES]
     wholes = {}
     for name in names:
@@ -101,6 +76,6 @@ def test_zero_and_universal(tmp_path: Path) -> None:
         written = convert.read(again / "universal", trust=True)
         assert convert.differences(whole, written) == []
     for source, ranks in [("again", 2), ("saved", 1), ("saved", 3), ("saved", 4)]:
-        launch(tmp_path, ranks, source)
+        launch(tmp_path, source, job=[JOB], world_size=ranks)
         for name in names:
             check_resumed(tmp_path, source, ranks, name, wholes[name])

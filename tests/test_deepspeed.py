@@ -94,7 +94,6 @@ def launch(
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
             "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-            "TORCH_EXTENSIONS_DIR": str(folder / "torch_extensions"),
             "PYTHONPATH": os.pathsep.join(
                 [str(JOB.parent.parent), os.environ.get("PYTHONPATH", "")]
             ),
@@ -111,7 +110,7 @@ def launch(
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=280)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs has ranks, too

@@ -6,9 +6,6 @@ parameters, masters and files is real.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,25 +23,10 @@ from deepspeed_offload_job import (
     make_model,
     param_groups,
 )
-from test_deepspeed import free_port, largest_difference
+from test_deepspeed import largest_difference, launch
 
 JOB = Path(__file__).with_name("deepspeed_offload_job.py")
 SAME = ("1 cpu", "2 cpu", "2 callable", "2 instance", "3 cpu", "3 ratio", "3 params")
-
-
-def launch(folder: Path, part: str, cache: Path) -> None:
-    bin_dir = Path(sys.executable).parent
-    command = [bin_dir / "deepspeed", "--num_accelerators", WORLD_SIZE, "--master_addr"]
-    command += ["127.0.0.1", "--master_port", free_port(), JOB, folder, part]
-    environment = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
-        "TORCH_EXTENSIONS_DIR": str(cache),
-    }
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +34,7 @@ def run(tmp_path_factory):
     """Give a function name -> what each rank saved, of training and then of new processes."""
     folder = tmp_path_factory.mktemp("offload")
     for part in ("first", "resumed"):
-        launch(folder, part, tmp_path_factory.getbasetemp() / "torch_extensions")
+        launch(folder, part, job=[JOB])
     return lambda name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
