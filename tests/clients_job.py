@@ -167,6 +167,10 @@ def monitored(folder: Path) -> float:
         engine.step()
         true["loss"].append(loss.item())
         true["lr"].append(engine.optimizer.optimizer.param_groups[0]["lr"])
+        # DeepSpeed itself writes learning rate and times; the loss is the script's to write.
+        engine.monitor.write_events(
+            [("Train/Samples/train_loss", loss.item(), engine.global_samples)]
+        )
     if engine.global_rank == 0:
         (folder / "true.json").write_text(json.dumps(true))
     return 0.0
