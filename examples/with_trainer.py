@@ -59,7 +59,7 @@ def main() -> None:
         logging_steps=10,
         save_strategy="no",
         report_to=[],
-        # Without a GPU Accelerate counts one process under DeepSpeed, unless it is told the backend.
+        # Without a GPU Accelerate counts one process unless it is told the backend.
         ddp_backend=None if torch.cuda.is_available() else "gloo",
         use_cpu=not (args.deepspeed or torch.cuda.is_available()),
     )
