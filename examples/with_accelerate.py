@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import DummyOptim, set_seed
+from accelerate.utils import DummyOptim, InitProcessGroupKwargs, set_seed
 from torch.utils.data import DataLoader
 
 import belief_dist
@@ -28,7 +29,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     args = parser.parse_args()
 
-    accelerator = Accelerator()
+    # Without a GPU Accelerate counts one process under DeepSpeed, unless it is told the backend.
+    gloo = [] if torch.cuda.is_available() else [InitProcessGroupKwargs(backend="gloo")]
+    accelerator = Accelerator(kwargs_handlers=gloo)
     set_seed(0)
     model = GPT(layers=2, width=64, heads=4, context=CONTEXT)
     optimizer = (

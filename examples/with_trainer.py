@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -58,7 +59,9 @@ def main() -> None:
         logging_steps=10,
         save_strategy="no",
         report_to=[],
-        use_cpu=not args.deepspeed,
+        # Without a GPU Accelerate counts one process unless it is told the backend.
+        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        use_cpu=not (args.deepspeed or torch.cuda.is_available()),
     )
     model = GPT2LMHeadModel(
         GPT2Config(vocab_size=256, n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4)

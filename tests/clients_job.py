@@ -69,6 +69,7 @@ def trainer(config: dict[str, Any], check: bool = True, **given: Any) -> float:
     arguments = TrainingArguments(
         output_dir=str(Path(sys.argv[1]) / "trainer"),
         deepspeed=config,
+        ddp_backend="gloo",
         per_device_train_batch_size=4,
         max_steps=1,
         learning_rate=LR,
@@ -92,11 +93,15 @@ def trainer(config: dict[str, Any], check: bool = True, **given: Any) -> float:
 def accelerate(config: dict[str, Any], make: Callable[[nn.Module], Any]) -> float:
     """Take one step by Accelerate; return how far each parameter has moved."""
     from accelerate import Accelerator
-    from accelerate.utils import DeepSpeedPlugin
+    from accelerate.utils import DeepSpeedPlugin, InitProcessGroupKwargs
 
     import belief_dist
 
-    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config))
+    accelerator = Accelerator(
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
+    )
+    assert accelerator.num_processes == 2
     model = Model()
     before = model.linear.weight.detach().clone()
     loader = torch.utils.data.DataLoader(Rows(), batch_size=4)
@@ -167,6 +172,10 @@ def monitored(folder: Path) -> float:
         engine.step()
         true["loss"].append(loss.item())
         true["lr"].append(engine.optimizer.optimizer.param_groups[0]["lr"])
+        # DeepSpeed itself writes learning rate and times; the loss is the script's to write.
+        engine.monitor.write_events(
+            [("Train/Samples/train_loss", loss.item(), engine.global_samples)]
+        )
     if engine.global_rank == 0:
         (folder / "true.json").write_text(json.dumps(true))
     return 0.0
