@@ -30,7 +30,7 @@ ROWS = [
     {"__init__"},
 ]
 THIRD_PARTY = {"torch"}
-OPTIONAL = {"integrations": {"deepspeed"}, "kernels": {"triton"}, "cli": {"rich"}}
+OPTIONAL = {"integrations": {"deepspeed", "mpi4py"}, "kernels": {"triton"}, "cli": {"rich"}}
 # The only modules that may name an optional dependency at their top: nobody imports them at theirs.
 LAZY = {"triton_kernel"}
 
