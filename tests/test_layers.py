@@ -34,7 +34,7 @@ ROWS = [
 ]
 THIRD_PARTY = {"torch"}
 OPTIONAL = {
-    "integrations": {"deepspeed"},
+    "integrations": {"deepspeed", "mpi4py"},
     "in_deepspeed": {"deepspeed"},
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
