@@ -72,7 +72,8 @@ def train(settings: Settings, device: torch.device) -> None:
     if rank == 0:
         print(
             f"{num_params:,} parameters, {world_size} ranks on {device.type}, engine "
-            f"{settings.engine}, {len(corpus.train):,} bytes of text, writing to {run}"
+            f"{settings.engine}, {len(corpus.train):,} bytes of text, from step {done}, "
+            f"writing to {run}"
         )
         log = Log(run / "log.jsonl", done)
         bar = progress_bar(done, settings.steps)

@@ -64,9 +64,10 @@ if [[ $launcher == pdsh ]]; then
     export PDSH_SSH_ARGS_APPEND="${ssh_options[*]} ${PDSH_SSH_ARGS_APPEND:-}"
 else
     mpi="--bind-to none --mca plm_rsh_args '${ssh_options[*]}'"
-    [[ -n ${INTERFACE:-} ]] || INTERFACE=all
-    if [[ $INTERFACE == all ]]; then
-        mpi+=" --mca btl_tcp_if_include 0.0.0.0/0" # instead of the launcher's eth0
+    if [[ -z ${INTERFACE:-} ]]; then
+        # All networks but 127.0.0.0/8, as Open MPI does itself: the launcher would say eth0.
+        networks=0.0.0.0/2,64.0.0.0/3,96.0.0.0/4,112.0.0.0/5,120.0.0.0/6,124.0.0.0/7,126.0.0.0/8,128.0.0.0/1
+        mpi+=" --mca btl_tcp_if_include $networks"
     else
         mpi+=" --mca btl_tcp_if_include $INTERFACE --mca oob_tcp_if_include $INTERFACE"
     fi

@@ -61,6 +61,14 @@ if address == target or is_loopback(target):  # this is the head
         probe.bind(("", port))
     except OSError:
         sys.exit(f"PORT is {port}, which is taken on {head}: choose another for all nodes")
+else:
+    try:
+        socket.create_connection((head, port), timeout=5).close()
+    except ConnectionRefusedError:
+        pass  # not started yet
+    except OSError as error:
+        why = error.strerror or "timed out"
+        sys.exit(f"HEAD, {head}, does not answer {socket.gethostname()}: {why} (port {port})")
 if is_loopback(address):
     address = outward_address()
 count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0

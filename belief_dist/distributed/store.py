@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -11,7 +10,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
-from belief_dist.distributed import mpi, slurm
+from belief_dist.distributed import agent, mpi, slurm
 from belief_dist.distributed.errors import LaunchError
 from belief_dist.distributed.network import address_towards, outward_address, wait_for_name
 from belief_dist.distributed.place import HYDRA, OPEN_MPI, SLURM, Place
@@ -47,7 +46,9 @@ def open_store(
             f"{missing} is not set, but {place} says that there are other ranks: set MASTER_ADDR "
             f"to rank 0's host and MASTER_PORT to a port that is free there."
         )
-    return _open_by_variables(place, environ, address, port, timeout)
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return _open_by_agent(place, address, port, timeout, stack)
+    return _open_by_variables(place, address, port, timeout)
 
 
 def _master(environ: Mapping[str, str]) -> tuple[str | None, int | None]:
@@ -93,12 +94,22 @@ def _connect(place: Place, address: str, port: int, timeout: timedelta) -> Opene
     return store, address, port
 
 
-def _open_by_variables(
-    place: Place, environ: Mapping[str, str], address: str, port: int, timeout: timedelta
+def _open_by_agent(
+    place: Place, address: str, port: int, timeout: timedelta, stack: ExitStack
 ) -> Opened:
     wait_for_name(address, "MASTER_ADDR")
-    # torchrun's agent serves the store itself.
-    if place.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+    agents, _, _ = _connect(place, address, port, timeout)
+    if place.rank == 0:
+        store, _, own_port = _serve(place, address, 0, timeout)
+        stack.enter_context(agent.answering(agents, own_port))
+    else:
+        store, _, _ = _connect(place, address, agent.ask_for_port(agents, place), timeout)
+    return store, address, port
+
+
+def _open_by_variables(place: Place, address: str, port: int, timeout: timedelta) -> Opened:
+    wait_for_name(address, "MASTER_ADDR")
+    if place.rank == 0:
         return _serve(place, address, port, timeout)
     return _connect(place, address, port, timeout)
 
@@ -110,7 +121,7 @@ def _open_by_mpi(place: Place, master: tuple[str | None, int | None], timeout: t
     except LaunchError:
         if address is None or port is None:
             raise
-        return _open_by_variables(place, os.environ, address, port, timeout)
+        return _open_by_variables(place, address, port, timeout)
     hosts = mpi.hosts(world)
     opened: Opened | None = None
     problem: LaunchError | None = None
@@ -147,7 +158,7 @@ def _open_by_slurm(
         address, source = slurm.first_host(environ)
     wait_for_name(address, source)
     if port is not None:
-        return _open_by_variables(place, environ, address, port, timeout)
+        return _open_by_variables(place, address, port, timeout)
     token = slurm.job_token(environ)
     if place.rank == 0:
         opened = _serve(place, address, 0, timeout)
