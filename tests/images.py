@@ -21,7 +21,7 @@ def missing() -> str | None:
         return "building images without a daemon needs root"
     absent = [tool for tool in TOOLS if shutil.which(tool) is None]
     if absent:
-        return f"{', '.join(absent)} not found: run tests/containers/install.sh"
+        return f"{', '.join(absent)} not found: run tests/install.sh"
     if sys.version_info[:2] != (3, 11):
         return "the image's base has Python 3.11, and takes the wheels of this environment"
     return None

@@ -1,6 +1,6 @@
 """The images: linted, and the one for CPUs built and trained in, on two nodes, by two launchers.
 
-`tests/containers/install.sh` installs what building and running need. The base is made here from
+`tests/install.sh` installs what building and running need. The base is made here from
 Debian's packages; the base for GPUs cannot be: its Dockerfile is linted only.
 """
 

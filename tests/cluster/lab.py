@@ -38,7 +38,7 @@ def why_not() -> str | None:
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = sorted({p for tool, p in _TOOLS.items() if not shutil.which(tool, path=path)})
     if missing:
-        return f"not installed: {', '.join(missing)} (run tests/cluster/install.sh)"
+        return f"not installed: {', '.join(missing)} (run tests/install.sh)"
     probe = subprocess.run(
         ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "true"],
         capture_output=True,
