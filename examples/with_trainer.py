@@ -9,9 +9,11 @@ Without DeepSpeed: `--deepspeed ""`, then the script's own AdaBelief trains unde
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -44,6 +46,11 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int)  # the deepspeed launcher adds it
     args = parser.parse_args()
 
+    configured = bool(args.deepspeed) and not torch.cuda.is_available()
+    if configured:
+        # Without a GPU Accelerate counts one process under DeepSpeed unless it is told the backend.
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
     set_seed(0)
     corpus = load_corpus()
     # TrainingArguments come before the model: they join the ranks and read the JSON.
@@ -59,8 +66,7 @@ def main() -> None:
         logging_steps=10,
         save_strategy="no",
         report_to=[],
-        # Without a GPU Accelerate counts one process unless it is told the backend.
-        ddp_backend=None if torch.cuda.is_available() else "gloo",
+        accelerator_config={"use_configured_state": configured},
         use_cpu=not (args.deepspeed or torch.cuda.is_available()),
     )
     model = GPT2LMHeadModel(

@@ -62,14 +62,17 @@ def forget_accelerator() -> None:
 
 def trainer(config: dict[str, Any], check: bool = True, **given: Any) -> float:
     """Take one step by the Trainer; return how far each parameter has moved."""
+    from accelerate import PartialState
     from transformers import Trainer, TrainingArguments
 
     from belief_dist.hf import VerifyCallback
 
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
     arguments = TrainingArguments(
         output_dir=str(Path(sys.argv[1]) / "trainer"),
         deepspeed=config,
-        ddp_backend="gloo",
+        accelerator_config={"use_configured_state": True},
         per_device_train_batch_size=4,
         max_steps=1,
         learning_rate=LR,
@@ -81,6 +84,7 @@ def trainer(config: dict[str, Any], check: bool = True, **given: Any) -> float:
         report_to=[],
         disable_tqdm=True,
     )
+    assert arguments.world_size == 2
     model = Model()
     before = model.linear.weight.detach().clone()
     if "optimizers" in given:
