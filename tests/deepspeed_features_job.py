@@ -288,6 +288,9 @@ def refused(params: dict[str, Any]) -> dict[str, Any]:
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "lr as string": lambda: refused({"lr": "1e-3"}),
+    "eps auto": lambda: refused({"eps": "auto"}),
+    "no_decay unknown": lambda: refused({"no_decay": "norms"}),
     "client instance": client_instance,
     "client callable": client_callable,
     "client subclass, offload": client_subclass_with_offload,
@@ -311,10 +314,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "an expert per rank, stage 0": lambda: mixture_of_experts(0, 2),
     "an expert per rank, stage 1": lambda: mixture_of_experts(1, 2),
     "an expert per rank, stage 2": lambda: mixture_of_experts(2, 2),
-    "pipeline": pipeline,
-    "lr as string": lambda: refused({"lr": "1e-3"}),
-    "eps auto": lambda: refused({"eps": "auto"}),
-    "no_decay unknown": lambda: refused({"no_decay": "norms"}),
+    "pipeline": pipeline,  # the last one: its process groups outlive it
 }
 
 
