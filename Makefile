@@ -1,5 +1,6 @@
 # make train   trains a small GPT on 2 ranks through the deepspeed launcher
 # make test    lint, type check and all tests
+# Two processes run them, a file each: many tests wait for timeouts or for imports.
 # Both set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
 SHELL := /bin/bash
 VENV ?= .venv
@@ -12,7 +13,7 @@ train: venv
 	launch/local.sh 2 $(ARGS)
 
 test: lint
-	python -m pytest $(ARGS)
+	python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: venv
 	ruff check
