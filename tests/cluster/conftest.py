@@ -18,7 +18,9 @@ def shared_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     reason = why_not()
     if reason is not None:
         pytest.skip(reason)
-    with Lab(4, tmp_path_factory.mktemp("lab")) as made:
+    # Workers of pytest-xdist run files side by side: each has its own lab, and none waits.
+    name = f"belief-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}"
+    with Lab(4, tmp_path_factory.mktemp("lab"), name) as made:
         yield made
 
 
