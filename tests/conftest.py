@@ -7,14 +7,21 @@ ever.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from tempfile import TemporaryDirectory
 
 import pytest
 
+_EXTENSIONS = pytest.StashKey[TemporaryDirectory[str]]()
 
-@pytest.fixture(scope="session", autouse=True)
-def torch_extensions() -> Iterator[None]:
-    with TemporaryDirectory(prefix="belief_dist-extensions-") as folder:
-        os.environ["TORCH_EXTENSIONS_DIR"] = folder
-        yield
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # workers of pytest-xdist inherit the variable
+        folder = TemporaryDirectory(prefix="belief_dist-extensions-")
+        config.stash[_EXTENSIONS] = folder
+        os.environ["TORCH_EXTENSIONS_DIR"] = folder.name
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    folder = config.stash.get(_EXTENSIONS, None)
+    if folder is not None:
+        folder.cleanup()
