@@ -37,7 +37,7 @@ def results(tmp_path_factory) -> list[dict[str, Any]]:
 def test_trains_as_an_unsharded_optimizer(results, case):
     for result in results:
         found = result[case]
-        assert found["moved"] > 0.05
+        assert found["moved"] > 0.01  # far above the tolerances of what is compared
         assert found["difference"] < (BF16 if "bf16" in case or "autocast" in case else FP32)
         assert found["optimizer"] == ("Subclass" if "subclass" in case else "AdaBelief")
         assert found["steps"] == [STEPS]

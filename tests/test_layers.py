@@ -38,6 +38,7 @@ OPTIONAL = {
     "in_deepspeed": {"deepspeed"},
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
+    "checkpoint": {"safetensors"},
     "cli": {"rich"},
     "hf": {"transformers"},
 }
