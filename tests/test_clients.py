@@ -59,7 +59,7 @@ def launch(folder: Path, *command: Any) -> str:
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=600)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs has ranks, too

@@ -110,7 +110,7 @@ def launch(
         start_new_session=True,
     ) as process:
         try:
-            output, _ = process.communicate(timeout=500)
+            output, _ = process.communicate(timeout=900)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs has ranks, too
