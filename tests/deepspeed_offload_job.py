@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,10 @@ def train(engine: Any, rank: int, steps: range) -> list[dict[str, Tensor]]:
     return trajectory
 
 
-def first(folder: Path, rank: int) -> None:
+def first(folder: Path, rank: int, nvme: bool = False) -> None:
     for name, config, client in ways(folder):
+        if name.endswith("nvme") != nvme:
+            continue
         try:
             engine = start(config, client)
         except Exception as error:
@@ -178,7 +181,7 @@ def resumed(folder: Path, rank: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("part", choices=["first", "resumed"])
+    parser.add_argument("part", choices=["first", "nvme", "resumed"])
     parser.add_argument("--local_rank", type=int)  # the deepspeed launcher adds it
     args = parser.parse_args()
 
@@ -186,7 +189,8 @@ def main() -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    {"first": first, "resumed": resumed}[args.part](args.folder, deepspeed.comm.get_rank())
+    parts = {"first": first, "nvme": partial(first, nvme=True), "resumed": resumed}
+    parts[args.part](args.folder, deepspeed.comm.get_rank())
     torch.distributed.barrier()
     sys.stdout.flush()
     os._exit(0)  # see deepspeed_job

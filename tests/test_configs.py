@@ -72,7 +72,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
     return results
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.nvme if n.endswith("nvme") else ()) for n in RUN]
+)
 def test_it_trains_as_one_process_does(
     trained: Callable[[str], list[dict[str, Any]]], name: str
 ) -> None:

@@ -6,6 +6,7 @@ parameters, masters and files is real.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,16 @@ JOB = Path(__file__).with_name("deepspeed_offload_job.py")
 SAME = ("1 cpu", "2 cpu", "2 callable", "2 instance", "3 cpu", "3 ratio", "3 params")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Give a function name -> what each rank saved, of training and then of new processes."""
-    folder = tmp_path_factory.mktemp("offload")
-    for part in ("first", "resumed"):
+def run_parts(folder: Path, *parts: str) -> Callable[[str], list[dict[str, Any]]]:
+    """Give a function name -> what each rank saved; a launch for each part, one after another."""
+    for part in parts:
         launch(folder, part, job=[JOB])
     return lambda name: [torch.load(folder / f"{name}.{rank}.pt") for rank in range(WORLD_SIZE)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return run_parts(tmp_path_factory.mktemp("offload"), "first")
 
 
 def unsharded() -> list[dict[str, torch.Tensor]]:
@@ -98,7 +102,9 @@ def test_what_cannot_be_is_refused(run, name, sentence):
         assert sentence in result["error"]
 
 
-def test_states_on_nvme_come_back(run):
+@pytest.mark.nvme
+def test_states_on_nvme_come_back(tmp_path):
+    run = run_parts(tmp_path, "nvme", "resumed")
     for before, after in zip(run("3 nvme"), run("resumed"), strict=True):
         trajectory = before["trajectory"]
         assert equal([after["loaded"]], [trajectory[SAVED_AT - 1]])
