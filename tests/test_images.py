@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import images
-from images import BIN, CONFIG, ROOT, Podman
+from images import BIN, ROOT, Podman
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the build: a minute or two
 
