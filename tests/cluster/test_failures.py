@@ -25,7 +25,7 @@ from jobs import (
 )
 from lab import Job, Lab
 
-# Of all checks before a job starts: 1 to 4 seconds where nothing else runs, of which ssh takes most.
+# Of all checks before a job starts: 1 to 4 seconds where nothing else runs.
 SECONDS_TO_CHECK = 60
 TORCHRUN = {"HEAD": "node0", "NNODES": "2", "NPROC": "1"}
 
