@@ -41,26 +41,28 @@ facts=$(
     python - "$head" "$port" <<'PYTHON'
 import socket, sys
 
-import torch
-
-from belief_dist.distributed.network import address_towards, is_loopback, outward_address
-
-head, port = sys.argv[1], int(sys.argv[2])
+head, port, here = sys.argv[1], int(sys.argv[2]), socket.gethostname()
 try:
-    target = socket.getaddrinfo(head, port)[0][4][0]
+    family, _, _, _, where = socket.getaddrinfo(head, port, type=socket.SOCK_STREAM)[0]
 except OSError:
-    sys.exit(f"HEAD is {head!r}, which {socket.gethostname()} cannot resolve")
-try:
-    address = address_towards(head)
-except OSError as error:
-    sys.exit(f"no way leads from {socket.gethostname()} to HEAD, {head}: {error.strerror}")
-if address == target or is_loopback(target):  # this is the head
-    probe = socket.socket()
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        probe.bind(("", port))
-    except OSError:
-        sys.exit(f"PORT is {port}, which is taken on {head}: choose another for all nodes")
+    sys.exit(f"torchrun.sh: HEAD is {head!r}, which {here} cannot resolve")
+
+
+def can_bind(address, port):
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((address, port))
+        except OSError:
+            return False
+        return True
+
+
+if can_bind(where[0], 0):  # an address of this host: it is the head
+    if not can_bind("", port):
+        sys.exit(
+            f"torchrun.sh: PORT is {port}, which is taken on {head}: choose another for all nodes"
+        )
 else:
     try:
         socket.create_connection((head, port), timeout=5).close()
@@ -68,7 +70,14 @@ else:
         pass  # not started yet
     except OSError as error:
         why = error.strerror or "timed out"
-        sys.exit(f"HEAD, {head}, does not answer {socket.gethostname()}: {why} (port {port})")
+        sys.exit(f"torchrun.sh: HEAD, {head}, does not answer {here}: {why} (port {port})")
+
+# Only now: importing torch takes seconds.
+import torch
+
+from belief_dist.distributed.network import address_towards, is_loopback, outward_address
+
+address = address_towards(head)
 if is_loopback(address):
     address = outward_address()
 count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0

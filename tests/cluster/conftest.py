@@ -28,7 +28,7 @@ def shared_lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
 def lab(shared_lab: Lab) -> Iterator[Lab]:
     """Give the lab; a test that leaves processes of its jobs behind fails."""
     yield shared_lab
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 15
     while (left := shared_lab.pids()) and time.monotonic() < deadline:
         time.sleep(0.05)
     for pid in left:

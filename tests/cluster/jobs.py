@@ -64,7 +64,7 @@ def local(ranks: int, folder: Path, *settings: object) -> Path:
         cwd=folder.parent,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=200,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder

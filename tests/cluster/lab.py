@@ -121,11 +121,11 @@ class Node:
         """Wait for its sshd.
 
         Raises:
-            RuntimeError: It has not come up within 10 seconds; says what it has logged.
+            RuntimeError: It has not come up within 30 seconds; says what it has logged.
         """
         assert self._outer is not None
         children = Path(f"/proc/{self._outer.pid}/task/{self._outer.pid}/children")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while time.monotonic() < deadline and self._outer.poll() is None:
             for pid in children.read_text().split():
                 with suppress(OSError):

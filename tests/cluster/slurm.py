@@ -19,7 +19,7 @@ def cluster(lab: Lab) -> Iterator[dict[str, str]]:
     """Run Slurm's daemons on all nodes; yield the environment that reaches them.
 
     Raises:
-        RuntimeError: The nodes are not idle within 20 seconds; says what the daemons have logged.
+        RuntimeError: The nodes are not idle within 60 seconds; says what the daemons have logged.
     """
     folder = lab.folder / "slurm"
     _write_configuration(lab, folder)
@@ -70,7 +70,7 @@ def cluster(lab: Lab) -> Iterator[dict[str, str]]:
 
 
 def _wait_until_idle(lab: Lab, folder: Path, environment: dict[str, str]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     said = ""
     while time.monotonic() < deadline:
         done = subprocess.run(

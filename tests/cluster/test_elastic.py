@@ -14,12 +14,13 @@ STEPS = 80
 MORE = ["--steps", str(STEPS), "--save_every", "5"]
 
 
+@pytest.mark.timeout(600)  # five launches, one of which waits for a dead node
 def test_a_lost_node_costs_the_steps_since_the_checkpoint(lab: Lab, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = [LAUNCH / "torchrun.sh", *SETTINGS, *MORE, "--folder", run]
     variables = environment(HEAD="node0", NNODES="1:3", NPROC="1")
-    job = lab.job({node: command for node in range(3)}, variables, tmp_path, 200)
-    wait_for_step(run, 8, 90)
+    job = lab.job({node: command for node in range(3)}, variables, tmp_path, 300)
+    wait_for_step(run, 8, 120)
     lab.nodes[2].crash()
     statuses = job.wait()
     lab.nodes[2].boot()

@@ -25,8 +25,8 @@ from jobs import (
 )
 from lab import Job, Lab
 
-# Of all checks before a job starts: ssh's own limit is 5 seconds.
-SECONDS_TO_CHECK = 15
+# Of all checks before a job starts: 1 to 4 seconds where nothing else runs.
+SECONDS_TO_CHECK = 60
 TORCHRUN = {"HEAD": "node0", "NNODES": "2", "NPROC": "1"}
 
 
@@ -39,7 +39,7 @@ def start(lab: Lab, script: str, folder: Path, *settings: str, **variables: str)
         if not hosts.exists():
             hostfile(folder, node0=1, node1=1)
         nodes = {0: [command[0], hosts, *command[1:]]}
-    return lab.job(nodes, environment(**variables), folder, 120)
+    return lab.job(nodes, environment(**variables), folder, 200)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_name_that_nobody_has_is_named(script: str, lab: Lab, tmp_path: Path) 
 def test_torchrun_names_a_head_that_nobody_has(lab: Lab, tmp_path: Path) -> None:
     said = refused(lab, "torchrun.sh", tmp_path, **TORCHRUN | {"HEAD": "nodeX"})
     for node in ("node0", "node1"):
-        assert f"HEAD is 'nodeX', which {node} cannot resolve" in said
+        assert f"torchrun.sh: HEAD is 'nodeX', which {node} cannot resolve" in said
 
 
 @pytest.mark.usefixtures("without_cable")
@@ -175,19 +175,19 @@ def test_a_killed_rank_ends_the_job(
     script: str, variables: dict[str, str], lab: Lab, tmp_path: Path
 ) -> None:
     job = start(lab, script, tmp_path, *ENDLESS, **variables)
-    wait_for_step(tmp_path / "run", 3, 90)
+    wait_for_step(tmp_path / "run", 3, 120)
     killed = job.elapsed
     os.kill(rank_on(lab.nodes[1]), signal.SIGKILL)
     assert all(job.wait()), job.output
-    assert job.seconds - killed < 30, job.output
+    assert job.seconds - killed < 60, job.output
 
 
 @pytest.mark.parametrize("script", ["deepspeed.sh", "mpirun.sh"])
 def test_a_stopped_rank_ends_the_job_at_the_timeout(script: str, lab: Lab, tmp_path: Path) -> None:
     job = start(lab, script, tmp_path, *ENDLESS, "--timeout", "5")
-    wait_for_step(tmp_path / "run", 3, 90)
+    wait_for_step(tmp_path / "run", 3, 120)
     stopped = job.elapsed
     os.kill(rank_on(lab.nodes[1]), signal.SIGSTOP)
     assert all(job.wait()), job.output
-    # The timeout, and what the recipe then gives the other hosts.
-    assert 4 < job.seconds - stopped < 5 + 10 + 15, job.output
+    # The timeout, what the recipe then gives the other hosts, and time for a loaded machine.
+    assert 4 < job.seconds - stopped < 5 + 10 + 45, job.output

@@ -29,7 +29,7 @@ def test_the_bits_are_those_of_one_host(
     arguments = [str(hosts) if word == "HOSTFILE" else word for word in arguments]
     command = [LAUNCH / script, *arguments, *SETTINGS, "--folder", tmp_path / "run"]
     job = lab.job(
-        {node: command for node in range(num_nodes)}, environment(**variables), tmp_path, 150
+        {node: command for node in range(num_nodes)}, environment(**variables), tmp_path, 240
     )
     assert not any(job.wait()), job.output
     assert unlike(tmp_path / "run", four_ranks) == []

@@ -51,7 +51,7 @@ def test_slurm_gives_the_same_bits(
         {0: ["env", f"--chdir={ROOT}", *command, *SETTINGS, "--folder", tmp_path / "run"]},
         environment(**slurm_variables),
         tmp_path,
-        150,
+        240,
     )
     assert not any(job.wait()), job.output + (output.read_text() if output.exists() else "")
     assert unlike(tmp_path / "run", four_ranks) == []
@@ -62,11 +62,11 @@ def test_a_stopped_rank_ends_the_step_at_the_timeout(
 ) -> None:
     command = [*SLURM["srun"], *SETTINGS, *ENDLESS, "--timeout", "5", "--folder", tmp_path / "run"]
     job = lab.job(
-        {0: ["env", f"--chdir={ROOT}", *command]}, environment(**slurm_variables), tmp_path, 120
+        {0: ["env", f"--chdir={ROOT}", *command]}, environment(**slurm_variables), tmp_path, 200
     )
-    wait_for_step(tmp_path / "run", 3, 90)
+    wait_for_step(tmp_path / "run", 3, 120)
     stopped = job.elapsed
     os.kill(rank_on(lab.nodes[3]), signal.SIGSTOP)
     assert all(job.wait()), job.output
-    # The timeout, and Slurm's KillWait.
-    assert 4 < job.seconds - stopped < 5 + 5 + 15, job.output
+    # The timeout, Slurm's KillWait, and time for a loaded machine.
+    assert 4 < job.seconds - stopped < 5 + 5 + 45, job.output
