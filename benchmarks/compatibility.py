@@ -9,13 +9,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +20,7 @@ from torch import Tensor, nn
 
 from belief_dist import AdaBelief
 from benchmarks.compatibility_job import RANKS, ROWS, STEPS, make_batch, make_model
+from benchmarks.jobs import free_port, run_job
 
 _JOB = Path(__file__).with_name("compatibility_job.py")
 _SECONDS = 900  # of one launch
@@ -156,32 +153,18 @@ def distance(weights: list[Tensor], cell: Cell) -> float:
     return norm_of_difference(weights) / norm_of_difference(start)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _launch(folder: Path) -> None:
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(RANKS)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(_free_port())]
+    command: list[object] = [
+        Path(sys.executable).with_name("deepspeed"),
+        "--num_accelerators",
+        RANKS,
+    ]
+    command += ["--master_addr", "127.0.0.1", "--master_port", free_port(), _JOB, folder]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with subprocess.Popen(
-        [*command, str(_JOB), str(folder)],
-        cwd=folder,
-        env={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | os.environ | {"PATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=_SECONDS)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs has ranks, too
-    if process.returncode:
-        raise RuntimeError(f"the deepspeed launcher failed:\n{output[-8000:]}")
+    environment = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"} | os.environ | {"PATH": path}
+    done = run_job(command, folder, environment, _SECONDS)
+    if done.returncode:
+        raise RuntimeError(f"the deepspeed launcher failed:\n{done.stdout[-8000:]}")
 
 
 def run_cells(cells: Iterable[Cell]) -> dict[Cell, Result]:

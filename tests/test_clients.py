@@ -5,13 +5,10 @@ Numbers prove which optimizer ran: with a tiny eps AdaBelief's first step is lr 
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,8 @@ import torch
 from torch import nn
 
 import belief_dist
+from benchmarks.jobs import free_port, run_job
 from clients_job import BETAS, LR
-from test_deepspeed import free_port
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -49,22 +46,9 @@ def launch(folder: Path, *command: Any) -> str:
         "OMP_NUM_THREADS": "1",
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
-    with subprocess.Popen(
-        list(map(str, command)),
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=600)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs has ranks, too
-    assert process.returncode == 0, output[-8000:]
-    return output
+    done = run_job(command, folder, environment, seconds=600)
+    assert done.returncode == 0, done.stdout[-8000:]
+    return done.stdout
 
 
 @pytest.fixture(scope="module")

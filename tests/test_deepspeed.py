@@ -6,13 +6,9 @@ belief_dist. What it trained is compared with one process that sees the whole ba
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import os
-import signal
-import socket
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +19,7 @@ import torch
 from torch import nn
 
 import belief_dist
+from benchmarks.jobs import free_port, run_job
 from deepspeed_job import ROWS, STEPS, WORLD_SIZE, make_batch, make_model, param_groups
 
 JOB = Path(__file__).with_name("deepspeed_job.py")
@@ -61,12 +58,6 @@ def make_config(case: str, stage: int) -> dict[str, Any]:
     return config
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def launch(
     folder: Path,
     *arguments: str,
@@ -100,21 +91,8 @@ def launch(
         }
         | more
     )
-    with subprocess.Popen(
-        list(map(str, command)),
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=900)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # a launcher that hangs has ranks, too
-    assert process.returncode == 0, output[-8000:]
+    done = run_job(command, folder, environment, seconds=900)
+    assert done.returncode == 0, done.stdout[-8000:]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import pytest
 from belief_dist.distributed import LaunchError, peers, slurm
 from belief_dist.distributed.network import address_towards, interface_of
 from belief_dist.distributed.place import HYDRA, OPEN_MPI, SLURM, read_place
+from benchmarks.jobs import free_port
 
 ROOT = Path(__file__).parent.parent
 JOB = str(ROOT / "tests" / "distributed_job.py")
@@ -209,13 +210,8 @@ def results(processes: list[subprocess.Popen[str]], code: int = 0) -> list[dict[
     return sorted(found, key=lambda row: row.get("rank", 0))
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
-
-
-def by_hand(rank: int, size: int, port: str, **more: str) -> dict[str, str]:
-    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": port}
+def by_hand(rank: int, size: int, port: int, **more: str) -> dict[str, str]:
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
     return variables | {"MASTER_ADDR": "127.0.0.1"} | more
 
 
