@@ -5,7 +5,6 @@ Nothing here imports DeepSpeed; where it is not loaded, nothing happens.
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 from collections.abc import Callable
@@ -13,9 +12,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from belief_dist.integrations.extension import Around, extend_method
 from belief_dist.integrations.rehearsal import is_called_by
 
 _OLDEST = (0, 18)
+_SANITY_CHECK = "_do_optimizer_sanity_check"  # of an engine, on its optimizer
 # Called with an engine that is being built and its optimizer, by the optimizer's class.
 _entrances: dict[type[Optimizer], Callable[[Any, Any], None]] = {}
 # What an engine's step, and the wrapper that it puts around an optimizer of 16-bit parameters, call
@@ -72,20 +73,17 @@ def watch_engines() -> None:
     loaded at any time before.
     """
     engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
-    check = getattr(engine_class, "_do_optimizer_sanity_check", None)
-    if check is None or hasattr(check, "serves_belief_dist"):
-        return
+    # Where a later version has no such method, `refuse_unknown_engine` speaks.
+    if engine_class is not None and hasattr(engine_class, _SANITY_CHECK):
+        extend_method(engine_class, _SANITY_CHECK, _check_or_enter)
 
-    @functools.wraps(check)
-    def check_or_enter(engine: Any, optimizer: Any) -> Any:
-        for cls, enter in _entrances.items():
-            if isinstance(optimizer, cls):
-                enter(engine, optimizer)
-                return None
-        return check(engine, optimizer)
 
-    check_or_enter.serves_belief_dist = True  # type: ignore[attr-defined]
-    engine_class._do_optimizer_sanity_check = check_or_enter  # type: ignore[union-attr]
+def _check_or_enter(original: Around, engine: Any, optimizer: Any) -> Any:
+    for cls, enter in _entrances.items():
+        if isinstance(optimizer, cls):
+            enter(engine, optimizer)
+            return None
+    return original(engine, optimizer)
 
 
 def refuse_unknown_engine() -> None:

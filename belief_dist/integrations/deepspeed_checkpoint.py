@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from belief_dist.integrations.extension import Around, extend_method
+from belief_dist.integrations.extension import Around, answer_once, extend_method
 
 _SUFFIX = ".tensor.swp"
 
@@ -86,8 +86,7 @@ def _load_checkpoint(
     _prepare_swapped(zero, shard)
     reset = zero.reset_swap_buffers
 
-    def reset_swap_buffers() -> None:  # the engine calls it when it has copied the files
-        del zero.reset_swap_buffers  # the instance's, so that the class's is back
+    def reset_swap_buffers() -> None:
         swap_folder = Path(zero.optimizer_swapper.swap_folder)
         for saved, now in names.items():
             shutil.copyfile(saved, swap_folder / now)
@@ -95,7 +94,8 @@ def _load_checkpoint(
             (swap_folder / file).unlink()
         reset()
 
-    zero.reset_swap_buffers = reset_swap_buffers
+    # The engine calls it when it has copied the files.
+    answer_once(zero, "reset_swap_buffers", reset_swap_buffers)
     return original(engine, *args, **kwargs)
 
 

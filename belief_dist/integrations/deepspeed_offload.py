@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from belief_dist.integrations.extension import Around, extend_method
+from belief_dist.integrations.extension import Around, answer_once, extend_method
 
 
 def extend_offload(served: type[Optimizer]) -> None:
@@ -115,10 +115,9 @@ def _construct_stage3(
         cut = zero._create_fp32_partitions
 
         def cut_by_ratio() -> None:
-            del zero._create_fp32_partitions  # the instance's, so that the class's is back
             zero.partial_offload = ratio
             cut()
 
-        zero._create_fp32_partitions = cut_by_ratio
+        answer_once(zero, "_create_fp32_partitions", cut_by_ratio)
         settings["offload_ratio"] = 1.0
     original(zero, module, optimizer, *args, **settings)

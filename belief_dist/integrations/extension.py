@@ -13,6 +13,16 @@ logger = logging.getLogger("belief_dist")
 Around = Callable[..., Any]
 
 
+def answer_once(instance: object, name: str, answer: Callable[..., Any]) -> None:
+    """Have `answer` stand in for a method of one object in its next call, and only in that."""
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        delattr(instance, name)  # the instance's, so that the class's is back
+        return answer(*args, **kwargs)
+
+    setattr(instance, name, once)
+
+
 def extend_method(owner: type, name: str, around: Around) -> None:
     """Have `around(original, instance, ...)` answer calls of `owner.name`.
 
