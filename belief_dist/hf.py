@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 from belief_dist.running import verify
 
 
-class VerifyCallback(TrainerCallback):  # type: ignore[misc]
+class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # transformers may be absent
     """Says on the main process which optimizer trains; stops all ranks if it is not AdaBelief.
 
     ``Trainer(..., callbacks=[VerifyCallback()])``. It looks when training begins, after the

@@ -95,19 +95,20 @@ def resolve_aliases(given: Mapping[str, Any], known: Iterable[str], where: str) 
     return resolved
 
 
-def _is_first_rank() -> bool:
+def is_first_rank() -> bool:
+    """Return whether this process speaks for all: rank 0, or one without torch.distributed."""
     return not (dist.is_available() and dist.is_initialized() and dist.get_rank() > 0)
 
 
 def _warn(sentence: str) -> None:
     """Warn the caller of the optimizer's constructor, on one of all ranks."""
-    if _is_first_rank():
+    if is_first_rank():
         warnings.warn(sentence, stacklevel=5)
 
 
 @functools.cache  # once per process
 def _warn_of_large_eps(eps: float, floor: float) -> None:
-    if _is_first_rank():
+    if is_first_rank():
         logger.warning(
             "eps=%g is large for AdaBelief, which adds it to exp_avg_sq in every step: where "
             "gradients deviate from exp_avg by less than about %.0e, steps shrink with them as "

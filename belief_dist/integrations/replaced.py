@@ -12,10 +12,11 @@ import logging
 import weakref
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from belief_dist.options import is_first_rank
 
 logger = logging.getLogger("belief_dist")
 
@@ -71,7 +72,7 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
             _unstepped.remove(watched)
         elif type(stepped).__name__ != watched.name and watched.is_trained_by(stepped):
             _unstepped.remove(watched)
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if is_first_rank():
                 logger.warning(
                     "%s trains the parameters that were given to %s, which has not taken a step: "
                     'name AdaBelief in the DeepSpeed JSON ("optimizer": {"type": "AdaBelief", ...})'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -156,12 +157,8 @@ class Staging:
         return home is tensor, home.reshape(-1)
 
 
-_CUDA_AWARE: list[bool] = []
-
-
+@functools.cache
 def cuda_aware() -> bool:
     """Whether the MPI library says that it takes device pointers."""
-    if not _CUDA_AWARE:
-        query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
-        _CUDA_AWARE.append(bool(query is not None and query()))
-    return _CUDA_AWARE[0]
+    query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
+    return bool(query is not None and query())
