@@ -35,7 +35,7 @@ from benchmarks.plot import draw_steps, markdown_steps
 from benchmarks.report import Result, machine, machine_line, save, show
 from benchmarks.resume import compare_runs, draw_resume, run_resume
 from benchmarks.smallstates import MODES, train
-from benchmarks.step import run_step
+from benchmarks.step import run_by_json, run_step
 from benchmarks.team import Workload
 from benchmarks.update import run_tensors, run_update
 from benchmarks.updates_report import draw_updates, save_updates, show_updates
@@ -134,6 +134,32 @@ def step(
     """
     work = Workload(ranks, steps, layers, width, batch, context, dtype)
     _tell({"step": run_step(work, rounds, only or [], link)}, json)
+
+
+def deepspeed(
+    ranks: int = 2,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    rounds: int = 5,
+    steps: int = 6,
+    layers: int = 10,
+    width: int = 512,
+    only: list[str] | None = None,
+    json: Path | None = None,
+) -> None:
+    """Time steps of DeepSpeed by the same JSON with the types AdamW, AdaBelief, ShardedAdaBelief.
+
+    Args:
+        ranks: Processes.
+        dtype: Of the model.
+        rounds: How often all take turns.
+        steps: Timed steps in each turn.
+        layers: Of the model.
+        width: Of the model, a multiple of 64.
+        only: Setups whose names contain one of these words, like ZeRO-3 or offload.
+        json: Also write all timings here.
+    """
+    work = Workload(ranks, steps, layers, width, 1, 128, dtype)
+    _tell(run_by_json(work, rounds, only or []), json)
 
 
 def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> None:
@@ -402,7 +428,7 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
-_ON_RANKS = [step, checkpoint, compatibility, resume, bits, overhead, simulate, scale]
+_ON_RANKS = [step, deepspeed, checkpoint, compatibility, resume, bits, overhead, simulate, scale]
 _SHOWN = [plot, markdown]
 
 if __name__ == "__main__":

@@ -100,22 +100,37 @@ def _fsdp2(model: GPT, dtype: torch.dtype, make_optimizer: MakeOptimizer) -> Tra
 
 
 def _deepspeed(model: GPT, dtype: torch.dtype, stage: int, make_optimizer: MakeOptimizer) -> Train:
+    config = {
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
+    }
+    return _train_in_engine(model, dtype, config, optimizer=partial(make_optimizer, **OPTIONS))
+
+
+def _deepspeed_json(
+    model: GPT, dtype: torch.dtype, kind: str, zero: dict[str, Any], **options: Any
+) -> Train:
+    config = {
+        "optimizer": {"type": kind, "params": OPTIONS | options},
+        "zero_optimization": zero,
+    }
+    return _train_in_engine(model, dtype, config, model_parameters=model.parameters())
+
+
+def _train_in_engine(
+    model: GPT, dtype: torch.dtype, config: dict[str, Any], **optimized: Any
+) -> Train:
     import deepspeed
 
     # Otherwise it compiles, for a minute, an operation that serves inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=partial(make_optimizer, **OPTIONS),
-        config={
-            "train_micro_batch_size_per_gpu": 1,
-            "gradient_clipping": 0.0,
-            "bf16": {"enabled": dtype == torch.bfloat16},
-            "zero_optimization": {"stage": stage},
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_allow_untested_optimizer": True,
-        },
-    )
+    common = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    engine, *_ = deepspeed.initialize(model=model, config=common | config, **optimized)
 
     def train(tokens: Tensor) -> Iterator[str]:
         loss = loss_of(engine, tokens)
@@ -161,6 +176,33 @@ SAME_RULE: dict[str, Builder] = {
     "DeepSpeed ZeRO-1 + AdaBelief": partial(_deepspeed, stage=1, make_optimizer=AdaBelief),
     "DeepSpeed ZeRO-2 + AdaBelief": partial(_deepspeed, stage=2, make_optimizer=AdaBelief),
 }
+
+
+def _by_json(setup: str, zero: dict[str, Any]) -> dict[str, Builder]:
+    found: dict[str, Builder] = {
+        f'{setup}, "{kind}"': partial(_deepspeed_json, kind=kind, zero=zero)
+        for kind in ("AdamW", "AdaBelief")
+    }
+    if zero in ({"stage": 1}, {"stage": 2}):
+        found[f'DeepSpeed ZeRO-0, "{OURS}", "stage": {zero["stage"]}'] = partial(
+            _deepspeed_json, kind=OURS, zero={"stage": 0}, **zero
+        )
+    return found
+
+
+_ON_CPU = {"offload_optimizer": {"device": "cpu"}}
+# The same JSON but for the optimizer's type, and ours that shards by itself in its place.
+BY_JSON: dict[str, dict[str, Builder]] = {
+    setup: _by_json(setup, zero)
+    for setup, zero in {
+        "DeepSpeed ZeRO-1": {"stage": 1},
+        "DeepSpeed ZeRO-2": {"stage": 2},
+        "DeepSpeed ZeRO-3": {"stage": 3},
+        "DeepSpeed ZeRO-2, CPU offload": {"stage": 2} | _ON_CPU,
+        "DeepSpeed ZeRO-3, CPU offload": {"stage": 3} | _ON_CPU,
+    }.items()
+}
+BUILDERS = ENGINES | {name: make for each in BY_JSON.values() for name, make in each.items()}
 _PACKAGES = {"official": "adabelief_pytorch", "DeepSpeed": "deepspeed"}
 
 

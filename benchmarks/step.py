@@ -11,10 +11,12 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from statistics import median
+from typing import Any
 
 import torch
 
-from benchmarks.engines import BASELINE, COMPUTE, ENGINES, missing_package
+from benchmarks.engines import BASELINE, BY_JSON, COMPUTE, ENGINES, missing_package
 from benchmarks.network import Network
 from benchmarks.report import Result, Row
 from benchmarks.team import Workload, take_turn
@@ -59,28 +61,68 @@ def run_step(work: Workload, rounds: int, only: Sequence[str], gbit: float | Non
         "included. Peak memory is that of rank 0, beyond an idle process."
     ]
     notes += [f"No {n}: {missing_package(n)} is not installed." for n in chosen if n not in names]
-    threads = max(1, len(os.sched_getaffinity(0)) // work.ranks)
-    rows = {name: Row(name) for name in names}
-    with namespaces(work.ranks, gbit) as places:
-        for _ in range(rounds):
-            for name, row in rows.items():
-                turn = take_turn(name, work, threads, places)
-                row.seconds.extend(turn.seconds)
-                for phase, seconds in turn.phases.items():
-                    row.phases.setdefault(phase, []).extend(seconds)
-                row.peak_mib, row.sent = turn.peak_mib, turn.sent
-    with torch.device("meta"):
-        parameters = sum(param.numel() for param in work.model().parameters())
     return Result(
         title="One training step of a GPT",
-        settings={
-            "million parameters": round(parameters / 1e6, 1),
-            **asdict(work),
-            "threads per rank": threads,
-            "link": "loopback" if gbit is None else f"{gbit:g} Gbit/s" if gbit else "unlimited",
-        },
-        rows=list(rows.values()),
+        settings=_settings(work, gbit),
+        rows=_take_turns(names, work, rounds, gbit),
         baselines={BASELINE: "DDP"},
         beyond=COMPUTE,
         notes=notes,
     )
+
+
+def run_by_json(work: Workload, rounds: int, only: Sequence[str]) -> dict[str, Result]:
+    """Time training steps of DeepSpeed with its own Adam and with ours, by the same JSON.
+
+    Args:
+        work: What all train.
+        rounds: How often all take turns.
+        only: Words of which one is in the name of each setup that is chosen; all without words.
+
+    Raises:
+        ValueError: They choose nothing.
+    """
+    setups = {s: m for s, m in BY_JSON.items() if not only or any(w in s for w in only)}
+    if not setups:
+        raise ValueError(f"only={list(only)} is in no setup's name: {'; '.join(BY_JSON)}.")
+    rows = _take_turns([name for makers in setups.values() for name in makers], work, rounds, None)
+    return {
+        setup: Result(
+            title=setup,
+            settings=_settings(work, None),
+            rows=[row for row in rows if row.name in makers],
+            baselines={next(iter(makers)): "AdamW"},
+        )
+        for setup, makers in setups.items()
+    }
+
+
+def _take_turns(names: Sequence[str], work: Workload, rounds: int, gbit: float | None) -> list[Row]:
+    rows = [Row(name) for name in names]
+    peaks: dict[str, list[float]] = {name: [] for name in names}
+    with namespaces(work.ranks, gbit) as places:
+        for _ in range(rounds):
+            for row in rows:
+                turn = take_turn(row.name, work, _threads(work), places)
+                row.seconds.extend(turn.seconds)
+                for phase, seconds in turn.phases.items():
+                    row.phases.setdefault(phase, []).extend(seconds)
+                row.sent = turn.sent
+                peaks[row.name].append(turn.peak_mib)
+                row.peak_mib = median(peaks[row.name])
+    return rows
+
+
+def _threads(work: Workload) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // work.ranks)
+
+
+def _settings(work: Workload, gbit: float | None) -> dict[str, Any]:
+    with torch.device("meta"):
+        parameters = sum(param.numel() for param in work.model().parameters())
+    return {
+        "million parameters": round(parameters / 1e6, 1),
+        **asdict(work),
+        "threads per rank": _threads(work),
+        "link": "loopback" if gbit is None else f"{gbit:g} Gbit/s" if gbit else "unlimited",
+    }

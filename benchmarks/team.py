@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from benchmarks import network
-from benchmarks.engines import ENGINES, import_package
+from benchmarks.engines import BUILDERS, import_package
 from examples.gpt.model import GPT, VOCABULARY
 
 _TIMEOUT = datetime.timedelta(minutes=3)
@@ -112,7 +112,7 @@ def _rank_main(
     generator = torch.Generator().manual_seed(rank)
     tokens = torch.randint(VOCABULARY, (work.batch, work.context + 1), generator=generator)
     model = work.model()
-    train = ENGINES[name](model, getattr(torch, work.dtype))
+    train = BUILDERS[name](model, getattr(torch, work.dtype))
     for _ in range(_WARM_UP):  # allocates what the engine keeps
         list(train(tokens))
     dist.barrier()

@@ -6,12 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from benchmarks import step
 from benchmarks.bits import run_bits
-from benchmarks.engines import ENGINES
+from benchmarks.engines import BY_JSON, ENGINES
 from benchmarks.resume import compare_runs, draw_resume
+from benchmarks.step import chosen_engines, run_by_json
+from benchmarks.team import Turn, Workload, take_turn
 
 ROOT = Path(__file__).parent.parent
 CONTROL = "control: bf16 params alone"
@@ -29,23 +33,48 @@ def test_other_ways_to_sum_give_other_bits() -> None:
     assert found["DDP + AdaBelief"][3].elements > 0.01
 
 
-def test_a_step_of_every_engine_is_timed_and_drawn(tmp_path: Path) -> None:
+def test_a_step_of_every_kind_of_engine_is_timed_and_drawn(tmp_path: Path) -> None:
     results = tmp_path / "step.json"
     model = "--layers=1 --width=64 --context=16 --rounds=1 --steps=1".split()
-    done = run("step", *model, f"--json={results}")
+    words = ["compute", "Belief ZeRO-2", "DDP +", "FSDP2", "DeepSpeed ZeRO-2"]
+    names = chosen_engines(words)
+    assert len({getattr(ENGINES[name], "func", ENGINES[name]) for name in names}) == 5
+    done = run("step", *model, f"--only={json.dumps(words)}", f"--json={results}")
     assert done.returncode == 0, done.stderr
     result = json.loads(results.read_text())["step"]
-    assert [row["name"] for row in result["rows"]] == list(ENGINES)
+    assert [row["name"] for row in result["rows"]] == names
     for row in result["rows"]:
         assert row["median_ms"] > 0 and row["phases_ms"]["backward"] > 0
         assert row["name"] in done.stdout
     done = run("markdown", f"--files=[{results}]")
     assert done.returncode == 0, done.stderr
-    assert all(f"{name} | " in done.stdout.replace("**", "") for name in ENGINES)
+    assert all(f"{name} | " in done.stdout.replace("**", "") for name in names)
     picture = tmp_path / "step.png"
     done = run("plot", f"--files=[{results}]", f"--out={picture}")
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_deepspeed_is_timed_by_the_same_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workload(2, 1, 1, 64, 1, 16, "float32")
+    turns: list[str] = []
+
+    def take(name: str, *arguments: Any) -> Turn:
+        turns.append(name)
+        sharded = "Sharded" in name
+        return take_turn(name, *arguments) if sharded else Turn([2.0], {}, len(turns), None)
+
+    monkeypatch.setattr(step, "take_turn", take)
+    found = run_by_json(work, 2, ["ZeRO-1", "offload"])
+    names = [name for setup in found for name in BY_JSON[setup]]
+    assert turns == names * 2 and len(names) == 7
+    first, *offloaded = found.values()
+    adamw, ours, sharded = first.rows
+    assert first.ratio(ours, adamw.name) == 1.0 and ours.peak_mib == 5.5  # median of 2 and 9
+    assert len(sharded.seconds) == 2 and sharded.phases.keys() == {"forward", "backward", "step"}
+    assert [len(result.rows) for result in offloaded] == [2, 2]
+    with pytest.raises(ValueError, match="is in no setup's name: DeepSpeed ZeRO-1; "):
+        run_by_json(work, 1, ["ZeRO-4"])
 
 
 @pytest.mark.parametrize(
