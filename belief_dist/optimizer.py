@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from belief_dist import kernels
-from belief_dist.integrations.deepspeed import extend_deepspeed, register_zero_optimizer
+from belief_dist.integrations.deepspeed import serve_zero
 from belief_dist.integrations.rehearsal import is_rehearsal
 from belief_dist.integrations.replaced import watch
 from belief_dist.options import complete_options
@@ -139,9 +139,8 @@ class AdaBelief(Optimizer):
         self._capturable = capturable
         self._no_decay = no_decay
         super().__init__(as_groups(params, "AdaBelief"), defaults)
-        register_zero_optimizer(type(self))
+        serve_zero(type(self), AdaBelief)
         watch(self)
-        extend_deepspeed(AdaBelief)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it leaves out are those of the constructor."""

@@ -22,6 +22,14 @@ BETAS = [0.5, 0.9]
 EPS = 1e-30
 OPTIONS = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": 0.0}
 ADABELIEF = {"type": "AdaBelief", "params": OPTIONS}
+# All that the Trainer replaces by its own arguments.
+AUTO = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "optimizer": {"type": "adabelief", "params": dict.fromkeys(OPTIONS, "auto")},
+    "zero_optimization": {"stage": 2},
+}
 
 
 def deepspeed_config(optimizer: dict[str, Any] | None, stage: int = 2) -> dict[str, Any]:
@@ -197,6 +205,7 @@ def cases() -> dict[str, Callable[[], float]]:
     offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
     return {
         "trainer json": lambda: trainer(with_json),
+        "trainer auto": lambda: trainer(AUTO),
         "trainer json offload": lambda: trainer({**with_json, "zero_optimization": offload}),
         "trainer class": lambda: trainer(
             without, optimizer_cls_and_kwargs=(belief_dist.AdaBelief, OPTIONS)

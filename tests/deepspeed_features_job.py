@@ -23,7 +23,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepspeed_job import ROWS, STEPS, WORLD_SIZE, make_batch, make_model
+from deepspeed_job import (
+    ROWS,
+    STEPS,
+    WORLD_SIZE,
+    float16_arithmetic,
+    make_batch,
+    make_model,
+)
 
 AdaBelief = torch.optim.AdaBelief
 # As in test_deepspeed: with this eps a wrong scale of the gradients shows.
@@ -87,9 +94,14 @@ def train(
     reference_groups: Callable[[nn.Module], Any] = lambda model: model.parameters(),
     reference_options: dict[str, Any] | None = None,
     precise: Callable[[], Any] = nullcontext,
+    overflows_first: bool = False,
     **arguments: Any,
 ) -> dict[str, Any]:
-    """Train both ways; return the largest difference, and how far the reference has come."""
+    """Train both ways; return the largest difference, and how far the reference has come.
+
+    With `overflows_first` the engine makes one step more, before the others, whose gradients are
+    infinite on the last rank.
+    """
     model = model or make_model()
     reference = reference or copy.deepcopy(model)
     before = [p.detach().clone() for p in reference.parameters()]
@@ -97,11 +109,13 @@ def train(
 
     engine, *_ = deepspeed.initialize(model=model, config=settings, **arguments)
     params = list(engine.module.parameters())
-    for step in range(STEPS):
+    for step in range(-overflows_first, STEPS):
         for micro in range(MICRO_BATCHES):
-            inputs, targets = micro_batch(step, micro)
+            inputs, targets = micro_batch(max(step, 0), micro)
             output = engine(inputs.to(params[0].dtype))
-            engine.backward(nn.functional.mse_loss(output.float(), targets))
+            loss = nn.functional.mse_loss(output.float(), targets)
+            spoilt = step < 0 and dist.get_rank() == WORLD_SIZE - 1
+            engine.backward(loss * float("inf") if spoilt else loss)
             engine.step()
     with deepspeed.zero.GatheredParameters(params, enabled=engine.zero_optimization_stage() == 3):
         result = compare(params, list(reference.parameters()), before)
@@ -122,6 +136,8 @@ def of_optimizer(engine: Any) -> dict[str, Any]:
         "optimizer": type(optimizer).__name__,
         "decays": [group["weight_decay"] for group in optimizer.param_groups],
         "steps": sorted({int(state["step"]) for state in optimizer.state.values()}),
+        "skipped": engine.skipped_steps,
+        "scale": float(getattr(engine.optimizer, "loss_scale", 1.0)),
     }
 
 
@@ -188,6 +204,18 @@ def autocast(stage: int) -> dict[str, Any]:
 def accumulation(stage: int, dtype: str) -> dict[str, Any]:
     settings = config(stage, bf16={"enabled": True}, data_types={"grad_accum_dtype": dtype})
     return train(settings)
+
+
+def half(stage: int, loss_scale: float = 0, **zero: Any) -> dict[str, Any]:
+    """Train in float16 by DeepSpeed's own loss scaler, beginning with a step that it must skip."""
+    scaler = {"enabled": True, "loss_scale": loss_scale, "initial_scale_power": 10, "hysteresis": 1}
+    with float16_arithmetic():
+        return train(config(stage, fp16=scaler, zero=zero), overflows_first=True)
+
+
+def half_refused() -> dict[str, Any]:
+    with float16_arithmetic():
+        return refused(config(0, fp16={"enabled": True}))
 
 
 # - Models
@@ -279,18 +307,18 @@ def pipeline() -> dict[str, Any]:
     )
 
 
-def refused(params: dict[str, Any]) -> dict[str, Any]:
+def refused(settings: dict[str, Any]) -> dict[str, Any]:
     try:
-        deepspeed.initialize(model=make_model(), config=config(2, params=params))
+        deepspeed.initialize(model=make_model(), config=settings)
     except (TypeError, ValueError) as error:
         return {"error": str(error)}
     return {"error": None}
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
-    "lr as string": lambda: refused({"lr": "1e-3"}),
-    "eps auto": lambda: refused({"eps": "auto"}),
-    "no_decay unknown": lambda: refused({"no_decay": "norms"}),
+    "lr as string": lambda: refused(config(2, params={"lr": "1e-3"})),
+    "eps auto": lambda: refused(config(2, params={"eps": "auto"})),
+    "no_decay unknown": lambda: refused(config(2, params={"no_decay": "norms"})),
     "client instance": client_instance,
     "client callable": client_callable,
     "client subclass, offload": client_subclass_with_offload,
@@ -307,6 +335,12 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "bf16, fp32 accumulation, stage 2": lambda: accumulation(2, "fp32"),
     "bf16, fp32 accumulation, stage 3": lambda: accumulation(3, "fp32"),
     "bf16, bf16 accumulation, stage 2": lambda: accumulation(2, "bf16"),
+    "fp16, stage 0": half_refused,
+    "fp16, stage 0, no scale": lambda: half(0, loss_scale=1),
+    "fp16, stage 1": lambda: half(1),
+    "fp16, stage 2": lambda: half(2),
+    "fp16, stage 2, offload": lambda: half(2, offload_optimizer={"device": "cpu"}),
+    "fp16, stage 3": lambda: half(3),
     "activation checkpointing, stage 2": lambda: activation_checkpointing(2),
     "activation checkpointing, stage 3": lambda: activation_checkpointing(3),
     "experts on all ranks, stage 0": lambda: mixture_of_experts(0, 1),

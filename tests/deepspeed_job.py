@@ -1,7 +1,8 @@
 """A user's DeepSpeed script: it never imports belief_dist, the JSON's type name has to do.
 
-The deepspeed launcher runs it on every rank: `deepspeed_job.py FOLDER`. It trains once for every
-`FOLDER/*.json` and saves what happened to `FOLDER/<name>.<rank>.pt`.
+A launcher runs it on every rank: `deepspeed_job.py FOLDER`. It trains once for every
+`FOLDER/*.json` and saves what happened to `FOLDER/<name>.<rank>.pt`. With `--spawn PORT` it starts
+the ranks itself, as notebooks and some frameworks do.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,23 @@ def make_batch(step: int, rows: int) -> tuple[Tensor, Tensor]:
     """Return inputs and targets of the whole global batch of a step."""
     generator = torch.Generator().manual_seed(step)
     return torch.randn(rows, 7, generator=generator), torch.randn(rows, 5, generator=generator)
+
+
+@contextmanager
+def float16_arithmetic() -> Iterator[None]:
+    """Let DeepSpeed use float16 here.
+
+    It asks whether oneDNN has it fast on this processor, and refuses if not. torch computes in it
+    on any, and what is asked for here is the arithmetic, not speed.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    try:
+        yield
+    finally:
+        del accelerator.is_fp16_supported
 
 
 def train(config: Path, rank: int) -> dict[str, Any]:
@@ -98,8 +118,22 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--local_rank", type=int)  # the deepspeed launcher adds it
+    parser.add_argument("--spawn", metavar="PORT")
     args = parser.parse_args()
+    if args.spawn is None:
+        train_all(args.folder)
+    else:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": args.spawn}
+        os.environ["WORLD_SIZE"] = str(WORLD_SIZE)
+        torch.multiprocessing.spawn(spawned, (args.folder,), nprocs=WORLD_SIZE)
 
+
+def spawned(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    train_all(folder)
+
+
+def train_all(folder: Path) -> None:
     import deepspeed
 
     # Otherwise DeepSpeed compiles, for 25 to 100 seconds, an operation that serves inference only.
@@ -108,7 +142,7 @@ def main() -> None:
     rank = deepspeed.comm.get_rank()
     assert "belief_dist" not in sys.modules
 
-    for config in sorted(args.folder.glob("*.json")):
+    for config in sorted(folder.glob("*.json")):
         try:
             result = train(config, rank)
         except TypeError as error:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from deepspeed_job import ROWS, param_groups
+from deepspeed_job import ROWS, float16_arithmetic, param_groups
 
 HYPER = {"lr": 0.05, "betas": [0.8, 0.95], "eps": 1e-2, "weight_decay": 0.1}
 SMALL_BUCKETS = {"bucket_bytes": 512}  # several, which overlap with backward
@@ -40,13 +40,16 @@ def make_model() -> nn.Sequential:
     )
 
 
-def batches(step: int, micro_batches: int, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Return this rank's micro-batches of a step."""
+def batches(
+    step: int, micro_batches: int, dtype: torch.dtype, spoil: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """Return this rank's micro-batches; `spoil` makes the last one's targets infinite."""
     generator = torch.Generator().manual_seed(1000 * step + rank())
+    size = float("inf") if spoil and rank() == torch.distributed.get_world_size() - 1 else 10
     return [
         (
             torch.randn(ROWS, 7, generator=generator).to(dtype),
-            10 * torch.randn(ROWS, 5, generator=generator),
+            size * torch.randn(ROWS, 5, generator=generator),
         )
         for _ in range(micro_batches)
     ]
@@ -66,14 +69,19 @@ class Plain:
         self.micro_batches = micro_batches
         self.optimizer = ShardedAdaBelief(param_groups(self.model), **HYPER, **options)
 
-    def step(self, step: int) -> None:
-        data = batches(step, self.micro_batches, next(self.model.parameters()).dtype)
+    def step(self, step: int, scaler: Any = None, spoil: bool = False) -> None:
+        data = batches(step, self.micro_batches, next(self.model.parameters()).dtype, spoil)
         self.optimizer.zero_grad()
         for number, (inputs, targets) in enumerate(data, start=1):
             last = number == len(data)
+            loss = loss_of(self.model(inputs), targets) / len(data)
             with nullcontext() if last else self.optimizer.no_sync():
-                (loss_of(self.model(inputs), targets) / len(data)).backward()
-        self.optimizer.step()
+                (scaler.scale(loss) if scaler else loss).backward()
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
 
 
 def config_of(
@@ -115,9 +123,7 @@ def initialize(config: dict[str, Any], way: str = "type", **options: Any) -> Any
 def train(engine: Any, step: int, spoil: bool = False) -> None:
     """Make a step; `spoil` makes a gradient of the last rank infinite."""
     dtype = next(engine.module.parameters()).dtype
-    for inputs, targets in batches(step, engine.gradient_accumulation_steps(), dtype):
-        if spoil and rank() == torch.distributed.get_world_size() - 1:
-            targets = targets * float("inf")
+    for inputs, targets in batches(step, engine.gradient_accumulation_steps(), dtype, spoil):
         engine.backward(loss_of(engine(inputs), targets))
         engine.step()
 
@@ -151,6 +157,39 @@ def assert_same(ours: Any, expected: Any, context: str) -> None:
 
 
 # - Cases
+
+
+def build_early() -> None:
+    """Build optimizers in a process that has not imported DeepSpeed yet."""
+    from belief_dist import AdaBelief, ShardedAdaBelief
+
+    torch.distributed.init_process_group("gloo")
+    for cls in (AdaBelief, ShardedAdaBelief):
+        model = make_model()
+        early[cls.__name__] = model, cls(param_groups(model), **HYPER)
+    assert "deepspeed" not in sys.modules
+
+
+early: dict[str, tuple[nn.Module, Any]] = {}
+
+
+def built_before_deepspeed(folder: Path) -> None:
+    """Needs neither a flag of the config, nor an import of DeepSpeed before."""
+    import deepspeed
+
+    model, optimizer = early["ShardedAdaBelief"]
+    config = config_of(torch.float32, 2, 0.5)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    plain = Plain(torch.float32, 2, max_grad_norm=0.5)
+    for step in range(2):
+        train(engine, step)
+        plain.step(step)
+        assert_same(engine.optimizer, plain.optimizer, "built early")
+    model, optimizer = early["AdaBelief"]
+    config["zero_optimization"] = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    train(engine, 0)
+    assert engine.optimizer.optimizer is optimizer
 
 
 def same_bits(folder: Path) -> None:
@@ -294,22 +333,25 @@ def loss_scale(folder: Path) -> None:
     again = initialize(config)
     again.load_checkpoint(str(tag))
     assert again.optimizer.cur_scale == engine.optimizer.cur_scale < scale
-    # The scaler of "fp16": {...}, which this processor's DeepSpeed does not offer.
+
+
+def float16(folder: Path) -> None:
+    """By the config's "fp16": scaled and skipped as by the same scaler without DeepSpeed."""
     from belief_dist.in_deepspeed.scaler import EngineScaler
 
-    static = EngineScaler("cpu", 128.0, 1, 128.0, 128.0)
-    bounded = EngineScaler("cpu", 2.0, 1000, 2.0, float("inf"))
-    plain.optimizer.zero_grad()
-    for scaler in (static, bounded):
-        before = scaler.get_scale()
-        for spoil in (float("inf"), 1.0):
-            scaler.scale(
-                loss_of(plain.model(torch.ones(2, 7)), torch.full((2, 5), spoil))
-            ).backward()
-            scaler.step(plain.optimizer)
-            scaler.update()
-            plain.optimizer.zero_grad()
-            assert scaler.get_scale() == before
+    options = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2}
+    with float16_arithmetic():
+        engine = initialize(config_of(torch.float32, 2, 0.5, fp16=options), **SMALL_BUCKETS)
+    plain = Plain(torch.float16, 2, max_grad_norm=0.5, **SMALL_BUCKETS)
+    scaler = EngineScaler("cpu", 2.0**10, 2, 1.0, float("inf"))
+    for step, spoil in enumerate((False, True, False, False, False)):
+        train(engine, step, spoil)
+        plain.step(step, scaler, spoil)
+        assert_same(engine.optimizer, plain.optimizer, "float16")
+        assert engine.optimizer.cur_scale == scaler.get_scale()
+    assert scaler.get_scale() == 2.0**10  # halved once, and doubled after two good steps
+    assert engine.skipped_steps == 1
+    assert next(engine.module.parameters()).dtype == torch.float16
 
 
 def schedulers(folder: Path) -> None:
@@ -427,7 +469,7 @@ def unnoticed_engine(folder: Path) -> None:
         try:
             train(engine, 0)
         except RuntimeError as error:
-            assert "import deepspeed before you build the optimizer" in str(error)
+            assert "built around ShardedAdaBelief unnoticed" in str(error)
         else:
             raise AssertionError("it trained")
         for ours, old in zip(states_of(engine.optimizer), before, strict=True):
@@ -571,6 +613,7 @@ PARTS: dict[str, list[Callable[[Path], None]]] = {
         caller_owns_the_boundary,
         skipped_steps,
         loss_scale,
+        float16,
         schedulers,
         refusals,
         unnoticed_engine,
@@ -579,7 +622,7 @@ PARTS: dict[str, list[Callable[[Path], None]]] = {
         save_for_others,
     ],
     "resume": [resume_from_others, save_for_others],
-    "back": [resume_from_others],
+    "back": [built_before_deepspeed, resume_from_others],
 }
 
 
@@ -594,13 +637,15 @@ def main() -> None:
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--local_rank", type=int)  # the deepspeed launcher adds it
     args = parser.parse_args()
+    if args.part == "back":
+        build_early()
 
     import deepspeed
 
     # Otherwise DeepSpeed compiles, for 25 to 100 seconds, an operation that serves inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
-    assert "belief_dist" not in sys.modules
+    assert early or "belief_dist" not in sys.modules
     done = []
     for case in cases(args.part):
         print(f"rank {rank()}: {case.__name__}", flush=True)

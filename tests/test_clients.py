@@ -29,6 +29,7 @@ DEEPSPEED += ["--master_addr", "127.0.0.1", "--master_port"]
 
 ADABELIEF_RUNS = [
     "trainer json",
+    "trainer auto",
     "trainer json offload",
     "trainer class",
     "accelerate json",

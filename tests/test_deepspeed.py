@@ -1,4 +1,4 @@
-"""`"optimizer": {"type": "AdaBelief"}` under the deepspeed launcher, at ZeRO stages 0 to 3.
+"""`"optimizer": {"type": "AdaBelief"}` in any launcher's ranks, at ZeRO stages 0 to 3.
 
 One launch of 2 CPU ranks per stage runs every case of `deepspeed_job.py`, which never imports
 belief_dist. What it trained is compared with one process that sees the whole batch.
@@ -24,6 +24,7 @@ from deepspeed_job import ROWS, STEPS, WORLD_SIZE, make_batch, make_model, param
 
 JOB = Path(__file__).with_name("deepspeed_job.py")
 STAGES = (0, 1, 2, 3)
+STARTERS = {0: "deepspeed", 1: "torchrun", 2: "spawn", 3: "deepspeed"}
 
 # A large eps: with 1e-16 a wrong scale of the gradients, say a forgotten mean, would not show.
 HYPER = {"lr": 0.1, "betas": [0.8, 0.95], "eps": 1e-2, "weight_decay": 0.1}
@@ -63,21 +64,33 @@ def launch(
     *arguments: str,
     job: Sequence[str | Path] = (JOB,),
     world_size: int = WORLD_SIZE,
+    starter: str = "deepspeed",
     **more: str,
 ) -> None:
-    """Run a job by the deepspeed launcher; fail with its output if it fails.
+    """Run a job by a launcher; fail with its output if it fails.
 
     Args:
         folder: The job's first argument, and where it runs.
         arguments: Its further ones.
         job: What the launcher runs on every rank.
         world_size: How many ranks.
+        starter: "deepspeed", "torchrun", or "spawn" for a job that starts its ranks itself.
         more: Environment variables.
     """
     bin_dir = Path(sys.executable).parent
-    command = [bin_dir / "deepspeed", "--num_accelerators", str(world_size)]
-    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
-    command += [*job, folder, *arguments]
+    port = free_port()
+    started_by = {
+        "deepspeed": [
+            bin_dir / "deepspeed",
+            *("--num_accelerators", world_size, "--master_addr", "127.0.0.1"),
+            *("--master_port", port),
+        ],
+        "torchrun": [bin_dir / "torchrun", "--nproc-per-node", world_size, "--master-port", port],
+        "spawn": [sys.executable],
+    }
+    command = [*started_by[starter], *job, folder, *arguments]
+    if starter == "spawn":
+        command += ["--spawn", port]
     environment = (
         os.environ
         | {
@@ -104,7 +117,7 @@ def run(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"stage{stage}")
         for case in CASES:
             (folder / f"{case}.json").write_text(json.dumps(make_config(case, stage)))
-        launch(folder)
+        launch(folder, starter=STARTERS[stage])
         return folder
 
     def results(stage: int, case: str) -> list[dict[str, Any]]:

@@ -1,22 +1,91 @@
 """Where DeepSpeed meets the optimizers: what it must know of them, and when it is built around one.
 
-Nothing here imports DeepSpeed; where it is not loaded, nothing happens.
+Nothing here brings DeepSpeed in. It is told when somebody else has imported it, be that before an
+optimizer was constructed or after.
 """
 
 from __future__ import annotations
 
+import importlib
+import logging
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.optim import Optimizer
 
+from belief_dist.integrations import deepspeed_checkpoint, deepspeed_fp16, deepspeed_offload
 from belief_dist.integrations.extension import Around, extend_method
+from belief_dist.integrations.imported import when_imported
 from belief_dist.integrations.rehearsal import is_called_by
 
+logger = logging.getLogger("belief_dist")
+
 _OLDEST = (0, 18)
-_SANITY_CHECK = "_do_optimizer_sanity_check"  # of an engine, on its optimizer
+
+# Every method of DeepSpeed that a function of ours stands around: module, class, method, function.
+# In memory, for AdaBelief alone, which each function gets as its first argument.
+_HOOKS: tuple[tuple[str, str, str, Around], ...] = (
+    (
+        "runtime.engine",
+        "DeepSpeedEngine",
+        "zero_force_ds_cpu_optimizer",
+        deepspeed_offload.insists_on_its_own,
+    ),
+    (
+        "runtime.base_optimizer",
+        "ZeROOptimizer",
+        "_configure_master_weights",
+        deepspeed_offload.configure_master_weights,
+    ),
+    (
+        "runtime.zero.stage_1_and_2",
+        "DeepSpeedZeroOptimizer",
+        "__init__",
+        deepspeed_offload.construct_stage12,
+    ),
+    (
+        "runtime.zero.stage3",
+        "DeepSpeedZeroOptimizer_Stage3",
+        "__init__",
+        deepspeed_offload.construct_stage3,
+    ),
+    (
+        "runtime.swap_tensor.optimizer_utils",
+        "OptimizerSwapper",
+        "_adjust_for_misaligned_lengths",
+        deepspeed_offload.align_gradients,
+    ),
+    (
+        "runtime.engine",
+        "DeepSpeedEngine",
+        "_configure_fp16_optimizer",
+        deepspeed_fp16.wrap_at_stage0,
+    ),
+    (
+        "runtime.base_optimizer",
+        "ZeROOptimizer",
+        "load_hp_checkpoint_state_from_checkpoint_dir",
+        deepspeed_checkpoint.load_universal_stage12,
+    ),
+    (
+        "runtime.zero.stage3",
+        "DeepSpeedZeroOptimizer_Stage3",
+        "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
+        deepspeed_checkpoint.load_universal_stage3,
+    ),
+    (
+        "runtime.engine",
+        "DeepSpeedEngine",
+        "load_checkpoint",
+        deepspeed_checkpoint.load_checkpoint,
+    ),
+)
+# An engine looks at its optimizer once, whether it has constructed it or was given it, after it has
+# cast and broadcast the model, and then chooses a wrapper of its own. Here ShardedAdaBelief enters.
+_SANITY_CHECK = ("runtime.engine", "DeepSpeedEngine", "_do_optimizer_sanity_check")
 # Called with an engine that is being built and its optimizer, by the optimizer's class.
 _entrances: dict[type[Optimizer], Callable[[Any, Any], None]] = {}
 # What an engine's step, and the wrapper that it puts around an optimizer of 16-bit parameters, call
@@ -24,39 +93,69 @@ _entrances: dict[type[Optimizer], Callable[[Any, Any], None]] = {}
 _ENGINE_STEPS = ("_take_model_step", "initialize_optimizer_states")
 
 
-def register_zero_optimizer(cls: type[Optimizer]) -> None:
-    """Add `cls` to the optimizers that DeepSpeed's ZeRO stages accept as tested.
+def serve_zero(cls: type[Optimizer], base: type[Optimizer]) -> None:
+    """Have DeepSpeed's ZeRO take `cls` as tested, and offload, save and load it as its own.
 
-    Without it a user would have to write `"zero_allow_untested_optimizer": true`. The optimizers
-    call this in their constructors, which is early enough: DeepSpeed checks what it constructed or
-    was given afterwards, by exact type.
+    Without it a user would have to write `"zero_allow_untested_optimizer": true`, and more.
+    Constructors call this, which is early enough: DeepSpeed looks at what it constructed or was
+    given afterwards.
 
     Args:
-        cls: The optimizer's class itself; DeepSpeed does not look at base classes.
+        cls: The optimizer's class itself; DeepSpeed's list of tested ones has no base classes.
+        base: AdaBelief, whose subclasses are served as it is.
 
     Raises:
         RuntimeError: An engine of a DeepSpeed that is too old builds this optimizer.
     """
-    if "deepspeed" not in sys.modules:
-        return
-    _check_version(getattr(sys.modules["deepspeed"], "__version__", ""))
+    if _is_too_old() and is_called_by({"_configure_basic_optimizer"}):
+        oldest = ".".join(map(str, _OLDEST))
+        raise RuntimeError(
+            f"AdaBelief needs DeepSpeed {oldest} or newer as its engine, this is {_version()}; "
+            f'run pip install -U "deepspeed>={oldest}".'
+        )
+    when_imported("deepspeed", _list_as_tested, cls)
+    when_imported("deepspeed", _extend, base)
+
+
+def _version() -> str:
+    return str(getattr(sys.modules.get("deepspeed"), "__version__", "of unknown version"))
+
+
+def _is_too_old() -> bool:
+    found = re.match(r"(\d+)\.(\d+)", _version())
+    return found is not None and tuple(map(int, found.groups())) < _OLDEST
+
+
+def _list_as_tested(cls: type[Optimizer]) -> None:
     zero_utils = sys.modules.get("deepspeed.runtime.zero.utils")
     supported = getattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if supported is not None and cls not in supported:
         supported.append(cls)
 
 
-def _check_version(version: str) -> None:
-    # Only where an engine is the caller: a DeepSpeed that something else has loaded does no harm.
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None or tuple(map(int, found.groups())) >= _OLDEST:
-        return
-    if is_called_by({"_configure_basic_optimizer"}):
-        oldest = ".".join(map(str, _OLDEST))
-        raise RuntimeError(
-            f"AdaBelief needs DeepSpeed {oldest} or newer as its engine, this is {version}; "
-            f'run pip install -U "deepspeed>={oldest}".'
+def _extend(base: type[Optimizer]) -> None:
+    # A DeepSpeed that is too old stays as it is: what has loaded it may have another use for it.
+    if not _is_too_old():
+        for module, owner, name, around in _HOOKS:
+            _stand_around(module, owner, name, partial(around, base))
+
+
+def _stand_around(module: str, owner: str, name: str, around: Around) -> None:
+    try:
+        found = getattr(importlib.import_module(f"deepspeed.{module}"), owner, None)
+    except ImportError:
+        found = None
+    if found is None or name not in vars(found):
+        logger.warning(
+            "DeepSpeed %s has no %s.%s.%s: belief_dist cannot complete it; see "
+            "docs/deepspeed-offload.md for what that means",
+            _version(),
+            module,
+            owner,
+            name,
         )
+        return
+    extend_method(found, name, around)
 
 
 def on_engine(cls: type[Optimizer], enter: Callable[[Any, Any], None]) -> None:
@@ -67,15 +166,9 @@ def on_engine(cls: type[Optimizer], enter: Callable[[Any, Any], None]) -> None:
 def watch_engines() -> None:
     """See to it that engines built from now on call what `on_engine` was given.
 
-    An engine looks at its optimizer once, whether it has constructed it or was given it, after it
-    has cast and broadcast the model, and then chooses a wrapper of its own. That is where ours
-    enters, for our classes alone, and goes unwrapped. Constructors call this: DeepSpeed may be
-    loaded at any time before.
+    Our classes alone enter, and go unwrapped. Constructors call this.
     """
-    engine_class = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
-    # Where a later version has no such method, `refuse_unknown_engine` speaks.
-    if engine_class is not None and hasattr(engine_class, _SANITY_CHECK):
-        extend_method(engine_class, _SANITY_CHECK, _check_or_enter)
+    when_imported("deepspeed", _stand_around, *_SANITY_CHECK, _check_or_enter)
 
 
 def _check_or_enter(original: Around, engine: Any, optimizer: Any) -> Any:
@@ -93,22 +186,8 @@ def refuse_unknown_engine() -> None:
         RuntimeError: It does.
     """
     if "deepspeed" in sys.modules and is_called_by(_ENGINE_STEPS):
-        version = getattr(sys.modules["deepspeed"], "__version__", "of unknown version")
         raise RuntimeError(
-            f"this engine of DeepSpeed {version} was built around ShardedAdaBelief unnoticed: "
-            f"import deepspeed before you build the optimizer, or let the engine build it by "
-            f'"type": "ShardedAdaBelief". If you do, this version of DeepSpeed is not supported.'
+            f"this engine of DeepSpeed {_version()} was built around ShardedAdaBelief unnoticed, "
+            f'as this version looks at optimizers elsewhere: use DeepSpeed 0.19.8, or "type": '
+            f'"AdaBelief" with a ZeRO stage.'
         )
-
-
-def extend_deepspeed(cls: type[Optimizer]) -> None:
-    """Have DeepSpeed offload, save and load optimizers of this class as it does its own.
-
-    Like `register_zero_optimizer`, in memory, from constructors, and only where it is loaded.
-    """
-    if "deepspeed.runtime.engine" in sys.modules:
-        from belief_dist.integrations.deepspeed_checkpoint import extend_checkpoints
-        from belief_dist.integrations.deepspeed_offload import extend_offload
-
-        extend_offload(cls)
-        extend_checkpoints(cls)

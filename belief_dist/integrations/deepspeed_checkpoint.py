@@ -1,33 +1,24 @@
-"""What DeepSpeed's loaders forget of an optimizer: hyperparameters at stage 3, and all on NVMe."""
+"""What DeepSpeed's loaders lack for an optimizer.
+
+Hyperparameters of param groups at stage 3, ranks that hold no part of a group at stages 1 and 2,
+and everything on NVMe.
+"""
 
 from __future__ import annotations
 
 import inspect
 import shutil
 from collections.abc import Mapping, Sequence
-from functools import partial
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from belief_dist.integrations.extension import Around, answer_once, extend_method
+from belief_dist.integrations.extension import Around, answer_once
 
 _SUFFIX = ".tensor.swp"
-
-
-def extend_checkpoints(served: type[Optimizer]) -> None:
-    """Complete DeepSpeed's loaders, which must be loaded, for optimizers of the class `served`."""
-    from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-
-    extend_method(
-        DeepSpeedZeroOptimizer_Stage3,
-        "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
-        partial(_load_universal_stage3, served),
-    )
-    extend_method(DeepSpeedEngine, "load_checkpoint", partial(_load_checkpoint, served))
 
 
 def _restore_groups(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
@@ -44,7 +35,43 @@ def _check_groups(zero: Any, saved: Sequence[Mapping[str, Any]], source: Path) -
         )
 
 
-def _load_universal_stage3(
+def load_universal_stage12(
+    served: type[Optimizer], original: Around, zero: Any, groups_name: str, checkpoint_dir: str
+) -> None:
+    """Load a universal checkpoint, on ranks that hold no part of a param group, too.
+
+    A group of few elements ends before the partitions of the last ranks begin; what these hold of
+    it is padding. DeepSpeed then looks for a step in an empty list.
+    """
+    optimizer, params = zero.optimizer, getattr(zero, groups_name)
+    if not isinstance(optimizer, served):
+        original(zero, groups_name, checkpoint_dir)
+        return
+    folder = Path(checkpoint_dir, "zero")
+    file = folder / "optimizer_state.pt"
+    saved = _load(file)["param_groups"]
+    _check_groups(zero, saved, file)
+    groups = optimizer.param_groups
+    held = [any(param._hp_mapping is not None for param in group) for group in params]
+    try:
+        optimizer.param_groups = list(compress(groups, held))
+        setattr(zero, groups_name, list(compress(params, held)))
+        original(zero, groups_name, checkpoint_dir)
+    finally:
+        optimizer.param_groups = groups
+        setattr(zero, groups_name, params)
+    _restore_groups(groups, saved)
+    for group, own, has_part in zip(groups, params, held, strict=True):
+        if not has_part:
+            (padding,) = group["params"]
+            optimizer.state[padding] = {
+                "step": _load(folder / zero.param_names[own[0]] / "step.pt"),
+                "exp_avg": torch.zeros_like(padding),
+                "exp_avg_sq": torch.zeros_like(padding),
+            }
+
+
+def load_universal_stage3(
     served: type[Optimizer], original: Around, zero: Any, checkpoint_dir: str
 ) -> None:
     """Restore every group's own hyperparameters; DeepSpeed copies those of the first into all."""
@@ -58,7 +85,7 @@ def _load_universal_stage3(
     _restore_groups(zero.optimizer.param_groups, saved)
 
 
-def _load_checkpoint(
+def load_checkpoint(
     served: type[Optimizer], original: Around, engine: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """Load a checkpoint, also into an optimizer whose states lie on NVMe.

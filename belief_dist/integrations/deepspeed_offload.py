@@ -9,32 +9,15 @@ the rest by AdamW. So each place is answered for itself.
 from __future__ import annotations
 
 import sys
-from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
-from belief_dist.integrations.extension import Around, answer_once, extend_method
+from belief_dist.integrations.extension import Around, answer_once
 
 
-def extend_offload(served: type[Optimizer]) -> None:
-    """Let DeepSpeed, which must be loaded, offload optimizers of the class `served`."""
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer
-    from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
-
-    extend_method(
-        DeepSpeedEngine, "zero_force_ds_cpu_optimizer", partial(_insists_on_its_own, served)
-    )
-    extend_method(
-        ZeROOptimizer, "_configure_master_weights", partial(_configure_master_weights, served)
-    )
-    extend_method(DeepSpeedZeroOptimizer, "__init__", partial(_construct_stage12, served))
-    extend_method(DeepSpeedZeroOptimizer_Stage3, "__init__", partial(_construct_stage3, served))
-
-
-def _insists_on_its_own(served: type[Optimizer], original: Around, engine: Any) -> Any:
+def insists_on_its_own(served: type[Optimizer], original: Around, engine: Any) -> Any:
     """Answer whether the engine refuses a client's optimizer beside an offload block.
 
     It does so by default; whoever writes `"zero_force_ds_cpu_optimizer": true` still gets it. The
@@ -47,7 +30,7 @@ def _insists_on_its_own(served: type[Optimizer], original: Around, engine: Any) 
     return original(engine)
 
 
-def _configure_master_weights(
+def configure_master_weights(
     served: type[Optimizer], original: Around, zero: Any, **settings: Any
 ) -> Any:
     """Accept 16-bit masters (`bf16_master_weights_and_grads`) of offloaded AdaBelief."""
@@ -62,7 +45,7 @@ def _configure_master_weights(
         )
 
     def check() -> None:
-        if not settings.get("offload_enabled"):
+        if not (getattr(zero, "cpu_offload", False) or getattr(zero, "offload_optimizer", False)):
             raise ValueError(
                 f"16-bit master weights of {kind} need offload_optimizer with device cpu: add it, "
                 f"or remove bf16_master_weights_and_grads and fp16_master_weights_and_grads."
@@ -73,11 +56,12 @@ def _configure_master_weights(
                 "16-bit master weights use device cpu."
             )
 
-    validators = {"fp16_offload_validator": check, "bf16_offload_validator": check}
+    # DeepSpeed's own, one for each dtype, insist on DeepSpeedCPUAdam.
+    validators = {name: check for name in settings if name.endswith("_offload_validator")}
     return original(zero, **{**settings, **validators})
 
 
-def _construct_stage12(
+def construct_stage12(
     served: type[Optimizer],
     original: Around,
     zero: Any,
@@ -95,7 +79,7 @@ def _construct_stage12(
     original(zero, optimizer, *args, **settings)
 
 
-def _construct_stage3(
+def construct_stage3(
     served: type[Optimizer],
     original: Around,
     zero: Any,
@@ -121,3 +105,36 @@ def _construct_stage3(
         answer_once(zero, "_create_fp32_partitions", cut_by_ratio)
         settings["offload_ratio"] = 1.0
     original(zero, module, optimizer, *args, **settings)
+
+
+def align_gradients(
+    served: type[Optimizer],
+    original: Around,
+    swapper: Any,
+    tensors: list[Tensor],
+    offsets: list[int],
+) -> tuple[list[Tensor], list[int]]:
+    """Keep in memory what lies before the first aligned element of a gradient that goes to NVMe.
+
+    Where several parameters share a sub-group, a gradient begins anywhere in it, and is read back
+    to that place. Files are read around the system's cache, to addresses that are multiples of 512
+    bytes only; to others nothing is read, DeepSpeed does not notice, and trains by what has been in
+    its buffer. It splits off an unaligned end itself, and not an unaligned beginning.
+
+    Args:
+        served: AdaBelief.
+        original: Returns both lists, with the ends split off.
+        swapper: An `OptimizerSwapper`.
+        tensors: Gradients, flat.
+        offsets: Where each begins in its sub-group, in elements.
+    """
+    if isinstance(swapper.optimizer, served):
+        pieces = []
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            head = -offset % swapper.numel_alignment if swapper.is_swappable_tensor(tensor) else 0
+            if head:
+                pieces.append((tensor[:head], offset))
+            pieces.append((tensor[head:], offset + head))
+        tensors, offsets = [t for t, _ in pieces], [o for _, o in pieces]
+    split: tuple[list[Tensor], list[int]] = original(swapper, tensors=tensors, offsets=offsets)
+    return split

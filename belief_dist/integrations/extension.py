@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any
-
-logger = logging.getLogger("belief_dist")
 
 # Takes the method as it was and all arguments, the instance first.
 Around = Callable[..., Any]
@@ -26,25 +23,14 @@ def answer_once(instance: object, name: str, answer: Callable[..., Any]) -> None
 def extend_method(owner: type, name: str, around: Around) -> None:
     """Have `around(original, instance, ...)` answer calls of `owner.name`.
 
-    Everything that does not concern this package is for `around` to hand on to `original`. A
-    method that is not there, in a version of the package that nobody has tried yet, is left out
-    with a warning: what was meant for it does not happen.
+    Everything that does not concern this package is for `around` to hand on to `original`.
 
     Args:
         owner: The class that defines the method.
         name: Of the method.
         around: What answers instead.
     """
-    original = vars(owner).get(name)
-    if original is None:
-        logger.warning(
-            "%s.%s has no %s in this version: belief_dist cannot complete it; see "
-            "docs/deepspeed-offload.md for what that means",
-            owner.__module__,
-            owner.__name__,
-            name,
-        )
-        return
+    original = vars(owner)[name]
     if hasattr(original, "serves_belief_dist"):
         return
 
