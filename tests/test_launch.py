@@ -169,9 +169,13 @@ def test_settings_of_the_recipes_are_checked(environment: dict[str, str], tmp_pa
             ("torchrun.sh", torchrun | {"NNODES": "1:"}, "NNODES must be a number or MIN:MAX"),
             ("torchrun.sh", torchrun | {"NNODES": "1:4"}, "a job that restarts needs --folder"),
             ("torchrun.sh", torchrun | {"NODE_RANK": "2"}, "NODE_RANK must be in 0..NNODES-1"),
+            ("slurm/srun.sbatch", {"SLURM_JOB_ID": "7"}, "set RUN=FOLDER instead of --folder"),
         ]:
-            arguments = [str(hostfile)] if recipe == "deepspeed.sh" else []
-            done = run([str(LAUNCH / recipe), *arguments], environment | variables)
+            arguments = {
+                "deepspeed.sh": [str(hostfile)],
+                "slurm/srun.sbatch": ["--folder", str(tmp_path / "run")],
+            }.get(recipe, [])
+            done = run(["bash", str(LAUNCH / recipe), *arguments], environment | variables)
             assert done.returncode == 2, done.stderr
             (line,) = done.stderr.splitlines()
             assert said in line
@@ -245,18 +249,19 @@ def rank_one(folder: Path) -> tuple[str, int]:
     return job, pid
 
 
-@pytest.mark.parametrize("script", ["srun.sbatch", "torchrun.sbatch"])
 def test_a_batch_job_saves_and_queues_again_before_its_time_is_over(
-    script: str, environment: dict[str, str], tmp_path: Path
+    environment: dict[str, str], tmp_path: Path
 ) -> None:
-    """On USR1; the second start of the same job goes on where the first has ended."""
-    tasks = 2 if script == "srun.sbatch" else 1
+    """On USR1; the second start of the same job goes on where the first has ended.
+
+    tests/cluster/test_slurm.py has srun.sbatch on a real Slurm.
+    """
     environment |= {
         **{"SLURM_JOB_ID": str(10000 + os.getpid()), "SLURM_JOB_NODELIST": "localhost"},
-        **{"SLURM_JOB_NUM_NODES": "1", "PLAYED_TASKS": str(tasks), "NPROC": "2"},
+        **{"SLURM_JOB_NUM_NODES": "1", "PLAYED_TASKS": "1", "NPROC": "2"},
         **{"RUN": str(tmp_path / "run"), "SLURM_CPUS_PER_TASK": "1"},
     }
-    command = ["bash", str(LAUNCH / "slurm" / script), *SMALL, "--steps", "80"]
+    command = ["bash", str(LAUNCH / "slurm" / "torchrun.sbatch"), *SMALL, "--steps", "80"]
     with started(command, environment, tmp_path / "run" / "log.jsonl") as (process, output):
         process.send_signal(signal.SIGUSR1)
         assert process.wait(timeout=90) == 0, output.read_text()

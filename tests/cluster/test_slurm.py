@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from jobs import (
     ROOT,
     SETTINGS,
     environment,
+    local,
     rank_on,
     unlike,
     wait_for_step,
@@ -47,14 +49,69 @@ def test_slurm_gives_the_same_bits(
 ) -> None:
     output = tmp_path / "slurm.out"
     command = [str(word).replace("OUTPUT", str(output)) for word in SLURM[recipe]]
+    folder = [] if "sbatch" in recipe else ["--folder", tmp_path / "run"]
     job = lab.job(
-        {0: ["env", f"--chdir={ROOT}", *command, *SETTINGS, "--folder", tmp_path / "run"]},
-        environment(**slurm_variables),
+        {0: ["env", f"--chdir={ROOT}", *command, *SETTINGS, *folder]},
+        environment(RUN=str(tmp_path / "run"), **slurm_variables),
         tmp_path,
         240,
     )
     assert not any(job.wait()), job.output + (output.read_text() if output.exists() else "")
     assert unlike(tmp_path / "run", four_ranks) == []
+
+
+LONG = ["--steps", "300", "--save_every", "20"]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return local(2, tmp_path_factory.mktemp("two") / "run", *LONG)
+
+
+@pytest.mark.parametrize(
+    ("script", "interruption"),
+    [
+        # Slurm sends USR1 first, and the job saves.
+        (
+            "srun.sbatch",
+            "sbatch --partition=urgent --exclusive --nodes=4 --output=/dev/null --wrap=:",
+        ),
+        # Its ranks are killed.
+        ("torchrun.sbatch", "scontrol requeue JOB"),
+    ],
+    ids=["preempted", "requeued"],
+)
+def test_a_batch_job_that_is_interrupted_ends_as_one_that_is_not(
+    script: str,
+    interruption: str,
+    slurm_variables: dict[str, str],
+    lab: Lab,
+    two_ranks: Path,
+    tmp_path: Path,
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "slurm.out"
+    command = slurm.batch("--nodes=2", f"--output={output}", f"launch/slurm/{script}")
+    job = lab.job(
+        {0: ["env", f"--chdir={ROOT}", *command, *SETTINGS, *LONG]},
+        environment(RUN=str(run), **slurm_variables),
+        tmp_path,
+        300,
+    )
+    wait_for_step(run, 30, 120)
+    on_slurm = ["env", *(f"{name}={value}" for name, value in slurm_variables.items())]
+    number = lab.nodes[0].run(*on_slurm, "squeue", "--noheader", "--format=%i").strip()
+    lab.nodes[0].run(*on_slurm, *interruption.replace("JOB", number).split())
+    assert not any(job.wait()), job.output + output.read_text()
+
+    said = output.read_text()
+    first, began = map(int, re.findall(r" from step (\d+),", said))
+    assert first == 0 and 20 <= began < 300, said
+    if script == "srun.sbatch":
+        assert f"Slurm will end this job: saving in {run}" in said
+        assert began >= 30  # all that it had done
+    else:
+        assert began % 20 == 0
+    assert unlike(run, two_ranks) == []
 
 
 def test_a_stopped_rank_ends_the_step_at_the_timeout(
