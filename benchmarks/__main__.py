@@ -17,7 +17,16 @@ from tqdm import tqdm
 from benchmarks.accuracy import measure
 from benchmarks.bits import bits_table, run_bits
 from benchmarks.checkpoint import run_checkpoint
-from benchmarks.compatibility import ALL, DOZEN, STAGES, Cell, replace_table, run_cells, table
+from benchmarks.compatibility import (
+    ALL,
+    DOZEN,
+    DTYPES,
+    STAGES,
+    Cell,
+    replace_table,
+    run_cells,
+    table,
+)
 from benchmarks.compatibility import Result as CellResult
 from benchmarks.evidence import (
     Sheet,
@@ -215,16 +224,24 @@ def resume(steps: int = 400, out: Path | None = None, json: Path | None = None) 
 
 
 def compatibility(
-    stages: list[int] | None = None, dozen: bool = False, page: Path | None = None
+    stages: list[int] | None = None,
+    dtypes: list[str] | None = None,
+    dozen: bool = False,
+    page: Path | None = None,
 ) -> None:
     """Train by DeepSpeed in every combination, beside unsharded training.
 
     Args:
         stages: Some of ZeRO's stages 0 to 3.
+        dtypes: Some of float32, bfloat16 and float16.
         dozen: Only those that the tests train.
         page: The Markdown page whose table is to be replaced.
     """
-    chosen = [c for c in (DOZEN if dozen else ALL) if c.stage in (stages or STAGES)]
+    chosen = [
+        cell
+        for cell in (DOZEN if dozen else ALL)
+        if cell.stage in (stages or STAGES) and cell.dtype in (dtypes or DTYPES)
+    ]
     results: dict[Cell, CellResult] = {}
     jobs = [list(cells) for _, cells in groupby(chosen, key=lambda cell: cell[:3])]
     for cells in tqdm(jobs, unit="job"):

@@ -30,7 +30,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         | environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
 
 
