@@ -1,4 +1,4 @@
-# make train   trains a small GPT on 2 ranks through the deepspeed launcher
+# make train   trains a small GPT on all GPUs, or 2 CPU ranks, through the deepspeed launcher
 # make test    lint, type check and all tests
 # Two processes run them, a file each: many tests wait for timeouts or for imports.
 # Both set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
@@ -10,7 +10,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .PHONY: train test lint bench venv
 train: venv
-	launch/local.sh 2 $(ARGS)
+	launch/local.sh $(ARGS)
 
 test: lint
 	python -m pytest --numprocesses 2 --dist loadfile $(ARGS)

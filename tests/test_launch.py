@@ -169,16 +169,34 @@ def test_settings_of_the_recipes_are_checked(environment: dict[str, str], tmp_pa
             ("torchrun.sh", torchrun | {"NNODES": "1:"}, "NNODES must be a number or MIN:MAX"),
             ("torchrun.sh", torchrun | {"NNODES": "1:4"}, "a job that restarts needs --folder"),
             ("torchrun.sh", torchrun | {"NODE_RANK": "2"}, "NODE_RANK must be in 0..NNODES-1"),
+            ("local.sh", {}, "RANKS must be a number, at least 1, or left out, got 0"),
             ("slurm/srun.sbatch", {"SLURM_JOB_ID": "7"}, "set RUN=FOLDER instead of --folder"),
         ]:
             arguments = {
                 "deepspeed.sh": [str(hostfile)],
+                "local.sh": ["0"],
                 "slurm/srun.sbatch": ["--folder", str(tmp_path / "run")],
             }.get(recipe, [])
             done = run(["bash", str(LAUNCH / recipe), *arguments], environment | variables)
             assert done.returncode == 2, done.stderr
             (line,) = done.stderr.splitlines()
             assert said in line
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (3, 3)])
+def test_without_a_number_all_devices_train(
+    gpus: int, ranks: int, environment: dict[str, str], tmp_path: Path
+) -> None:
+    stubs = tmp_path / "stubs"
+    (stubs / "deepspeed").write_text('#!/usr/bin/env bash\necho "$@"')
+    (stubs / "deepspeed").chmod(0o755)
+    (stubs / "sitecustomize.py").write_text(
+        f"import torch\ntorch.accelerator.device_count = lambda: {gpus}\n"
+    )
+    environment["PYTHONPATH"] = f"{stubs}:{environment['PYTHONPATH']}"
+    done = run([str(LAUNCH / "local.sh"), "--steps", "7"], environment)
+    assert done.stdout.startswith(f"--num_accelerators {ranks} "), done.stderr
+    assert done.stdout.rstrip().endswith("configs/gpt.yaml --steps 7")
 
 
 @contextmanager
