@@ -33,7 +33,7 @@ def check_engine(engine: Any, optimizer: ShardedAdaBelief) -> None:
     if missing:
         raise RuntimeError(
             f"ShardedAdaBelief does not know the engine of DeepSpeed {deepspeed.__version__}, "
-            f"which has no {', '.join(missing)}; use DeepSpeed 0.19.8, or "
+            f"which has no {', '.join(missing)}; use DeepSpeed 0.19.8 or newer, or "
             f'"type": "AdaBelief" at any ZeRO stage.'
         )
     for sentence in _problems(engine, optimizer):
