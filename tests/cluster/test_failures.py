@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import time
@@ -152,6 +153,22 @@ def test_hosts_with_other_code_do_not_train(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_clock_that_is_wrong_is_named_and_the_job_trains(lab: Lab, tmp_path: Path) -> None:
+    """A host's clock cannot differ from its neighbour's on one machine: Python's is changed."""
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "sitecustomize.py").write_text(
+        "import socket, time\n"
+        "if socket.gethostname() == 'node1':\n"
+        "    right = time.time\n"
+        "    time.time = lambda: right() - 100\n"
+    )
+    path = f"{tmp_path / 'late'}:{ROOT}"
+    job = start(lab, "torchrun.sh", tmp_path, **TORCHRUN | {"PYTHONPATH": path})
+    assert not any(job.wait()), job.output
+    skew = re.search(r"the clock of node1 \(rank 1\) is (\d+) s behind that of rank 0", job.output)
+    assert skew and 95 <= int(skew[1]) <= 105, job.output
+
+
 def test_hosts_with_another_torch_do_not_train(lab: Lab, tmp_path: Path) -> None:
     version = Path(torch.__file__).with_name("version.py")
     mount_changed(lab, tmp_path, version, "\n__version__ = '2.12.1+cpu'\n")
@@ -179,15 +196,23 @@ def test_a_killed_rank_ends_the_job(
     killed = job.elapsed
     os.kill(rank_on(lab.nodes[1]), signal.SIGKILL)
     assert all(job.wait()), job.output
-    assert job.seconds - killed < 60, job.output
+    # At most 3 s on a quiet machine; without a word from the launcher it were the timeout, 60 s.
+    assert job.seconds - killed < 20, job.output
 
 
-@pytest.mark.parametrize("script", ["deepspeed.sh", "mpirun.sh"])
-def test_a_stopped_rank_ends_the_job_at_the_timeout(script: str, lab: Lab, tmp_path: Path) -> None:
-    job = start(lab, script, tmp_path, *ENDLESS, "--timeout", "5")
+@pytest.mark.parametrize(
+    ("script", "variables", "grace"),
+    # Seconds that the launcher, or the recipe, gives the stopped rank: torchrun its SIGTERM.
+    [("deepspeed.sh", {}, 10), ("mpirun.sh", {}, 0), ("torchrun.sh", TORCHRUN, 30)],
+    ids=["deepspeed", "mpich", "torchrun"],
+)
+def test_a_stopped_rank_ends_the_job_at_the_timeout(
+    script: str, variables: dict[str, str], grace: int, lab: Lab, tmp_path: Path
+) -> None:
+    job = start(lab, script, tmp_path, *ENDLESS, "--timeout", "5", **variables)
     wait_for_step(tmp_path / "run", 3, 120)
     stopped = job.elapsed
     os.kill(rank_on(lab.nodes[1]), signal.SIGSTOP)
     assert all(job.wait()), job.output
-    # The timeout, what the recipe then gives the other hosts, and time for a loaded machine.
-    assert 4 < job.seconds - stopped < 5 + 10 + 45, job.output
+    # The timeout, the grace, and time for a loaded machine.
+    assert 4 < job.seconds - stopped < 5 + grace + 15, job.output

@@ -114,16 +114,27 @@ def test_a_batch_job_that_is_interrupted_ends_as_one_that_is_not(
     assert unlike(run, two_ranks) == []
 
 
-def test_a_stopped_rank_ends_the_step_at_the_timeout(
-    slurm_variables: dict[str, str], lab: Lab, tmp_path: Path
+@pytest.mark.parametrize(
+    ("number", "at_least", "at_most"),
+    # At once; and at the timeout, after which Slurm waits KillWait. Both on a loaded machine.
+    [(signal.SIGKILL, 0, 20), (signal.SIGSTOP, 4, 5 + 5 + 15)],
+    ids=["killed", "stopped"],
+)
+def test_a_rank_that_is_lost_ends_the_step(
+    number: signal.Signals,
+    at_least: float,
+    at_most: float,
+    slurm_variables: dict[str, str],
+    lab: Lab,
+    tmp_path: Path,
 ) -> None:
-    command = [*SLURM["srun"], *SETTINGS, *ENDLESS, "--timeout", "5", "--folder", tmp_path / "run"]
+    timeout = ["--timeout", "5"] if number == signal.SIGSTOP else []  # else 60, of SETTINGS
+    command = [*SLURM["srun"], *SETTINGS, *ENDLESS, *timeout, "--folder", tmp_path / "run"]
     job = lab.job(
         {0: ["env", f"--chdir={ROOT}", *command]}, environment(**slurm_variables), tmp_path, 200
     )
     wait_for_step(tmp_path / "run", 3, 120)
-    stopped = job.elapsed
-    os.kill(rank_on(lab.nodes[3]), signal.SIGSTOP)
+    lost = job.elapsed
+    os.kill(rank_on(lab.nodes[3]), number)
     assert all(job.wait()), job.output
-    # The timeout, Slurm's KillWait, and time for a loaded machine.
-    assert 4 < job.seconds - stopped < 5 + 5 + 45, job.output
+    assert at_least < job.seconds - lost < at_most, job.output
