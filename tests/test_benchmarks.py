@@ -48,6 +48,22 @@ def test_a_step_of_every_engine_is_timed_and_drawn(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_mpi_and_gloo_take_turns(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    tables = tmp_path / "tables.md"
+    model = "--layers=1 --width=64 --context=16 --rounds=1 --steps=1".split()
+    done = run("mpi", "--ranks=[2]", "--megabytes=[1]", *model, f"--markdown={tables}")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in tables.read_text().splitlines() if line.startswith("| ")]
+    for row in (
+        "| all_to_all, 1 MB | ",
+        "| all_gather, mpi4py | ",
+        "| ShardedAdaBelief over gloo | ",
+    ):
+        (cells,) = [line.removeprefix(row).split(" | ") for line in rows if line.startswith(row)]
+        assert all(float(cell.rstrip("% |")) > 0 for cell in cells[:2])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
