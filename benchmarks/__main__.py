@@ -38,6 +38,7 @@ from benchmarks.evidence import (
 )
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.gradients import recorded, synthetic
+from benchmarks.mpi import run_mpi
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
 from benchmarks.plot import draw_steps, markdown_steps
@@ -169,6 +170,45 @@ def deepspeed(
     """
     work = Workload(ranks, steps, layers, width, 1, 128, dtype)
     _tell(run_by_json(work, rounds, only or []), json)
+
+
+def mpi(
+    ranks: list[int] | None = None,
+    megabytes: list[int] | None = None,
+    link: float | None = None,
+    rounds: int = 3,
+    steps: int = 4,
+    layers: int = 10,
+    width: int = 512,
+    batch: int = 1,
+    context: int = 128,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    variables: dict[str, str] | None = None,
+    markdown: Path | None = None,
+) -> None:
+    """Compare the backend "mpi4py" with gloo: bandwidth, overlap, training steps.
+
+    The mpiexec beside the MPI library that mpi4py loads starts the ranks.
+
+    Args:
+        ranks: Processes; 2 and 4 by default.
+        megabytes: Of the longer tensor of each collective; 1, 16 and 64 by default.
+        link: As for `step`; MPICH only.
+        rounds: How often backends take turns.
+        steps: Timed steps in each turn.
+        layers: Of the model.
+        width: Of the model, a multiple of 64.
+        batch: Sequences per rank.
+        context: Bytes in each sequence.
+        dtype: Of the model.
+        variables: For all ranks, such as {"MPIR_CVAR_ASYNC_PROGRESS": "1"}.
+        markdown: Also write the tables here.
+    """
+    works = [Workload(n, steps, layers, width, batch, context, dtype) for n in ranks or [2, 4]]
+    sheets = run_mpi(works, megabytes or [1, 16, 64], rounds, link, variables or {})
+    _tell_sheets(sheets, {}, None)
+    if markdown is not None:
+        _write_markdown(markdown, sheets)
 
 
 def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> None:
@@ -445,12 +485,13 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
-_ON_RANKS = [step, deepspeed, checkpoint, compatibility, resume, bits, overhead, simulate, scale]
+_ON_RANKS = [step, deepspeed, mpi, checkpoint, compatibility, resume, bits, overhead]
+_PREDICTED = [simulate, scale]
 _SHOWN = [plot, markdown]
 
 if __name__ == "__main__":
     auto_cli(
-        [*_ALONE, *_ON_RANKS, *_SHOWN],
+        [*_ALONE, *_ON_RANKS, *_PREDICTED, *_SHOWN],
         prog="python -m benchmarks",
         as_positional=False,
     )

@@ -69,7 +69,7 @@ def _compute_only(model: GPT, dtype: torch.dtype) -> Train:
     return train
 
 
-def _sharded(model: GPT, dtype: torch.dtype, **options: Any) -> Train:
+def sharded(model: GPT, dtype: torch.dtype, **options: Any) -> Train:
     model.to(dtype)
     return _train_with(model, ShardedAdaBelief(model.parameters(), **OPTIONS, **options))
 
@@ -145,13 +145,13 @@ def _train_in_engine(
 
 ENGINES: dict[str, Builder] = {
     COMPUTE: _compute_only,
-    f"{OURS} ZeRO-1": _sharded,
-    f"{OURS} ZeRO-1, no overlap": partial(_sharded, overlap=False),
-    f"{OURS} ZeRO-1, 4 MiB buckets": partial(_sharded, bucket_bytes=4 << 20),
-    f"{OURS} ZeRO-2": partial(_sharded, stage=2),
-    f"{OURS} ZeRO-1, bf16 sent": partial(_sharded, reduce_dtype=torch.bfloat16),
-    f"{OURS} ZeRO-1, int8 sent": partial(_sharded, reduce_dtype=torch.int8),
-    f"{OURS} ZeRO-1, native": partial(_sharded, reduction="native"),
+    f"{OURS} ZeRO-1": sharded,
+    f"{OURS} ZeRO-1, no overlap": partial(sharded, overlap=False),
+    f"{OURS} ZeRO-1, 4 MiB buckets": partial(sharded, bucket_bytes=4 << 20),
+    f"{OURS} ZeRO-2": partial(sharded, stage=2),
+    f"{OURS} ZeRO-1, bf16 sent": partial(sharded, reduce_dtype=torch.bfloat16),
+    f"{OURS} ZeRO-1, int8 sent": partial(sharded, reduce_dtype=torch.int8),
+    f"{OURS} ZeRO-1, native": partial(sharded, reduction="native"),
     BASELINE: partial(_ddp, make_optimizer=_ADAMW),
     "DDP + official AdaBelief": partial(_ddp, make_optimizer=official_adabelief),
     "DDP + ZeroRedundancy AdamW": partial(

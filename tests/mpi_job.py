@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import datetime
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import belief_dist.integrations.mpi
-from belief_dist import ShardedAdaBelief
-from belief_dist.integrations.mpi import messages
-from belief_dist.options import DEFAULTS
-from models import HYPER, SHAPES, make_grad, make_params
-from reference import Reference, backward, compare
+import test_checkpoint
+from belief_dist import AdaBelief, ShardedAdaBelief
+from belief_dist.distributed.place import read_place
+from models import HYPER
+from test_checkpoint_torch import continues
+from test_sharded import combinations, main_comparison
 
-RANK, SIZE = int(os.environ["PMI_RANK"]), int(os.environ["PMI_SIZE"])
+PLACE = read_place(os.environ)
+RANK, SIZE = PLACE.rank, PLACE.world_size
 
 
 def values(of: int, count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -146,14 +155,15 @@ def handles() -> None:
 
 def in_parts() -> None:
     """Messages that are too long for MPI's counts, with a small limit."""
-    from belief_dist.integrations.mpi import group
+    from belief_dist.integrations.mpi import group, messages
+    from belief_dist.integrations.mpi import reductions as sums
 
-    messages.MAX_COUNT = group.MAX_COUNT = 7
+    messages.MAX_COUNT = group.MAX_COUNT = sums.MAX_COUNT = 7
     try:
         moves()
         reductions()
     finally:
-        messages.MAX_COUNT = group.MAX_COUNT = 1 << 30
+        messages.MAX_COUNT = group.MAX_COUNT = sums.MAX_COUNT = 1 << 30
 
 
 def sub_groups() -> None:
@@ -165,26 +175,6 @@ def sub_groups() -> None:
         dist.all_reduce(tensor, group=group)
         assert tensor.tolist() == [float(sum(members))] * 3
         dist.destroy_process_group(group)
-
-
-def trains(group: dist.ProcessGroup | None, dtype: torch.dtype, stage: int, overlap: bool) -> None:
-    """Equal to one process that adds in rank order, bit for bit."""
-    params = make_params(dtype, seed=RANK)
-    reference = Reference(make_params(dtype, seed=0), [{**DEFAULTS, **HYPER}] * len(params))
-    optimizer = ShardedAdaBelief(
-        params, process_group=group, bucket_bytes=1500, stage=stage, overlap=overlap,
-        max_grad_norm=1.0, **HYPER,
-    )  # fmt: skip
-    for step in range(3):
-        grads: list[list[torch.Tensor | None]] = [
-            [make_grad(shape, step, of, i).to(dtype) for i, shape in enumerate(SHAPES)]
-            for of in range(SIZE)
-        ]
-        backward(params, grads[RANK])
-        optimizer.step()
-        reference.step(grads, 1.0, SIZE)
-        compare(optimizer, reference, f"{SIZE} ranks, {dtype}, stage {stage}, step {step}")
-        optimizer.zero_grad()
 
 
 def native() -> None:
@@ -206,37 +196,87 @@ def ddp() -> None:
     torch.testing.assert_close(model.module.weight.grad, expected)
 
 
-def every_check() -> None:
-    backend = sys.argv[1]
-    dist.init_process_group(
-        backend, init_method=f"file://{sys.argv[2]}", rank=RANK, world_size=SIZE,
-        timeout=datetime.timedelta(seconds=60),
-    )  # fmt: skip
-    group = None
-    cases = [partial(trains, group, d, s, o) for d, s, o in (
-        (torch.float32, 1, True), (torch.float32, 2, False), (torch.bfloat16, 2, True),
-    )]  # fmt: skip
+def zero_redundancy() -> None:
+    torch.manual_seed(0)
+    alone = nn.Linear(7, 3)
+    sharded = DistributedDataParallel(copy.deepcopy(alone))
+    params = sharded.parameters()
+    equals_alone(
+        sharded, ZeroRedundancyOptimizer(params, optimizer_class=AdaBelief, **HYPER), alone
+    )
+
+
+def fsdp2() -> None:
+    torch.manual_seed(0)
+    alone = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3))
+    sharded: nn.Module = fully_shard(copy.deepcopy(alone))
+    equals_alone(sharded, AdaBelief(sharded.parameters(), **HYPER), alone)
+
+
+def equals_alone(sharded: nn.Module, optimizer: torch.optim.Optimizer, alone: nn.Module) -> None:
+    """Train a sharded model, and its copy by the mean of all ranks' losses."""
+    whole = AdaBelief(alone.parameters(), **HYPER)
+    for step in range(3):
+        batches = [torch.full((2, 7), float(of + step)) for of in range(SIZE)]
+        sharded(batches[RANK]).sum().backward()
+        torch.stack([alone(batch).sum() for batch in batches]).mean().backward()
+        for each in (optimizer, whole):
+            each.step()
+            each.zero_grad()
+    for ours, theirs in zip(sharded.parameters(), alone.parameters(), strict=True):
+        full = ours.full_tensor() if isinstance(ours, DTensor) else ours
+        torch.testing.assert_close(full, theirs)
+
+
+def own_checkpoint(group: dist.ProcessGroup | None, run: Path) -> None:
+    test_checkpoint.save(run, torch.float32, {"process_group": group})
+    test_checkpoint.load(run, torch.float32, {"process_group": group, "bucket_bytes": 700})
+
+
+def torch_checkpoint(group: dist.ProcessGroup, run: Path) -> None:
+    """DCP, whose messages between ranks travel over the group."""
+    saved = {f"of rank {RANK}": torch.full((3,), float(RANK)), "of all": torch.arange(7.0)}
+    dcp.save(saved, checkpoint_id=run, process_group=group)
+    found = {key: torch.zeros_like(value) for key, value in saved.items()}
+    dcp.load(found, checkpoint_id=run, process_group=group)
+    assert all(torch.equal(found[key], value) for key, value in saved.items())
+
+
+def every_check(backend: str, folder: Path, every: int) -> None:
+    """Run all checks over a backend, and of the exactness tests every so many-th combination."""
+    join(backend, folder, 60)
+    group = None if backend == "mpi4py" else dist.new_group(backend="mpi4py")
+    cases: list[Callable[[], None]] = [
+        partial(case, process_group=group)
+        for case in [*main_comparison(), *combinations()][::every]
+    ]
+    cases += [
+        partial(own_checkpoint, group, folder / "own"),
+        partial(torch_checkpoint, group, folder / "dcp"),
+    ]
     if backend == "mpi4py":
         cases += [reductions, moves, messages_between_two, handles, in_parts, sub_groups]
-        cases += [native, ddp]
-    else:
-        group = dist.new_group(backend="mpi4py")
-        cases = [partial(case.func, group, *case.args[1:]) for case in cases]
+        cases += [native, ddp, zero_redundancy, fsdp2]
+        cases += [partial(continues, "FSDP2", full, folder / "fsdp2") for full in (True, False)]
     for case in cases:
         case()
         dist.barrier()
     dist.destroy_process_group()
-    print(f"rank {RANK} has passed", flush=True)
+    print(f"rank {RANK} has passed {len(cases)} cases", flush=True)
 
 
-def lose_a_rank() -> None:
+def join(backend: str, folder: Path, seconds: float) -> None:
     dist.init_process_group(
-        "mpi4py", init_method=f"file://{sys.argv[2]}", rank=RANK, world_size=SIZE,
-        timeout=datetime.timedelta(seconds=3),
+        backend, init_method=f"file://{folder}/store", rank=RANK, world_size=SIZE,
+        timeout=datetime.timedelta(seconds=seconds),
     )  # fmt: skip
+
+
+def lose_a_rank(name: str, folder: Path) -> None:
+    join("mpi4py", folder, 3)
     dist.barrier()
     if RANK == SIZE - 1:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        os.kill(os.getpid(), getattr(signal, name))
     begin = time.monotonic()
     with pytest.raises(dist.DistBackendError, match=r"all_reduce (was not complete|failed in MPI)"):
         dist.all_reduce(torch.ones(100_000))
@@ -245,15 +285,64 @@ def lose_a_rank() -> None:
         dist.barrier()
     print(f"rank {RANK} has seen it", flush=True)
     # The first rank to exit ends the job, so the others must have had their say.
-    Path(f"{sys.argv[2]}.{RANK}").touch()
+    (folder / f"seen.{RANK}").touch()
     deadline = time.monotonic() + 10
-    while not all(Path(f"{sys.argv[2]}.{of}").exists() for of in range(SIZE - 1)):
+    while not all((folder / f"seen.{of}").exists() for of in range(SIZE - 1)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     time.sleep(0.5)  # for mpiexec to pass the lines on
 
 
+def start_without_a_rank(folder: Path) -> None:
+    """The last rank is not in the group, and so does not start MPI."""
+    join("gloo", folder, 3)
+    members = list(range(SIZE - 1))
+    if RANK in members:
+        dist.new_group(
+            members, datetime.timedelta(seconds=3), "mpi4py", use_local_synchronization=True
+        )
+    time.sleep(15)
+
+
+def make_a_group_without_a_rank(folder: Path) -> None:
+    """The last rank stops when all have met, and before MPI makes the group."""
+    from belief_dist.integrations.mpi import group
+
+    if RANK == SIZE - 1:
+        group._communicator = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
+    join("mpi4py", folder, 3)
+
+
+def huge(folder: Path) -> None:
+    """Messages of more than 2 GiB, in one part and in several; takes up to 9 GB on 2 ranks."""
+    join("mpi4py", folder, 300)
+    floats = torch.full((540_000_000,), float(RANK + 1))  # 2.16 GB
+    dist.broadcast(floats, SIZE - 1)
+    assert (floats[0], floats[-1], floats.min(), floats.max()) == (SIZE,) * 4
+    dist.all_reduce(floats)
+    assert (floats[0], floats[-1], floats.min(), floats.max()) == (SIZE**2,) * 4
+    del floats
+    octets = torch.full((2_200_000_000,), 1 - RANK, dtype=torch.uint8)
+    if RANK == 0:
+        dist.send(octets, 1)
+    elif RANK == 1:
+        dist.recv(octets, 0)
+    if RANK < 2:
+        assert (octets[0], octets[-1], octets.min(), octets.max()) == (1,) * 4
+    print(f"rank {RANK} has passed", flush=True)
+    dist.destroy_process_group()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     assert belief_dist.integrations.mpi.BACKEND == "mpi4py"
-    lose_a_rank() if sys.argv[1].startswith("SIG") else every_check()
+    what, folder, *more = sys.argv[1:]
+    others = {
+        case.__name__: case for case in (start_without_a_rank, make_a_group_without_a_rank, huge)
+    }
+    if what in others:
+        others[what](Path(folder))
+    elif what.startswith("SIG"):
+        lose_a_rank(what, Path(folder))
+    else:
+        every_check(what, Path(folder), int(more[0]))

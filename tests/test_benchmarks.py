@@ -77,6 +77,22 @@ def test_deepspeed_is_timed_by_the_same_json(monkeypatch: pytest.MonkeyPatch) ->
         run_by_json(work, 1, ["ZeRO-4"])
 
 
+def test_mpi_and_gloo_take_turns(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    tables = tmp_path / "tables.md"
+    model = "--layers=1 --width=64 --context=16 --rounds=1 --steps=1".split()
+    done = run("mpi", "--ranks=[2]", "--megabytes=[1]", *model, f"--markdown={tables}")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in tables.read_text().splitlines() if line.startswith("| ")]
+    for row in (
+        "| all_to_all, 1 MB | ",
+        "| all_gather, mpi4py | ",
+        "| ShardedAdaBelief over gloo | ",
+    ):
+        (cells,) = [line.removeprefix(row).split(" | ") for line in rows if line.startswith(row)]
+        assert all(float(cell.rstrip("% |")) > 0 for cell in cells[:2])
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

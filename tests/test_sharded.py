@@ -48,6 +48,7 @@ def equals_reference(
     offload: Literal["cpu"] | None = None,
     master: Literal["fp32", "remainder"] = "fp32",
     state_dtype: torch.dtype = torch.float32,
+    process_group: dist.ProcessGroup | None = None,
 ) -> None:
     """Train a few steps on all ranks and compare everything after each."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -70,6 +71,7 @@ def equals_reference(
         reduce_dtype=reduce_dtype,
         offload=offload,
         master=master,
+        process_group=process_group,
         **small,
         **hyper,
     )
@@ -121,8 +123,8 @@ def equals_reference(
         optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
-def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None:
+def main_comparison() -> list[partial[None]]:
+    """Return the cases of all features, one by one."""
     cases = [
         partial(equals_reference, bucket_bytes, overlap)
         for bucket_bytes in (1, 1500, 10**9)
@@ -170,7 +172,12 @@ def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None
         partial(equals_reference, *schedule, stage=2, micro_batches=3, max_grad_norm=1.0)
         for schedule in ((1, True), (1500, True), (1500, False), (10**9, True))
     ]
-    run_ranks(world_size, tmp_path, *cases)
+    return cases
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
+def test_equals_one_process_bit_for_bit(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, *main_comparison())
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])

@@ -16,16 +16,17 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
+from belief_dist.integrations.mpi.exchange import Exchange, receive, send
 from belief_dist.integrations.mpi.messages import (
     MAX_COUNT,
     Staging,
-    is_average,
-    is_widened,
     moved,
     mpi_op,
     parts,
     reduced,
 )
+from belief_dist.integrations.mpi.reductions import Reductions, widened
+from belief_dist.integrations.mpi.watch import WATCH
 from belief_dist.integrations.mpi.work import PROGRESS, Health, MpiWork, Together
 
 _Start = Callable[[Staging], Sequence[MPI.Request]]
@@ -59,11 +60,20 @@ def create_group(options: Any) -> MpiProcessGroup:
             f"the mpirun (or srun) of the MPI library that mpi4py loads, which is "
             f"{MPI.Get_library_version().split(chr(10))[0].strip(chr(0))}."
         )
-    members = MPI.COMM_WORLD.Get_group().Incl(world)
-    tag = zlib.crc32(options.group_id.encode()) % 32768  # what MPI grants at least
+    what = f"making the mpi4py group {options.group_id!r} of MPI's ranks {world}"
+    with WATCH.limit(options.timeout, what):
+        comm = _communicator(world, options.group_id)
+        return MpiProcessGroup(comm, options.group_id, options.timeout)
+
+
+def _communicator(ranks: list[int], name: str) -> MPI.Intracomm:
+    everyone = MPI.COMM_WORLD.Get_group()
+    members = everyone.Incl(ranks)
+    tag = zlib.crc32(name.encode()) % 32768  # what MPI grants at least
     comm = MPI.COMM_WORLD.Create_group(members, tag)
     members.Free()
-    return MpiProcessGroup(comm, options.group_id, options.timeout)
+    everyone.Free()
+    return comm
 
 
 class MpiProcessGroup(dist.ProcessGroup):
@@ -77,9 +87,10 @@ class MpiProcessGroup(dist.ProcessGroup):
     def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._comm = comm
-        self._lists = comm.Dup()  # its messages cannot be mistaken for the user's
+        self._lists = comm.Dup()
         for each in (self._comm, self._lists):
             each.Set_errhandler(MPI.ERRORS_RETURN)
+        self._reductions, self._exchange = Reductions(self._comm), Exchange(self._lists)
         self._name, self._timeout = name, timeout
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
         self._health = Health(f"mpi4py group {name!r} (rank {self._rank} of {self._size})")
@@ -133,7 +144,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         def start(staging: Staging) -> list[MPI.Request]:
             requests = []
             for tensor in tensors:
-                home = self._summand(staging, tensor, op)
+                home = self._reductions.summand(staging, tensor, op)
                 requests += [
                     self._comm.Iallreduce(MPI.IN_PLACE, reduced(home[part]), mpi_op(op, home.dtype))
                     for part in parts(home.numel())
@@ -150,10 +161,10 @@ class MpiProcessGroup(dist.ProcessGroup):
 
         def start(staging: Staging) -> list[MPI.Request]:
             if self._rank == root:
-                home = self._summand(staging, tensor, op)
+                home = self._reductions.summand(staging, tensor, op)
             else:
                 mpi_op(op, tensor.dtype)
-                home = _widened(staging.source(tensor))
+                home = widened(staging.source(tensor))
                 staging.held.append(home)
             kind = mpi_op(op, home.dtype)
             requests = []
@@ -181,7 +192,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             requests = []
             for output, input in zip(outputs, inputs, strict=True):
                 home = staging.source(input)
-                requests += self._reduce_scatter(staging, output, home, op)
+                requests += self._reductions.reduce_scatter(staging, output, home, op)
             return requests
 
         return self._begin("reduce_scatter", outputs, start, opts)
@@ -195,61 +206,17 @@ class MpiProcessGroup(dist.ProcessGroup):
 
         def start(staging: Staging) -> list[MPI.Request]:
             kind = mpi_op(op, output.dtype)
-            result = self._result(staging, output, op)
+            homes = [widened(staging.source(piece)) for piece in pieces]
+            staging.held += homes
+            result = self._reductions.result(staging, output, homes, op)
             requests = []
-            for root, piece in enumerate(pieces):
-                home = _widened(staging.source(piece))
-                staging.held.append(home)
+            for root, home in enumerate(homes):
                 for part in parts(home.numel()):
                     receive = reduced(result[part]) if root == self._rank else None
                     requests.append(self._comm.Ireduce(reduced(home[part]), receive, kind, root))
             return requests
 
         return self._begin("reduce_scatter", outputs, start, opts)
-
-    def _reduce_scatter(
-        self, staging: Staging, output: Tensor, flat: Tensor, op: Any
-    ) -> list[MPI.Request]:
-        kind = mpi_op(op, flat.dtype)
-        flat = _widened(flat)
-        # MPI allows no memory that is both read and written here.
-        result = self._result(staging, output, op)
-        staging.held += [flat, result]
-        if result.numel() <= MAX_COUNT:
-            return [self._comm.Ireduce_scatter_block(reduced(flat), reduced(result), kind)]
-        return [
-            self._comm.Ireduce(
-                reduced(block[part]),
-                reduced(result[part]) if root == self._rank else None,
-                kind,
-                root,
-            )
-            for root, block in enumerate(flat.view(self._size, -1))
-            for part in parts(block.numel())
-        ]
-
-    def _summand(self, staging: Staging, tensor: Tensor, op: Any) -> Tensor:
-        """Return a flat tensor to reduce in place, of which `tensor` becomes the result."""
-        mpi_op(op, tensor.dtype)
-        home = staging.target(tensor)
-        wide = _widened(home)
-        staging.held.append(wide)
-        self._round_later(staging, home, wide, op)
-        return wide
-
-    def _result(self, staging: Staging, output: Tensor, op: Any) -> Tensor:
-        """Return flat memory of its own for a sum, of which `output` becomes the result."""
-        home = staging.target(output)
-        dtype = torch.float32 if is_widened(home.dtype) else home.dtype
-        wide = torch.empty(home.shape, dtype=dtype, device=home.device)
-        self._round_later(staging, home, wide, op)
-        return wide
-
-    def _round_later(self, staging: Staging, home: Tensor, wide: Tensor, op: Any) -> None:
-        if is_average(op):
-            staging.then(lambda: home.copy_(wide.div_(self._size)))
-        elif wide is not home:
-            staging.then(lambda: home.copy_(wide))
 
     # - Collectives that move data
 
@@ -286,7 +253,7 @@ class MpiProcessGroup(dist.ProcessGroup):
                 mine, flat = staging.source(input), staging.target(output)
                 blocks = flat.view(self._size, -1)
                 if mine.numel() > MAX_COUNT:
-                    requests += self._exchange([mine] * self._size, list(blocks))
+                    requests += self._exchange.start([mine] * self._size, list(blocks))
                     continue
                 in_place = mine.data_ptr() == blocks[self._rank].data_ptr()
                 send = MPI.IN_PLACE if in_place else moved(mine)
@@ -306,7 +273,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             requests = []
             for pieces, input in zip(outputs, inputs, strict=True):
                 mine = staging.source(input)
-                requests += self._exchange(
+                requests += self._exchange.start(
                     [mine] * self._size, [staging.target(piece) for piece in pieces]
                 )
             return requests
@@ -331,9 +298,9 @@ class MpiProcessGroup(dist.ProcessGroup):
 
         def start(staging: Staging) -> list[MPI.Request]:
             read, written = staging.source(input), staging.target(output)
-            return self._exchange(
-                self._blocks(read, input, input_splits),
-                self._blocks(written, output, output_splits),
+            return self._exchange.start(
+                self._exchange.blocks(read, input, input_splits),
+                self._exchange.blocks(written, output, output_splits),
             )
 
         return self._begin("all_to_all", [output], start, opts)
@@ -344,7 +311,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         self._require_count("all_to_all", inputs)
 
         def start(staging: Staging) -> list[MPI.Request]:
-            return self._exchange(
+            return self._exchange.start(
                 [staging.source(tensor) for tensor in inputs],
                 [staging.target(tensor) for tensor in outputs],
             )
@@ -365,7 +332,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             outgoing = [none] * self._size
             outgoing[root] = staging.source(input)
             incoming = [staging.target(tensor) for tensor in into] or [none] * self._size
-            return self._exchange(outgoing, incoming)
+            return self._exchange.start(outgoing, incoming)
 
         return self._begin("gather", into, start, opts)
 
@@ -383,7 +350,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             incoming = [none] * self._size
             incoming[root] = staging.target(output)
             outgoing = [staging.source(piece) for piece in pieces] or [none] * self._size
-            return self._exchange(outgoing, incoming)
+            return self._exchange.start(outgoing, incoming)
 
         return self._begin("scatter", outputs, start, opts)
 
@@ -398,7 +365,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
 
         def start(staging: Staging) -> list[MPI.Request]:
-            return self._send(self._comm, staging.source(tensor), to, tag)
+            return send(self._comm, staging.source(tensor), to, tag)
 
         return self._begin(f"send to rank {to}", tensors, start)
 
@@ -407,7 +374,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         (tensor,) = tensors
 
         def start(staging: Staging) -> list[MPI.Request]:
-            return self._receive(self._comm, staging.target(tensor), source, tag)
+            return receive(self._comm, staging.target(tensor), source, tag)
 
         return self._begin(f"recv from rank {source}", tensors, start)
 
@@ -421,7 +388,7 @@ class MpiProcessGroup(dist.ProcessGroup):
             )
 
         def start(staging: Staging) -> list[MPI.Request]:
-            return self._receive(self._comm, staging.target(tensor), MPI.ANY_SOURCE, tag)
+            return receive(self._comm, staging.target(tensor), MPI.ANY_SOURCE, tag)
 
         return self._begin("recv from any rank", tensors, start)
 
@@ -431,62 +398,22 @@ class MpiProcessGroup(dist.ProcessGroup):
         self, what: str, results: Iterable[Tensor], start: _Start, opts: Any = None
     ) -> MpiWork:
         self._health.check()
+        timeout = getattr(opts, "timeout", None)
+        if timeout is None or timeout <= timedelta(0):
+            timeout = self._timeout
         staging = Staging()
         try:
-            requests = start(staging)
+            with WATCH.limit(timeout, f"{self._health.name}: starting {what}"):
+                requests = start(staging)
         except MPI.Exception as error:
             raise self._health.fail(
                 f"{what} failed in MPI: {error.Get_error_string()}; a peer has probably ended."
             ) from error
-        timeout = getattr(opts, "timeout", None)
-        if timeout is None or timeout <= timedelta(0):
-            timeout = self._timeout
         work = MpiWork(what, requests, staging, list(results), timeout, self._health)
         PROGRESS.add(work)
         if self._coalesced is not None:
             self._coalesced.append(work)
         return work
-
-    def _exchange(
-        self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]
-    ) -> list[MPI.Request]:
-        """Send `outgoing[r]` to rank r and receive `incoming[r]` from it; empty ones stay here."""
-        if incoming[self._rank].numel():
-            incoming[self._rank].copy_(outgoing[self._rank])
-        requests = []
-        for distance in range(1, self._size):
-            source, to = (self._rank - distance) % self._size, (self._rank + distance) % self._size
-            requests += self._receive(self._lists, incoming[source], source, 0)
-            requests += self._send(self._lists, outgoing[to], to, 0)
-        return requests
-
-    @staticmethod
-    def _send(comm: MPI.Intracomm, flat: Tensor, to: int, tag: int) -> list[MPI.Request]:
-        return [comm.Isend(moved(flat[part]), to, tag) for part in parts(flat.numel())]
-
-    @staticmethod
-    def _receive(comm: MPI.Intracomm, flat: Tensor, source: int, tag: int) -> list[MPI.Request]:
-        return [comm.Irecv(moved(flat[part]), source, tag) for part in parts(flat.numel())]
-
-    def _blocks(
-        self, flat: Tensor, shaped: Tensor, splits: Sequence[int] | None
-    ) -> Sequence[Tensor]:
-        rows = shaped.shape[0] if shaped.ndim else 1
-        if not splits:
-            if rows % self._size:
-                raise ValueError(
-                    f"all_to_all without split sizes cuts dimension 0 into {self._size} equal "
-                    f"blocks, but it has {rows} rows; pass split sizes."
-                )
-            splits = [rows // self._size] * self._size
-        if len(splits) != self._size or sum(splits) != rows:
-            raise ValueError(
-                f"all_to_all split sizes {list(splits)} must be {self._size} numbers that add up "
-                f"to the {rows} rows of the tensor."
-            )
-        width = flat.numel() // rows if rows else 0
-        blocks: Sequence[Tensor] = flat.split([count * width for count in splits])
-        return blocks
 
     def _require_blocks(self, what: str, whole: Tensor, block: Tensor) -> None:
         if whole.dtype != block.dtype or whole.numel() != block.numel() * self._size:
@@ -517,7 +444,3 @@ def _listed(tensors: Any) -> list[Tensor]:
 
 def _op(opts: Any) -> Any:
     return dist.ReduceOp.SUM if opts is None else opts.reduceOp
-
-
-def _widened(flat: Tensor) -> Tensor:
-    return flat.float() if is_widened(flat.dtype) else flat
