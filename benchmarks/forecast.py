@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from functools import cache
@@ -46,13 +45,12 @@ class Comparison:
 
 def compare(work: Workload, gbit: float, rounds: int) -> list[Comparison]:
     """Measure steps behind a link of `gbit` Gbit/s, and predict them from a profile taken there."""
-    threads = max(1, len(os.sched_getaffinity(0)) // work.ranks)
     measured: dict[str, list[float]] = {name: [] for name in _VARIANTS}
     with namespaces(work.ranks, gbit) as places:
-        profile, device, latency = record(work, threads, places)
+        profile, device, latency = record(work, places)
         for _ in range(rounds):
             for name, seconds in measured.items():
-                seconds.extend(take_turn(name, work, threads, places).seconds)
+                seconds.extend(take_turn(name, work, places).seconds)
     link = Network(latency, gbit * 1e9 / 8 * _PAYLOAD)
     found = []
     for name, (bucket_bytes, overlap) in _VARIANTS.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,7 +38,6 @@ class Task:
     work: Workload
     megabytes: list[int]
     rounds: int
-    threads: int
     folder: str
     namespaces: list[str]  # one for each rank, or none
 
@@ -94,13 +92,12 @@ def _run(
     gbit: float | None,
     variables: Mapping[str, str],
 ) -> dict[str, Measured]:
-    threads = max(1, len(os.sched_getaffinity(0)) // work.ranks)
-    environment = {**launcher.environment, "OMP_NUM_THREADS": str(threads), **variables}
+    environment = {**launcher.environment, "OMP_NUM_THREADS": str(work.threads), **variables}
     if gbit is not None:
         environment |= _OVER_THE_LINK
     with tempfile.TemporaryDirectory() as folder, namespaces(work.ranks, gbit) as places:
         names = [place for place in places if place is not None]
-        task = Task(work, megabytes, rounds, threads, folder, names)
+        task = Task(work, megabytes, rounds, folder, names)
         job = ["-m", "benchmarks.mpi_ranks", json.dumps(asdict(task))]
         done = run_job(launcher.command(work.ranks, *job), Path.cwd(), environment, _SECONDS)
         if done.returncode != 0:

@@ -24,7 +24,6 @@ from benchmarks import network
 from benchmarks.engines import Train, sharded
 from benchmarks.mpi import BACKENDS, COLLECTIVES, OVERLAPPED, Measured, Task
 from benchmarks.team import Workload
-from examples.gpt.model import VOCABULARY
 
 _TIMEOUT = datetime.timedelta(minutes=2)
 _CALLS = 5  # in each turn
@@ -119,8 +118,7 @@ def _multiply(count: int) -> None:
 
 def measure_steps(groups: _Groups, work: Workload, rounds: int) -> Measured:
     """Time training steps of one model for each backend."""
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    tokens = torch.randint(VOCABULARY, (work.batch, work.context + 1), generator=generator)
+    tokens = work.tokens(dist.get_rank())
     dtype = getattr(torch, work.dtype)
     trains: dict[str, Train] = {}
     for name, group in groups.items():
@@ -137,7 +135,7 @@ def main(task: Task) -> None:
     place = read_place(os.environ)
     if task.namespaces:
         network.enter(task.namespaces[place.rank])
-    torch.set_num_threads(task.threads)
+    torch.set_num_threads(task.work.threads)
     warnings.simplefilter("ignore")
     dist.init_process_group(
         "gloo", init_method=f"file://{task.folder}/store", rank=place.rank,

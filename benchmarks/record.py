@@ -45,18 +45,16 @@ def specs_of(model: nn.Module, dtype: str) -> list[ParamSpec]:
     ]
 
 
-def record(
-    work: Workload, threads: int, namespaces: Sequence[str | None]
-) -> tuple[Profile, Device, float]:
+def record(work: Workload, namespaces: Sequence[str | None]) -> tuple[Profile, Device, float]:
     """Return the profile, the speeds and the seconds of a small message between two ranks."""
-    os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ["OMP_NUM_THREADS"] = str(work.threads)
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(
                 target=_rank_main,
-                args=(rank, work, threads, f"file://{folder}/store", namespace, theirs),
+                args=(rank, work, f"file://{folder}/store", namespace, theirs),
                 daemon=True,
             )
             for rank, namespace in enumerate(namespaces)
@@ -76,12 +74,11 @@ def record(
 def _rank_main(
     rank: int,
     work: Workload,
-    threads: int,
     store: str,
     namespace: str | None,
     link: multiprocessing.connection.Connection,
 ) -> None:
-    torch.set_num_threads(threads)
+    torch.set_num_threads(work.threads)
     if namespace is not None:
         network.enter(namespace)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=work.ranks)

@@ -24,13 +24,19 @@ class Row:
     name: str
     seconds: list[float] = field(default_factory=list)
     phases: dict[str, list[float]] = field(default_factory=dict)  # parts of `seconds`, by name
-    peak_mib: float | None = None  # memory of one rank, beyond that of a process without a model
+    # Memory of one rank in each turn, beyond that of a process without a model.
+    peaks_mib: list[float] = field(default_factory=list)
     sent: int | None = None  # bytes that leave a rank per step
 
     @property
     def median(self) -> float:
         """Return the median in seconds."""
         return median(self.seconds)
+
+    @property
+    def peak_mib(self) -> float | None:
+        """Return the median of `peaks_mib`."""
+        return median(self.peaks_mib) if self.peaks_mib else None
 
 
 @dataclass

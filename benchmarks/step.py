@@ -8,10 +8,8 @@ shows behind a link that is slower than memory.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from statistics import median
 from typing import Any
 
 import torch
@@ -99,22 +97,16 @@ def run_by_json(work: Workload, rounds: int, only: Sequence[str]) -> dict[str, R
 
 def _take_turns(names: Sequence[str], work: Workload, rounds: int, gbit: float | None) -> list[Row]:
     rows = [Row(name) for name in names]
-    peaks: dict[str, list[float]] = {name: [] for name in names}
     with namespaces(work.ranks, gbit) as places:
         for _ in range(rounds):
             for row in rows:
-                turn = take_turn(row.name, work, _threads(work), places)
+                turn = take_turn(row.name, work, places)
                 row.seconds.extend(turn.seconds)
                 for phase, seconds in turn.phases.items():
                     row.phases.setdefault(phase, []).extend(seconds)
                 row.sent = turn.sent
-                peaks[row.name].append(turn.peak_mib)
-                row.peak_mib = median(peaks[row.name])
+                row.peaks_mib.append(turn.peak_mib)
     return rows
-
-
-def _threads(work: Workload) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // work.ranks)
 
 
 def _settings(work: Workload, gbit: float | None) -> dict[str, Any]:
@@ -123,6 +115,6 @@ def _settings(work: Workload, gbit: float | None) -> dict[str, Any]:
     return {
         "million parameters": round(parameters / 1e6, 1),
         **asdict(work),
-        "threads per rank": _threads(work),
+        "threads per rank": work.threads,
         "link": "loopback" if gbit is None else f"{gbit:g} Gbit/s" if gbit else "unlimited",
     }

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from benchmarks import network
 from benchmarks.engines import BUILDERS, import_package
@@ -37,6 +38,16 @@ class Workload:
     context: int
     dtype: str  # "float32" or "bfloat16"
 
+    @property
+    def threads(self) -> int:
+        """Threads of each rank: its share of the cores."""
+        return max(1, len(os.sched_getaffinity(0)) // self.ranks)
+
+    def tokens(self, rank: int) -> Tensor:
+        """Return the batch of a rank, (batch, context + 1)."""
+        generator = torch.Generator().manual_seed(rank)
+        return torch.randint(VOCABULARY, (self.batch, self.context + 1), generator=generator)
+
     def model(self) -> GPT:
         """Return the model, equal on all ranks and float32."""
         torch.manual_seed(0)
@@ -53,7 +64,7 @@ class Turn:
     sent: int | None  # bytes that left its interface per step, headers included
 
 
-def take_turn(name: str, work: Workload, threads: int, namespaces: Sequence[str | None]) -> Turn:
+def take_turn(name: str, work: Workload, namespaces: Sequence[str | None]) -> Turn:
     """Train with an engine in new processes, one for each of `namespaces`.
 
     Every turn has processes of its own, so that no engine works in memory that another has left
@@ -62,7 +73,7 @@ def take_turn(name: str, work: Workload, threads: int, namespaces: Sequence[str 
     Raises:
         RuntimeError: A rank fails; its traceback is on stderr.
     """
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # read when a rank imports torch
+    os.environ["OMP_NUM_THREADS"] = str(work.threads)  # read when a rank imports torch
     context = mp.get_context("spawn")
     links, processes = [], []
     with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +81,7 @@ def take_turn(name: str, work: Workload, threads: int, namespaces: Sequence[str 
             ours, theirs = context.Pipe(duplex=False)
             process = context.Process(
                 target=_rank_main,
-                args=(rank, name, work, threads, f"file://{folder}/store", namespace, theirs),
+                args=(rank, name, work, f"file://{folder}/store", namespace, theirs),
                 daemon=True,
             )
             process.start()
@@ -93,13 +104,12 @@ def _rank_main(
     rank: int,
     name: str,
     work: Workload,
-    threads: int,
     store: str,
     namespace: str | None,
     link: Connection,
 ) -> None:
     warnings.simplefilter("ignore")
-    torch.set_num_threads(threads)
+    torch.set_num_threads(work.threads)
     if namespace is not None:
         network.enter(namespace)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": work.ranks}
@@ -109,8 +119,7 @@ def _rank_main(
     )
     import_package(name)
     before = _memory("VmRSS")
-    generator = torch.Generator().manual_seed(rank)
-    tokens = torch.randint(VOCABULARY, (work.batch, work.context + 1), generator=generator)
+    tokens = work.tokens(rank)
     model = work.model()
     train = BUILDERS[name](model, getattr(torch, work.dtype))
     for _ in range(_WARM_UP):  # allocates what the engine keeps

@@ -62,7 +62,7 @@ _HOOKS: tuple[tuple[str, str, str, Around], ...] = (
         "runtime.engine",
         "DeepSpeedEngine",
         "_configure_fp16_optimizer",
-        deepspeed_fp16.wrap_at_stage0,
+        deepspeed_fp16.refuse_scale_at_stage0,
     ),
     (
         "runtime.base_optimizer",

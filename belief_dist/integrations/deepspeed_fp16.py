@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from belief_dist.integrations.extension import Around
 
 
-def wrap_at_stage0(
+def refuse_scale_at_stage0(
     served: type[Optimizer], original: Around, engine: Any, optimizer: Any, *args: Any
 ) -> Any:
     """Refuse a loss scale at stage 0: DeepSpeed divides gradients by it, and scales no loss.
