@@ -4,11 +4,11 @@ from typing import Any
 
 import _belief_dist_autoload
 from belief_dist import distributed
-from belief_dist.integrations.deepspeed import on_engine
+from belief_dist.deepspeed.patches import on_engine
 from belief_dist.kernels import backends
 from belief_dist.optimizer import AdaBelief
-from belief_dist.running import NotAdaBelief, Running, verify
 from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.verification import NotAdaBelief, Running, verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,7 +27,7 @@ _belief_dist_autoload.register()
 
 
 def _enter_engine(engine: Any, optimizer: ShardedAdaBelief) -> None:
-    from belief_dist.in_deepspeed import enter  # imports DeepSpeed
+    from belief_dist.deepspeed.stage0.attach import enter  # imports DeepSpeed
 
     enter(engine, optimizer)
 

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from belief_dist.checkpoint import CheckpointError, convert, verify
-from belief_dist.checkpoint.files import read_manifest
-from belief_dist.checkpoint.folder import find
-from belief_dist.checkpoint.reading import read_description
+from belief_dist.checkpoint import CheckpointError, verify
+from belief_dist.checkpoint.checksummed_files import read_manifest
+from belief_dist.checkpoint.formats import convert
+from belief_dist.checkpoint.loading import read_description
+from belief_dist.checkpoint.run_directory import find
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

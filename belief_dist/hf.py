@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from belief_dist.running import verify
+from belief_dist.verification import verify
 
 
 class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # transformers may be absent

@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from belief_dist import kernels
-from belief_dist.integrations.deepspeed import serve_zero
-from belief_dist.integrations.rehearsal import is_rehearsal
-from belief_dist.integrations.replaced import watch
+from belief_dist.deepspeed.patches import serve_zero
 from belief_dist.options import complete_options
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
+from belief_dist.replacement_warning import watch
 from belief_dist.rule import (
     DeviceScalars,
     StepScalars,
@@ -24,8 +23,9 @@ from belief_dist.rule import (
     step_scalars,
     update_reference_,
 )
-from belief_dist.state import check_state_dict, check_state_entry
-from belief_dist.storage import Operands
+from belief_dist.state_dict import check_state_dict, check_state_entry
+from belief_dist.state_formats import Operands
+from belief_dist.state_init_step import is_rehearsal
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

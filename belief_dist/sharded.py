@@ -26,8 +26,30 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from belief_dist import kernels, storage, wire
-from belief_dist.agreement import (
+from belief_dist import kernels
+from belief_dist import state_formats as storage
+from belief_dist.deepspeed.patches import refuse_unknown_engine, watch_engines
+from belief_dist.norm import norm_from_bins
+from belief_dist.options import as_dtype, check_engine_options, complete_options
+from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
+from belief_dist.replacement_warning import watch
+from belief_dist.rule import step_scalars
+from belief_dist.sharding import codec as wire
+from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.collectives import Alone, Collectives
+from belief_dist.sharding.cpu_offload import HostGradients, warn_of_one_thread
+from belief_dist.sharding.dtensor import (
+    coordinate_of,
+    describe,
+    find_mesh,
+    local_part,
+    stands_for_part,
+)
+from belief_dist.sharding.grad_reducer import FullGradients, Gradients, ShardedGradients
+from belief_dist.sharding.layout import Bucket, Layout, ParamSpec, plan_layout
+from belief_dist.sharding.process_groups import Reduction, connect, connect_mesh
+from belief_dist.sharding.read_guard import ReadGuard
+from belief_dist.sharding.step_consensus import (
     Agreed,
     Verdict,
     agree,
@@ -38,34 +60,14 @@ from belief_dist.agreement import (
     raise_together,
     replica_fault,
 )
-from belief_dist.buffers import BucketBuffers
-from belief_dist.collectives import Alone, Collectives
-from belief_dist.connect import Reduction, connect, connect_mesh
-from belief_dist.dtensors import (
-    coordinate_of,
-    describe,
-    find_mesh,
-    local_part,
-    stands_for_part,
-)
-from belief_dist.gradients import FullGradients, Gradients, ShardedGradients
-from belief_dist.guard import ReadGuard
-from belief_dist.integrations.deepspeed import refuse_unknown_engine, watch_engines
-from belief_dist.integrations.rehearsal import TORCH_STATE_DICT, is_called_by
-from belief_dist.integrations.replaced import watch
-from belief_dist.layout import Bucket, Layout, ParamSpec, plan_layout
-from belief_dist.norm import norm_from_bins
-from belief_dist.offload import HostGradients, warn_of_one_thread
-from belief_dist.options import as_dtype, check_engine_options, complete_options
-from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
-from belief_dist.rule import step_scalars
-from belief_dist.state import (
+from belief_dist.state_dict import (
     SHARD_FORMAT,
     check_sharding,
     check_state_dict,
     check_state_entry,
 )
-from belief_dist.storage import Operands
+from belief_dist.state_formats import Operands
+from belief_dist.state_init_step import TORCH_STATE_DICT, is_called_by
 
 logger = logging.getLogger("belief_dist")
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist import kernels, storage
+from belief_dist import kernels
+from belief_dist import state_formats as storage
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
-from belief_dist.storage import BLOCK, Operands
+from belief_dist.state_formats import BLOCK, Operands
 from benchmarks.gradients import Source
 
 _FEWEST = 20  # elements that quantiles of a bin are taken of

@@ -11,7 +11,7 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from belief_dist.layout import Layout, plan_layout
+from belief_dist.sharding.layout import Layout, plan_layout
 from benchmarks.engines import OURS
 from benchmarks.record import record, record_profile, specs_of
 from benchmarks.simulation import Device, Network, Prediction, Profile, lower_bound, predict

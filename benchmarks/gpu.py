@@ -18,7 +18,13 @@ from torch import Tensor
 from belief_dist import AdaBelief, kernels
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import device_scalars, step_scalars
-from belief_dist.storage import BLOCK, Operands, noise_key, split_master, update_stored_reference_
+from belief_dist.state_formats import (
+    BLOCK,
+    Operands,
+    noise_key,
+    split_master,
+    update_stored_reference_,
+)
 
 F32, F64 = torch.float32, torch.float64
 BF16, F16, U8 = torch.bfloat16, torch.float16, torch.uint8

@@ -19,7 +19,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from belief_dist.distributed.place import read_place
+from belief_dist.distributed.rank_info import read_place
 from benchmarks import network
 from benchmarks.engines import Train, sharded
 from benchmarks.mpi import BACKENDS, COLLECTIVES, OVERLAPPED, Measured, Task
@@ -141,7 +141,7 @@ def main(task: Task) -> None:
         "gloo", init_method=f"file://{task.folder}/store", rank=place.rank,
         world_size=place.world_size, timeout=_TIMEOUT,
     )  # fmt: skip
-    import belief_dist.integrations.mpi  # noqa: F401  # MPI starts in the namespace
+    import belief_dist.mpi_backend  # noqa: F401  # MPI starts in the namespace
 
     groups = {name: dist.new_group(backend=name, timeout=_TIMEOUT) for name in BACKENDS}
     found = {

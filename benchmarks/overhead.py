@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from belief_dist import ShardedAdaBelief, kernels, sharded
-from belief_dist.collectives import Collectives, Done, Handle
+from belief_dist.sharding.collectives import Collectives, Done, Handle
 from benchmarks.engines import BACKWARD, FORWARD, STEP
 from benchmarks.report import Result, Row
 

@@ -18,14 +18,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from belief_dist.agreement import checksums
-from belief_dist.direct import DirectExchange
 from belief_dist.kernels import ordered_sum_, update_
-from belief_dist.layout import ParamSpec
 from belief_dist.norm import NUM_WORDS
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
-from belief_dist.storage import Operands
+from belief_dist.sharding.layout import ParamSpec
+from belief_dist.sharding.point_to_point import DirectExchange
+from belief_dist.sharding.step_consensus import checksums
+from belief_dist.state_formats import Operands
 from benchmarks import network
 from benchmarks.simulation import Device, Profile
 from benchmarks.team import Workload

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, replace
 
-from belief_dist.layout import Layout
+from belief_dist.sharding.layout import Layout
 
 _IN_FLIGHT = 2  # as collectives.Staging has it
 _CHUNK_BYTES = 1 << 20  # sums run behind what arrives, this much later

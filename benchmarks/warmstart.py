@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from belief_dist import AdaBelief
-from belief_dist.checkpoint.torch_format import (
+from belief_dist.checkpoint.formats.torch import (
     from_state_dict,
     to_state_dict,
     warm_start_from_adam,

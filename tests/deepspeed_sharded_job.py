@@ -337,7 +337,7 @@ def loss_scale(folder: Path) -> None:
 
 def float16(folder: Path) -> None:
     """By the config's "fp16": scaled and skipped as by the same scaler without DeepSpeed."""
-    from belief_dist.in_deepspeed.scaler import EngineScaler
+    from belief_dist.deepspeed.stage0.loss_scale import EngineScaler
 
     options = {"enabled": True, "initial_scale_power": 10, "loss_scale_window": 2}
     with float16_arithmetic():
@@ -460,7 +460,7 @@ def refusals(folder: Path) -> None:
 
 def unnoticed_engine(folder: Path) -> None:
     """An engine that was not watched does not train by a wrong rule: its first step refuses."""
-    from belief_dist.integrations import deepspeed as integration
+    from belief_dist.deepspeed import patches as integration
 
     entrances, integration._entrances = integration._entrances, {}
     try:

@@ -22,10 +22,10 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-import belief_dist.integrations.mpi
+import belief_dist.mpi_backend
 import test_checkpoint
 from belief_dist import AdaBelief, ShardedAdaBelief
-from belief_dist.distributed.place import read_place
+from belief_dist.distributed.rank_info import read_place
 from models import HYPER
 from test_checkpoint_torch import continues
 from test_sharded import combinations, main_comparison
@@ -155,8 +155,8 @@ def handles() -> None:
 
 def in_parts() -> None:
     """Messages that are too long for MPI's counts, with a small limit."""
-    from belief_dist.integrations.mpi import group, messages
-    from belief_dist.integrations.mpi import reductions as sums
+    from belief_dist.mpi_backend import group, messages
+    from belief_dist.mpi_backend import reductions as sums
 
     messages.MAX_COUNT = group.MAX_COUNT = sums.MAX_COUNT = 7
     try:
@@ -306,7 +306,7 @@ def start_without_a_rank(folder: Path) -> None:
 
 def make_a_group_without_a_rank(folder: Path) -> None:
     """The last rank stops when all have met, and before MPI makes the group."""
-    from belief_dist.integrations.mpi import group
+    from belief_dist.mpi_backend import group
 
     if RANK == SIZE - 1:
         group._communicator = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)
@@ -335,7 +335,7 @@ def huge(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    assert belief_dist.integrations.mpi.BACKEND == "mpi4py"
+    assert belief_dist.mpi_backend.BACKEND == "mpi4py"
     what, folder, *more = sys.argv[1:]
     others = {
         case.__name__: case for case in (start_without_a_rank, make_a_group_without_a_rank, huge)

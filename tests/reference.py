@@ -11,7 +11,7 @@ from belief_dist import ShardedAdaBelief
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.rule import compute_dtype, step_scalars
-from belief_dist.storage import BLOCK, Operands, noise_key, update_stored_reference_
+from belief_dist.state_formats import BLOCK, Operands, noise_key, update_stored_reference_
 from models import rank_order_sum
 
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from belief_dist import ShardedAdaBelief, agreement
+from belief_dist import ShardedAdaBelief
+from belief_dist.sharding import step_consensus as agreement
 from models import HYPER, SHAPES, make_grad, make_params
 from ranks import run_ranks
 from reference import backward

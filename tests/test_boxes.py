@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belief_dist.checkpoint.boxes import boxes
-from belief_dist.checkpoint.pieces import pieces_of
+from belief_dist.checkpoint.chunks import boxes
+from belief_dist.checkpoint.dcp_tensor import pieces_of
 
 
 @settings(deadline=None, max_examples=150)

@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from belief_dist import AdaBelief, ShardedAdaBelief, checkpoint
-from belief_dist.storage import (
+from belief_dist.state_formats import (
     decode_m,
     decode_s,
     encode_m,

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 from belief_dist import AdaBelief, checkpoint
-from belief_dist.checkpoint import files
-from belief_dist.checkpoint.background import Staging
+from belief_dist.checkpoint import checksummed_files as files
+from belief_dist.checkpoint.async_save import Staging
 from ranks import run_ranks
 from test_checkpoint import Odd, build, compare, everything, train
 

@@ -15,10 +15,10 @@ from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from belief_dist import AdaBelief, checkpoint, cli
-from belief_dist.checkpoint import convert
-from belief_dist.checkpoint.safetensors_format import read_safetensors, write_safetensors
-from belief_dist.checkpoint.torch_format import from_state_dict, to_official, to_state_dict
-from belief_dist.checkpoint.whole import read_whole, write_whole
+from belief_dist.checkpoint.formats import convert
+from belief_dist.checkpoint.formats.full_state import read_whole, write_whole
+from belief_dist.checkpoint.formats.safetensors import read_safetensors, write_safetensors
+from belief_dist.checkpoint.formats.torch import from_state_dict, to_official, to_state_dict
 from models import HYPER
 from ranks import run_ranks
 from test_checkpoint import BF16, FP32, build, train
@@ -230,6 +230,6 @@ def test_old_formats(folder: Path) -> None:
 
 
 def test_there_is_a_file_of_this_format() -> None:
-    from belief_dist.checkpoint.description import FORMAT
+    from belief_dist.checkpoint.metadata import FORMAT
 
     assert (DATA / f"format-{FORMAT}" / "latest").exists() and os.path.isdir(DATA)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from belief_dist.checkpoint import convert
-from belief_dist.checkpoint.whole import Whole, read_whole
+from belief_dist.checkpoint.formats import convert
+from belief_dist.checkpoint.formats.full_state import Whole, read_whole
 from deepspeed_checkpoint_job import CASES, WORLD_SIZE
 from test_deepspeed import launch
 

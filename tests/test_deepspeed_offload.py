@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import belief_dist
-from belief_dist.integrations.deepspeed_offload import align_gradients
+from belief_dist.deepspeed.offload import align_gradients
 from deepspeed_offload_job import (
     OPTIONS,
     SAVED_AT,

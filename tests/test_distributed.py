@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from belief_dist.distributed import LaunchError, peers, slurm
+from belief_dist.distributed import LaunchError, slurm
+from belief_dist.distributed import handshake as peers
 from belief_dist.distributed.network import address_towards, interface_of
-from belief_dist.distributed.place import HYDRA, OPEN_MPI, SLURM, read_place
+from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, read_place
 from benchmarks.jobs import free_port
 
 ROOT = Path(__file__).parent.parent

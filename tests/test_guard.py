@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from belief_dist import ShardedAdaBelief
-from belief_dist.guard import ReadGuard
+from belief_dist.sharding.read_guard import ReadGuard
 from late import Slow
 from models import HYPER
 from ranks import run_ranks

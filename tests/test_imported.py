@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from belief_dist.integrations import imported
+from belief_dist.deepspeed import import_hook as imported
 
 NAME = "belief_dist_test_package"
 

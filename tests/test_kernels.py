@@ -29,7 +29,7 @@ from belief_dist.rule import (
     step_scalars,
     update_reference_,
 )
-from belief_dist.storage import (
+from belief_dist.state_formats import (
     BLOCK,
     Operands,
     cut,

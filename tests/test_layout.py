@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belief_dist.layout import (
+from belief_dist.sharding.layout import (
     PARAM_ALIGN_BYTES,
     SHARD_ALIGN_BYTES,
     ParamSpec,

@@ -66,7 +66,7 @@ def test_a_group_that_cannot_be_made_ends_the_job(tmp_path: Path) -> None:
 
 def test_a_call_that_does_not_return_ends_the_process() -> None:
     call = (
-        "import datetime, time; from belief_dist.integrations.mpi.watch import WATCH\n"
+        "import datetime, time; from belief_dist.mpi_backend.watch import WATCH\n"
         "with WATCH.limit(datetime.timedelta(seconds=60), 'first'): pass\n"
         "with WATCH.limit(datetime.timedelta(seconds=0.1), 'second'): time.sleep(60)"
     )

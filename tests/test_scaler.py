@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from belief_dist import ShardedAdaBelief
-from belief_dist.in_deepspeed.scaler import EngineScaler, scaler_of
+from belief_dist.deepspeed.stage0.loss_scale import EngineScaler, scaler_of
 
 GOOD, BAD = False, True
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belief_dist.layout import Layout, ParamSpec, plan_layout
+from belief_dist.sharding.layout import Layout, ParamSpec, plan_layout
 from benchmarks.forecast import Cluster, best, plan_at_scale
 from benchmarks.record import record_profile
 from benchmarks.simulation import Device, Network, Profile, lower_bound, predict

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from belief_dist.storage import (
+from belief_dist.state_formats import (
     BLOCK,
     decode_m,
     decode_s,

@@ -22,13 +22,13 @@ from torch.distributed.tensor.parallel import (
 )
 
 from belief_dist import ShardedAdaBelief, checkpoint
-from belief_dist.checkpoint.convert import differences
-from belief_dist.checkpoint.whole import read_whole
-from belief_dist.dtensors import local_part
+from belief_dist.checkpoint.formats.convert import differences
+from belief_dist.checkpoint.formats.full_state import read_whole
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars, update_reference_
+from belief_dist.sharding.dtensor import local_part
 from late import Slow
 from models import HYPER, rank_order_sum
 from ranks import run_ranks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.options import DEFAULTS
-from belief_dist.wire import BLOCK, decode, encode_, encoded_nbytes
+from belief_dist.sharding.codec import BLOCK, decode, encode_, encoded_nbytes
 from models import HYPER, SHAPES, make_grad, make_params
 from ranks import run_ranks
 from reference import Reference, backward, compare

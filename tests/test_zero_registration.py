@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from belief_dist import AdaBelief
-from belief_dist.integrations import imported
+from belief_dist.deepspeed import import_hook as imported
 
 
 class Own(AdaBelief):

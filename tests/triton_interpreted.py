@@ -17,7 +17,7 @@ from belief_dist import AdaBelief, kernels
 from belief_dist.kernels import triton_kernel
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.rule import StepScalars, compute_dtype, device_scalars, step_scalars
-from belief_dist.storage import (
+from belief_dist.state_formats import (
     BLOCK,
     Operands,
     encode_m,

@@ -3,11 +3,11 @@
 They are checkpoints of `torch.distributed.checkpoint` (DCP): its tools read them.
 """
 
-from belief_dist.checkpoint.background import BackgroundSaver
+from belief_dist.checkpoint.async_save import BackgroundSaver
 from belief_dist.checkpoint.errors import CheckpointError
-from belief_dist.checkpoint.reading import Loaded, load, verify
+from belief_dist.checkpoint.loading import Loaded, load, verify
+from belief_dist.checkpoint.saving import Saved, contents, save
 from belief_dist.checkpoint.torch_api import logical_states
-from belief_dist.checkpoint.writing import Saved, contents, save
 
 __all__ = [
     "BackgroundSaver",

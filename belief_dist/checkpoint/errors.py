@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from belief_dist.collectives import Collectives
+from belief_dist.sharding.collectives import Collectives
 
 T = TypeVar("T")
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.checkpoint.contents import STATES, join_masters, split_masters
-from belief_dist.checkpoint.description import apply_options
-from belief_dist.checkpoint.holdings import Holding, holdings
-from belief_dist.checkpoint.pieces import Pieces
+from belief_dist.checkpoint.dcp_tensor import Pieces
+from belief_dist.checkpoint.entries import STATES, join_masters, split_masters
+from belief_dist.checkpoint.local_shards import Holding, holdings
+from belief_dist.checkpoint.metadata import apply_options
 from belief_dist.sharded import ShardedAdaBelief
 
 MASTER = "master"

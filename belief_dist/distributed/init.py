@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
-from belief_dist.distributed import peers
+from belief_dist.distributed import handshake as peers
 from belief_dist.distributed.errors import LaunchError
 from belief_dist.distributed.network import address_towards, interface_of, is_loopback
-from belief_dist.distributed.place import Place, read_place
+from belief_dist.distributed.rank_info import Place, read_place
 from belief_dist.distributed.store import open_store
 
 TIMEOUT = timedelta(minutes=5)

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from belief_dist.distributed.errors import LaunchError
-from belief_dist.distributed.place import OPEN_MPI, Place
+from belief_dist.distributed.rank_info import OPEN_MPI, Place
 
 
 def communicator(place: Place) -> Any:

@@ -10,10 +10,11 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
-from belief_dist.distributed import agent, mpi, slurm
+from belief_dist.distributed import elastic_store as agent
+from belief_dist.distributed import mpi, slurm
 from belief_dist.distributed.errors import LaunchError
 from belief_dist.distributed.network import address_towards, outward_address, wait_for_name
-from belief_dist.distributed.place import HYDRA, OPEN_MPI, SLURM, Place
+from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, Place
 
 Opened = tuple[Store, str, int]  # with the address and port of its server
 

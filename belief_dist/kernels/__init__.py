@@ -1,8 +1,8 @@
 """The fused updates, and which of them serves which tensors.
 
 The compiled C++ kernel serves CPU tensors where it is usable, and Triton's those of GPUs; plain
-torch serves the rest. All give the same bits as `belief_dist.storage.update_stored_reference_`. One
-log line for each kind of device says which is used. The environment variable BELIEF_DIST_BACKEND
+torch serves the rest. All give the same bits as `state_formats.update_stored_reference_`. One log
+line for each kind of device says which is used. The environment variable BELIEF_DIST_BACKEND
 ("auto", "cpp", "triton" or "eager") forces one; "triton" leaves CPU tensors to C++ unless
 TRITON_INTERPRET=1 has Triton work on them.
 """
@@ -25,7 +25,7 @@ from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.rule import DeviceScalars, StepScalars, compute_dtype
-from belief_dist.storage import Operands
+from belief_dist.state_formats import Operands
 
 __all__ = [
     "backends",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.rule import Direction, StepScalars, correctly_rounded_sqrt
-from belief_dist.storage import Operands
+from belief_dist.state_formats import Operands
 
 
 def foreach_update_(work: Sequence[Operands], scalars: StepScalars) -> None:

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from belief_dist.checkpoint.convert import differences
-from belief_dist.checkpoint.whole import read_whole
+from belief_dist.checkpoint.formats.convert import differences
+from belief_dist.checkpoint.formats.full_state import read_whole
 from lab import Node
 
 ROOT = Path(__file__).parents[2]

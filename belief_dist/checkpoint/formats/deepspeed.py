@@ -1,0 +1,209 @@
+"""Checkpoints of DeepSpeed's ZeRO stages 1 to 3, and its universal checkpoints.
+
+Their files are pickles of arbitrary objects, which can run code: read those that you trust.
+DeepSpeed must be installed where they hold objects of its classes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from belief_dist.checkpoint.formats.full_state import Whole
+from belief_dist.options import DEFAULTS, OPTION_NAMES
+
+_STATES = ("exp_avg", "exp_avg_sq")
+
+
+def _load(path: Path) -> Any:
+    return torch.load(path, map_location="cpu", weights_only=False)
+
+
+def _by_rank(folder: Path, pattern: str) -> list[Path]:
+    def numbers(path: Path) -> list[int]:
+        return [int(number) for number in re.findall(r"\d+", path.name)]
+
+    found = sorted(folder.glob(pattern), key=numbers)
+    if not found:
+        raise ValueError(f"{folder} is no DeepSpeed checkpoint: it has no {pattern}.")
+    return found
+
+
+def read_zero(folder: str | Path) -> Whole:
+    """Read a ZeRO-1, 2 or 3 checkpoint: the folder of one tag, without model parallelism.
+
+    Raises:
+        ValueError: It is none, or files are missing.
+    """
+    folder = Path(folder)
+    model = _load(_by_rank(folder, "*model_states.pt")[0])
+    shards = [_load(path)["optimizer_state_dict"] for path in _by_rank(folder, "*optim_states.pt")]
+    stage = int(shards[0]["zero_stage"])
+    ranks = shards[0]["partition_count"]
+    ranks = max(ranks) if isinstance(ranks, list) else int(ranks)
+    if ranks != len(shards):
+        raise ValueError(f"{folder} was saved by {ranks} ranks, but has {len(shards)} shards.")
+    return _read_stage3(model, shards) if stage == 3 else _read_stage12(model, shards)
+
+
+def _read_stage12(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> Whole:
+    """Each group is one flat tensor, of which every rank has an equal piece."""
+    base = [shard["base_optimizer_state"] for shard in shards]
+    whole = _start(model)
+    for number, shapes in enumerate(model["param_shapes"]):
+        flat = {"fp32": torch.cat([s["single_partition_of_fp32_groups"][number] for s in shards])}
+        entries = [shard["state"].get(number) for shard in base]
+        for key in _STATES:
+            if entries[0]:
+                flat[key] = torch.cat([entry[key] for entry in entries])
+        step = int(entries[0]["step"]) if entries[0] else None
+        paddings = shards[0].get("param_alignment_paddings")
+        offset = 0
+        for position, (name, shape) in enumerate(shapes.items()):
+            count = math.prod(shape)
+            pieces = {k: v[offset : offset + count].view(tuple(shape)) for k, v in flat.items()}
+            _add(whole, name, pieces, step)
+            offset += count + (paddings[number][position] if paddings else 0)
+    _add_groups(whole, model["param_shapes"], base[0]["param_groups"])
+    return _finish(whole)
+
+
+def _read_stage3(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> Whole:
+    """Each parameter is cut over all ranks; sub-groups hold one flat tensor each."""
+    whole, ranks = _start(model), len(shards)
+    if any(not flat.numel() for shard in shards for flat in shard["fp32_flat_groups"]):
+        raise ValueError(
+            "this checkpoint was saved with optimizer states on NVMe, whose files cannot be read "
+            "here: save one with offload_optimizer's device cpu or none."
+        )
+    base = [shard["optimizer_state_dict"] for shard in shards]
+    sub_groups = model["param_shapes"]
+    groups = base[0]["param_groups"]
+    for number, shapes in enumerate(sub_groups):
+        entries = [shard["state"].get(number) for shard in base]
+        step = int(entries[0]["step"]) if entries[0] else None
+        offset = 0
+        for name, shape in shapes.items():
+            count = math.prod(shape)
+            part = -(-count // ranks)
+
+            def joined(flats: Sequence[Tensor], at: int = offset, n: int = part) -> Tensor:
+                return torch.cat([flat[at : at + n] for flat in flats])
+
+            flats = {"fp32": [shard["fp32_flat_groups"][number] for shard in shards]}
+            if entries[0]:
+                flats |= {key: [entry[key] for entry in entries] for key in _STATES}
+            pieces = {k: joined(v)[:count].view(tuple(shape)) for k, v in flats.items()}
+            _add(whole, name, pieces, step)
+            offset += part
+    _add_groups(whole, sub_groups, groups)
+    return _finish(whole)
+
+
+def _start(model: Mapping[str, Any]) -> Whole:
+    module = model.get("module") or {}
+    return Whole({name: value for name, value in module.items() if isinstance(value, Tensor)})
+
+
+def _add(whole: Whole, name: str, pieces: Mapping[str, Tensor], step: int | None) -> None:
+    low = whole.weights.get(name)
+    if low is not None and low.dtype != torch.float32 and low.numel() == pieces["fp32"].numel():
+        whole.dtypes[name] = str(low.dtype).removeprefix("torch.")
+    whole.weights[name] = pieces["fp32"].clone()
+    if step is not None:
+        whole.steps[name] = step
+        whole.states[name] = {key: pieces[key].clone() for key in _STATES}
+
+
+def _add_groups(
+    whole: Whole,
+    shapes: Sequence[Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    """Add param groups: each names the numbers of its flat tensors, at stage 3 its sub-groups."""
+    for group in groups:
+        names = [name for number in group["params"] for name in shapes[number]]
+        options = {k: v for k, v in group.items() if k in OPTION_NAMES}
+        whole.groups.append({"params": names, "options": {**DEFAULTS, **options}})
+
+
+def _finish(whole: Whole) -> Whole:
+    whole.step = max(whole.steps.values(), default=0)
+    return whole
+
+
+def read_universal(folder: str | Path) -> Whole:
+    """Read a universal checkpoint: ``zero/<name>/fp32.pt`` and so on.
+
+    Raises:
+        ValueError: It is none.
+    """
+    folder = Path(folder)
+    if not (folder / "zero").is_dir():
+        raise ValueError(f"{folder} is no universal checkpoint: it has no folder zero.")
+    model = _load(_by_rank(folder, "*model_states.pt")[0])
+    whole = _start(model)
+    options = _universal_groups(folder)
+    for shapes in model["param_shapes"]:
+        for name, shape in shapes.items():
+            pieces = {}
+            for key in ("fp32", *_STATES):
+                saved = _load(folder / "zero" / name / f"{key}.pt")
+                value = saved["param"] if isinstance(saved, Mapping) else saved
+                pieces[key] = value.reshape(tuple(shape))
+            file = folder / "zero" / name / "step.pt"
+            step = int(_load(file)) if file.exists() else None
+            if step is None and options:
+                step = options[0].get("step")
+            _add(whole, name, pieces, step or int(model.get("global_steps", 0)))
+    _add_groups(whole, model["param_shapes"], options)
+    return _finish(whole)
+
+
+def _universal_groups(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "zero" / "optimizer_state.pt"
+    if not file.exists():
+        raise ValueError(f"{folder} is no whole universal checkpoint: it has no {file.name}.")
+    saved = _load(file)
+    while isinstance(saved, Mapping) and "param_groups" not in saved:
+        inner = [key for key in ("optimizer_state_dict", "base_optimizer_state") if key in saved]
+        saved = saved[inner[0]] if inner else {"param_groups": []}
+    return list(saved["param_groups"]) if isinstance(saved, Mapping) else []
+
+
+def write_universal(whole: Whole, folder: str | Path, template: str | Path) -> None:
+    """Write a universal checkpoint, which DeepSpeed loads at any number of ranks.
+
+    Args:
+        whole: What to write.
+        folder: A new folder.
+        template: A universal checkpoint of the same job: what is not of parameters comes from it.
+
+    Raises:
+        ValueError: The template is of another model.
+    """
+    folder, template = Path(folder), Path(template)
+    theirs = sorted(read_universal(template).names)
+    if theirs != sorted(whole.names):
+        odd = sorted(set(theirs) ^ set(whole.names))[0]
+        raise ValueError(f"the template {template} is of another model: {odd!r} is in one alone.")
+    shutil.copytree(template, folder)
+    for name in whole.names:
+        values = {"fp32": whole.weights[name], **whole.states[name]}
+        for key in ("fp32", *_STATES):
+            file = folder / "zero" / name / f"{key}.pt"
+            saved = _load(file)
+            if isinstance(saved, dict):
+                value = values[key].clone().reshape(saved["param"].shape)
+                torch.save({**saved, "param": value}, file)
+            else:
+                torch.save(values[key].clone().reshape(saved.shape), file)
+        if (folder / "zero" / name / "step.pt").exists():
+            torch.save(whole.steps[name], folder / "zero" / name / "step.pt")

@@ -1,0 +1,242 @@
+"""Flat storage of one bucket, and the parameters and gradients that are views of it.
+
+Because parameters and gradients are views, both collectives run in place and copy nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from belief_dist.rule import compute_dtype
+from belief_dist.sharding.layout import Bucket
+from belief_dist.state_formats import BLOCK, Operands
+
+
+def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
+    """Return the tensor's strides if its elements fill memory without gaps, else contiguous ones.
+
+    Keeping them keeps channels-last and transposed parameters as they were.
+    """
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size == 1:
+            continue
+        if stride != expected:
+            return torch.empty(tensor.shape, device="meta").stride()
+        expected *= size
+    return tensor.stride()
+
+
+class BucketBuffers:
+    """The tensors of one bucket on one rank.
+
+    Attributes:
+        flat_param: (bucket.numel,) in the parameters' dtype; all parameters are views of it.
+        flat_grad: (bucket.numel,) likewise, for the gradients; None if only the shard is kept.
+        grad_views: The place of each parameter's gradient in `flat_grad`.
+        gaps: Ranges [start, stop) of the bucket that are padding.
+        param_shard: (bucket.shard_numel,), this rank's piece of `flat_param`.
+        grad_shard: (bucket.shard_numel,) in the compute dtype: where reduced gradients arrive. It
+            is this rank's piece of `flat_grad` if there is one in that dtype.
+        master: (bucket.shard_numel,): the parameters that are updated, in the compute dtype. It is
+            `param_shard` itself unless parameters are 16 bits wide or it is on the host. With
+            `remainders`, the bfloat16 parameters whose other half is in `remainder`.
+        remainder: (bucket.shard_numel,), int16: the lower halves of the masters, or None.
+        states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each (bucket.shard_numel,),
+            in the compute dtype or `state_dtype`; with uint8 also the exponents of each.
+        low_param: (bucket.shard_numel,): where the update writes 16-bit parameters, else None.
+        wire_error: (bucket.numel,) in the parameters' dtype: what `wire.encode_` keeps, or None.
+        on_host: Whether `master`, states and `low_param` are in the host's memory, which is pinned
+            if the parameters are on another device.
+    """
+
+    def __init__(
+        self,
+        bucket: Bucket,
+        params: Sequence[Tensor],
+        rank: int,
+        *,
+        amsgrad: bool,
+        keep_grad: bool,
+        offload: bool = False,
+        encodes: bool = False,
+        remainders: bool = False,
+        state_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Move `params` (one for each slot) into flat storage; their values stay.
+
+        Args:
+            bucket: The plan.
+            params: The parameters of its slots.
+            rank: Which shard to keep.
+            amsgrad: Also keep the largest s so far.
+            keep_grad: Keep full gradients.
+            offload: Keep masters and states on the host.
+            encodes: Keep what `wire.encode_` cuts off.
+            remainders: Keep 16-bit remainders instead of float32 masters of bfloat16 parameters.
+            state_dtype: bfloat16 or uint8 for smaller states; None for the compute dtype.
+        """
+        first = params[0]
+        compute = compute_dtype(first.dtype)
+        start, stop = bucket.shard_range(rank)
+        self.bucket = bucket
+        self.params = list(params)
+        self._strides = [_dense_stride(param) for param in params]
+        self.flat_param = torch.zeros(bucket.numel, dtype=first.dtype, device=first.device)
+        self.flat_grad = torch.zeros_like(self.flat_param) if keep_grad else None
+        self.wire_error = torch.zeros_like(self.flat_param) if encodes else None
+        self.grad_views: list[Tensor] = []
+        for position, param in enumerate(params):
+            view = self.view(self.flat_param, position)
+            view.copy_(param.detach())
+            param.data = view
+            if self.flat_grad is not None:
+                # `.data` gives every view a version counter of its own, so that in-place changes
+                # of one gradient can be told from those of its neighbours.
+                self.grad_views.append(self.view(self.flat_grad, position).data)
+        ends = [0, *(slot.stop for slot in bucket.slots)]
+        starts = [*(slot.start for slot in bucket.slots), bucket.numel]
+        self.gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
+        self.param_shard = self.flat_param[start:stop]
+        self.on_host = offload
+        is_low = first.dtype != compute
+        self.low_param: Tensor | None = self.param_shard if is_low else None
+        if is_low and offload:
+            self.low_param = self._on_host_like(self.param_shard, first.dtype)
+        self.remainder: Tensor | None = None
+        self.master = self.param_shard
+        if is_low and remainders:
+            assert self.low_param is not None
+            self.master = self.low_param
+            self.remainder = self._zeros(torch.int16)
+        elif offload:
+            self.master = self._on_host_like(self.param_shard, compute)
+        elif is_low:
+            self.master = self.param_shard.to(compute)
+        if self.flat_grad is not None and first.dtype == compute:
+            self.grad_shard = self.flat_grad[start:stop]
+        else:
+            self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)
+
+        self.states: dict[str, Tensor] = {}
+        for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
+            self.states[name] = self._zeros(state_dtype or compute)
+            if state_dtype == torch.uint8:
+                self.states[f"{name}_exponent"] = self._zeros(torch.uint8, BLOCK)
+
+    def _zeros(self, dtype: torch.dtype, per: int = 1) -> Tensor:
+        """Return a zero for every `per` elements of the shard, where the masters are."""
+        like = self.master
+        return torch.zeros(
+            like.numel() // per, dtype=dtype, device=like.device, pin_memory=like.is_pinned()
+        )
+
+    @staticmethod
+    def _on_host_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        pinned = tensor.device.type == "cuda"
+        copy = torch.empty(tensor.shape, dtype=dtype, device="cpu", pin_memory=pinned)
+        return copy.copy_(tensor)
+
+    def view(self, flat: Tensor, position: int) -> Tensor:
+        """Return the place of the parameter at `position` in a flat buffer of this bucket."""
+        slot, shape = self.bucket.slots[position], self.params[position].shape
+        if slot.start == slot.stop:
+            return flat[slot.start : slot.stop].view(shape)
+        return flat.as_strided(shape, self._strides[position], flat.storage_offset() + slot.start)
+
+    @property
+    def has_master(self) -> bool:
+        """Whether float32 or float64 master weights are stored apart from the parameters."""
+        return self.remainder is None and self.master is not self.param_shard
+
+    def refresh_master(self, start: int = 0, stop: int | None = None) -> None:
+        """Take master weights [start, stop) from the parameters, whose values somebody has set."""
+        window = slice(start, stop)
+        if self.has_master:
+            self.master[window].copy_(self.param_shard[window])
+        if self.remainder is not None:
+            self.remainder[window].zero_()
+        self.refresh_upper_halves(window)
+
+    def refresh_upper_halves(self, window: slice = slice(None)) -> None:
+        """Take the host's copies of 16-bit parameters from the parameters; remainders stay."""
+        if self.on_host and self.low_param is not None:
+            self.low_param[window].copy_(self.param_shard[window])
+
+    def operands(self, grads: Tensor) -> Operands:
+        """Return what a step with the reduced gradients `grads` works on: the whole shard."""
+        states: dict[str, Any] = self.states
+        out = None if self.remainder is not None else self.low_param
+        return Operands(
+            param=self.master, grad=grads, param_out=out, remainder=self.remainder, **states
+        )
+
+    def send_back(self) -> None:
+        """Copy updated parameters from the host to their place, in the order of the stream."""
+        if self.on_host:
+            updated = self.master if self.low_param is None else self.low_param
+            self.param_shard.copy_(updated, non_blocking=True)
+
+    def wire_nbytes(self, wire_dtype: torch.dtype | None) -> int:
+        """Return the bytes of all gradients of this bucket, in the wider of the two dtypes."""
+        own = self.flat_param.itemsize
+        return self.bucket.numel * max(own, wire_dtype.itemsize if wire_dtype else 0)
+
+    def nbytes(self) -> dict[str, int]:
+        """Return the bytes that are really allocated, by kind."""
+        grads = 0 if self.flat_grad is None else self.flat_grad.nbytes
+        if self.flat_grad is None or self.grad_shard.dtype != self.flat_grad.dtype:
+            grads += self.grad_shard.nbytes
+        masters = self.master.nbytes if self.has_master else 0
+        if self.remainder is not None:
+            masters += self.remainder.nbytes
+        if self.on_host and self.low_param is not None:
+            masters += self.low_param.nbytes
+        held = {
+            "parameters": self.flat_param.nbytes,
+            "gradients": grads,
+            "masters": masters,
+            "exp_avg": 0,
+            "exp_avg_sq": 0,
+        }
+        for name, state in self.states.items():
+            held["exp_avg_sq" if "exp_avg_sq" in name else "exp_avg"] += state.nbytes
+        if self.wire_error is not None:
+            held["wire errors"] = self.wire_error.nbytes
+        return held
+
+
+class Recycler:
+    """Buffers of one size that are used again and again."""
+
+    def __init__(self, size: int) -> None:
+        """Hand out buffers of `size` bytes."""
+        self._size = max(size, 1)
+        self._free: list[Tensor] = []  # uint8
+        self._lent: dict[int, Tensor] = {}  # likewise, by address
+
+    @property
+    def lent(self) -> int:
+        """How many buffers are in use."""
+        return len(self._lent)
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a flat buffer whose contents are undefined."""
+        whole = self._free.pop() if self._free else None
+        if whole is None:
+            whole = torch.empty(self._size, dtype=torch.uint8, device=device)
+        self._lent[whole.untyped_storage().data_ptr()] = whole
+        return whole[: numel * dtype.itemsize].view(dtype)
+
+    def give_back(self, buffer: Tensor) -> None:
+        """Take back what `take` has returned."""
+        # By storage: a slice of no elements has no address of its own.
+        self._free.append(self._lent.pop(buffer.untyped_storage().data_ptr()))
+
+    def nbytes(self) -> int:
+        """Return the bytes of all buffers, in use or not."""
+        return self._size * (len(self._free) + len(self._lent))

@@ -1,0 +1,146 @@
+"""From what a user passes as `process_group` to the collectives that serve it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from belief_dist.sharding.collectives import Alone, Collectives, Native, OrderedAllToAll
+from belief_dist.sharding.hsdp import Hybrid
+from belief_dist.sharding.point_to_point import DirectExchange
+
+Reduction = Literal["auto", "ordered", "native"]
+
+
+def connect(
+    ranks: dist.ProcessGroup | DeviceMesh | None,
+    reduction: Reduction,
+    device: torch.device,
+    timeout: timedelta,
+) -> Collectives:
+    """Return the operations for a process group, over communicators of their own.
+
+    A communicator of its own keeps the order of our messages independent of the collectives that
+    the training script issues in between, and gives them a deadline of their own.
+
+    Args:
+        ranks: The process group, or a mesh: of one dimension, or of two, of which the last is
+            sharded over and the first holds copies. None means all ranks.
+        reduction: "ordered", "native", or "auto" (which is "ordered").
+        device: Where the parameters are.
+        timeout: After which a missing rank becomes an error.
+
+    Raises:
+        TypeError: `ranks` is something else.
+        ValueError: This process is not among them, or the mesh has more dimensions.
+        RuntimeError: torch.distributed is needed, but not initialized.
+    """
+    if not (ranks is None or isinstance(ranks, (dist.ProcessGroup, DeviceMesh))):
+        raise TypeError(
+            f"process_group must be a ProcessGroup, a DeviceMesh or None, got {ranks!r:.100}; "
+            f"torch.distributed.new_group(ranks) makes one."
+        )
+    if not (dist.is_available() and dist.is_initialized()):
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if ranks is not None or launched > 1:
+            raise RuntimeError(
+                f"ShardedAdaBelief needs torch.distributed, which is not initialized although "
+                f"WORLD_SIZE is {launched}; call torch.distributed.init_process_group() first."
+            )
+        return Alone(None)
+    rows = _rows(ranks)
+    everyone = [rank for row in rows for rank in row]
+    if dist.get_rank() not in everyone:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in process_group, whose ranks are {everyone}."
+        )
+    group = ranks.get_group(0) if isinstance(ranks, DeviceMesh) else ranks
+    backend = str(dist.get_backend(group))
+
+    def over(members: Sequence[int]) -> Collectives:
+        if len(members) == 1:
+            return Alone(None)
+        own = _new_group(members, backend, timeout)
+        if reduction == "native":
+            return Native(own)
+        if "gloo" in backend and device.type == "cpu":
+            return DirectExchange(own)
+        return OrderedAllToAll(own)
+
+    with _in_equally_many_groups(_groups_of(ranks)):
+        if len(rows) == 1:
+            return over(everyone)
+        mine = next(row for row in rows if dist.get_rank() in row)
+        column = [row[mine.index(dist.get_rank())] for row in rows]
+        return Hybrid(_new_group(everyone, backend, timeout), over(mine), over(column))
+
+
+def connect_mesh(mesh: DeviceMesh, timeout: timedelta) -> Collectives:
+    """Return the operations over all ranks of a mesh, of any number of dimensions."""
+    members = mesh.mesh.flatten().tolist()
+    if len(members) == 1:
+        return Alone(None)
+    with _in_equally_many_groups(_groups_of(mesh)):
+        return Native(_new_group(members, str(dist.get_backend(mesh.get_group(0))), timeout))
+
+
+def _groups_of(
+    ranks: dist.ProcessGroup | DeviceMesh | None,
+) -> Sequence[dist.ProcessGroup | None]:
+    return ranks.get_all_groups() if isinstance(ranks, DeviceMesh) else [ranks]
+
+
+@contextmanager
+def _in_equally_many_groups(groups: Sequence[dist.ProcessGroup | None]) -> Iterator[None]:
+    """Make this rank a member of as many process groups as any other rank of `groups`.
+
+    torch names a group that only its members make after their ranks and the number of groups that a
+    member is in already. Where that differs (a script has made a group of some ranks, say) they
+    would wait under different names, and for ever.
+
+    Args:
+        groups: Which together connect all ranks: a process group, or one for each dimension of a
+            mesh.
+    """
+    own = most = len(dist.distributed_c10d._world.pg_names)
+    for group in groups:
+        counts = [0] * dist.get_world_size(group)
+        dist.all_gather_object(counts, most, group=group)
+        most = max(counts)
+    alone = [
+        dist.new_group([dist.get_rank()], use_local_synchronization=True) for _ in range(most - own)
+    ]
+    try:
+        yield
+    finally:
+        for group in alone:
+            dist.destroy_process_group(group)
+
+
+def _new_group(members: Sequence[int], backend: str, timeout: timedelta) -> dist.ProcessGroup:
+    group: dist.ProcessGroup = dist.new_group(
+        list(members), timeout=timeout, backend=backend, use_local_synchronization=True
+    )
+    return group
+
+
+def _rows(ranks: dist.ProcessGroup | DeviceMesh | None) -> list[list[int]]:
+    """Return the global ranks that share shards between them; each row holds a copy of all."""
+    if not isinstance(ranks, DeviceMesh):
+        return [dist.get_process_group_ranks(ranks or dist.group.WORLD)]
+    if ranks.ndim > 2:
+        names = ranks.mesh_dim_names
+        how = f"mesh[{names[-2:]!r}]" if names else "a slice of it"
+        raise ValueError(
+            f"process_group must be a mesh of 1 or 2 dimensions, got one of {ranks.ndim} {names}; "
+            f"pass those to hold copies and to shard over, for example {how}."
+        )
+    rows: list[list[int]] = ranks.mesh.view(-1, ranks.mesh.shape[-1]).tolist()
+    return rows
