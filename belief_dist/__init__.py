@@ -1,10 +1,8 @@
 """belief_dist: ZeRO-style sharded AdaBelief for PyTorch."""
 
-from typing import Any
-
 import _belief_dist_autoload
-from belief_dist import distributed
-from belief_dist.deepspeed.patches import on_engine
+from belief_dist import distributed, observers, replacement_warning
+from belief_dist.deepspeed import patches as deepspeed_patches
 from belief_dist.kernels import backends
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
@@ -25,11 +23,6 @@ __all__ = [
 # Also without the installed entry point, `import belief_dist` makes the names known to torch.optim.
 _belief_dist_autoload.register()
 
-
-def _enter_engine(engine: Any, optimizer: ShardedAdaBelief) -> None:
-    from belief_dist.deepspeed.stage0.attach import enter  # imports DeepSpeed
-
-    enter(engine, optimizer)
-
-
-on_engine(ShardedAdaBelief, _enter_engine)
+# The optimizers know no adapter; this is the only place where adapters come to know the optimizers.
+observers.on_built += [deepspeed_patches.observe_built, replacement_warning.watch]
+observers.on_first_step += [deepspeed_patches.observe_first_step]

@@ -10,28 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from belief_dist import kernels
-from belief_dist.deepspeed.patches import serve_zero
+from belief_dist import kernels, observers
+from belief_dist.device_scalars import DeviceScalars, device_scalars
+from belief_dist.operands import Operands
 from belief_dist.options import complete_options
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
-from belief_dist.replacement_warning import watch
-from belief_dist.rule import (
-    DeviceScalars,
-    StepScalars,
-    compute_dtype,
-    device_scalars,
-    step_scalars,
-    update_reference_,
-)
+from belief_dist.rule import StepScalars, compute_dtype, step_scalars, update_reference_
+from belief_dist.sharding.dtensor import local_part
 from belief_dist.state_dict import check_state_dict, check_state_entry
-from belief_dist.state_formats import Operands
-from belief_dist.state_init_step import is_rehearsal
-
-
-def local_tensor(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a DTensor (same storage), or the tensor itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return to_local() if to_local is not None else tensor
+from belief_dist.state_init_step import is_state_init_step
 
 
 def _in_memory_order(operands: Operands) -> Operands | None:
@@ -139,8 +126,7 @@ class AdaBelief(Optimizer):
         self._capturable = capturable
         self._no_decay = no_decay
         super().__init__(as_groups(params, "AdaBelief"), defaults)
-        serve_zero(type(self), AdaBelief)
-        watch(self)
+        observers.notify(observers.on_built, self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it leaves out are those of the constructor."""
@@ -163,12 +149,12 @@ class AdaBelief(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        rehearsal = not self.state and is_rehearsal()
+        creates_states_only = not self.state and is_state_init_step()
         for group in self.param_groups:
             params = [param for param in group["params"] if param.grad is not None]
             for param in params:
                 self._complete_state(param, group)
-            if params and not rehearsal:
+            if params and not creates_states_only:
                 self._update(params, group)
         return loss
 
@@ -238,11 +224,11 @@ class AdaBelief(Optimizer):
         for param in params:
             state = self.state[param]
             operands = Operands(
-                local_tensor(param),
-                local_tensor(cast(Tensor, param.grad)),
-                local_tensor(state["exp_avg"]),
-                local_tensor(state["exp_avg_sq"]),
-                local_tensor(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None,
+                local_part(param),
+                local_part(cast(Tensor, param.grad)),
+                local_part(state["exp_avg"]),
+                local_part(state["exp_avg_sq"]),
+                local_part(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None,
             )
             step = state["step"]
             count = step if isinstance(step, int) else id(step)

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -58,13 +57,6 @@ DEFAULTS: dict[str, Any] = {
     "maximize": False,
 }
 OPTION_NAMES = tuple(DEFAULTS)
-_ENGINE_CHOICES: dict[str, tuple[Any, ...]] = {
-    "reduction": ("auto", "ordered", "native"),
-    "reduce_dtype": (None, torch.float32, torch.bfloat16, torch.int8),
-    "master": ("fp32", "remainder"),
-    "state_dtype": (torch.float32, torch.bfloat16, torch.uint8),
-    "offload": (None, "cpu"),
-}
 _SWITCHES = tuple(name for name, value in DEFAULTS.items() if isinstance(value, bool))
 
 
@@ -245,48 +237,3 @@ def complete_options(
     if eps >= _ADAMS_EPS:
         _warn_of_large_eps(eps, math.sqrt(eps / (1.0 - float(options["betas"][1]))))
     return options
-
-
-def check_engine_options(given: Mapping[str, Any]) -> None:
-    """Check the arguments of `ShardedAdaBelief` that say how it shards and stores.
-
-    Raises:
-        TypeError: An argument has the wrong type.
-        ValueError: An argument is out of range, or two exclude each other.
-    """
-    bucket_bytes, max_grad_norm = given["bucket_bytes"], given["max_grad_norm"]
-    if isinstance(bucket_bytes, bool) or not isinstance(bucket_bytes, int) or bucket_bytes < 1:
-        raise ValueError(f"bucket_bytes must be an integer >= 1, got {bucket_bytes!r}.")
-    if max_grad_norm is not None and not max_grad_norm > 0.0:
-        raise ValueError(f"max_grad_norm must be > 0 or None, got {max_grad_norm!r}.")
-    stage = given["stage"]
-    if isinstance(stage, bool) or stage not in (1, 2):
-        raise ValueError(
-            f"stage must be 1 or 2, got {stage!r}; for sharded parameters (stage 3) use AdaBelief "
-            f"with FSDP2 or DeepSpeed."
-        )
-    for name, allowed in _ENGINE_CHOICES.items():
-        if given[name] not in allowed:
-            *most, last = map(_shown, allowed)
-            raise ValueError(
-                f"{name} must be {', '.join(most)} or {last}, got {_shown(given[name])}."
-            )
-    if given["reduce_dtype"] == torch.int8 and given["reduction"] == "native":
-        raise ValueError(
-            "reduce_dtype=torch.int8 needs reduction='ordered': backends cannot add it."
-        )
-    seed = given["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}.")
-
-
-def as_dtype(value: Any) -> Any:
-    """Return the dtype that a string names, as in JSON or YAML; anything else as it is."""
-    if not isinstance(value, str):
-        return value
-    found = getattr(torch, value.removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) else value
-
-
-def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, torch.dtype) else repr(value)

@@ -56,7 +56,7 @@ class StepScalars(NamedTuple):
 
 # Below this length of the simple moving average the variance of s is intractable
 # (adabelief-pytorch 0.2.1; arXiv:1908.03265 has > 4).
-_RECTIFY_THRESHOLD = 5.0
+RECTIFY_THRESHOLD = 5.0
 
 
 def step_scalars(options: Mapping[str, Any], step: int) -> StepScalars:
@@ -73,7 +73,7 @@ def step_scalars(options: Mapping[str, Any], step: int) -> StepScalars:
     if options["rectify"]:
         sma_max = 2.0 / (1.0 - beta2) - 1.0
         sma = sma_max - 2.0 * step * beta2**step / bias2
-        if sma >= _RECTIFY_THRESHOLD:
+        if sma >= RECTIFY_THRESHOLD:
             rectification = math.sqrt(
                 bias2
                 * (sma - 4.0) / (sma_max - 4.0)
@@ -103,94 +103,6 @@ def step_scalars(options: Mapping[str, Any], step: int) -> StepScalars:
         sign=-1.0 if options["maximize"] else 1.0,
         step=step,
     )
-
-
-class DeviceScalars(NamedTuple):
-    """The scalars of a step whose number and learning rate the host does not know.
-
-    A captured CUDA graph computes and reads them at every replay. Only the Triton kernels read
-    them where they are; other updates visit the host, see `on_host`.
-    """
-
-    values: Tensor  # (11,), float64: StepScalars in its order
-    coupled: bool  # whether coupled_decay is not zero
-
-    def on_host(self) -> StepScalars:
-        """Return the same for the host, which waits for the device.
-
-        Raises:
-            RuntimeError: A CUDA graph is captured, which nothing may wait for.
-        """
-        if self.values.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a CUDA graph can capture this step only where Triton updates all tensors: see "
-                "belief_dist.backends(), and lay out gradients in memory as their parameters."
-            )
-        *numbers, direction, sign, step = self.values.tolist()
-        return StepScalars._make((*numbers, Direction(int(direction)), sign, int(step)))
-
-
-@torch.no_grad()
-def device_scalars(options: Mapping[str, Any], step: Tensor, lr: Tensor | float) -> DeviceScalars:
-    """Compute `step_scalars` where `step` is, without a visit to the host.
-
-    The operations are the same in the same order, in float64. Powers may be rounded differently in
-    their last place, which leaves relative differences of about 2**-52 / (1 - beta**step).
-
-    Args:
-        options: As for `step_scalars`, but for the learning rate.
-        step: One element of any dtype, 1-based.
-        lr: One element on the same device, or a float.
-    """
-    t = step.detach().reshape(()).to(torch.float64)
-    rate = lr.detach().reshape(()).to(t) if isinstance(lr, Tensor) else torch.full_like(t, lr)
-    beta1, beta2 = (float(beta) for beta in options["betas"])
-    weight_decay = float(options["weight_decay"])
-    bias1 = 1.0 - beta1**t
-    power2 = beta2**t
-    bias2 = 1.0 - power2
-
-    direction = torch.full_like(t, float(Direction.ADAPTIVE))
-    step_size = rate / bias1
-    denom_scale = 1.0 / bias2.sqrt()
-    if options["rectify"]:
-        sma_max = 2.0 / (1.0 - beta2) - 1.0
-        sma = sma_max - 2.0 * t * power2 / bias2
-        rectified = sma >= _RECTIFY_THRESHOLD
-        rectification = (
-            bias2
-            * (sma - 4.0) / (sma_max - 4.0)
-            * (sma - 2.0) / sma
-            * sma_max / (sma_max - 2.0)
-        ).sqrt()  # fmt: skip
-        early = Direction.MOMENTUM if options["degenerated_to_sgd"] else Direction.NONE
-        step_size = torch.where(rectified, rate * rectification / bias1, step_size)
-        denom_scale = torch.where(rectified, 1.0, denom_scale)
-        direction = torch.where(rectified, direction, float(early))
-
-    decay: Tensor | float = 1.0
-    coupled_decay = 0.0
-    if options["weight_decouple"]:
-        decay = 1.0 - (weight_decay if options["fixed_decay"] else rate * weight_decay)
-    else:
-        coupled_decay = weight_decay
-    scalars: dict[str, Tensor | float] = {
-        "weight1": 1.0 - beta1,
-        "beta2": beta2,
-        "weight2": 1.0 - beta2,
-        "eps": float(options["eps"]),
-        "decay": decay,
-        "coupled_decay": coupled_decay,
-        "step_size": step_size,
-        "denom_scale": denom_scale,
-        "direction": direction,
-        "sign": -1.0 if options["maximize"] else 1.0,
-        "step": t,
-    }
-    # Constants are filled in, not copied: a captured graph may not read the host's memory.
-    each = (scalars[name] for name in StepScalars._fields)
-    values = [x if isinstance(x, Tensor) else torch.full_like(t, x) for x in each]
-    return DeviceScalars(torch.stack(values), coupled_decay != 0.0)
 
 
 def compute_dtype(param_dtype: torch.dtype) -> torch.dtype:

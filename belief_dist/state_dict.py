@@ -1,11 +1,13 @@
-"""The form of a state_dict that somebody wants to load: is it one of ours, for this model?"""
+"""Loading a state_dict: is it one of this optimizer, for this model?"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from belief_dist.options import OPTION_NAMES
 
@@ -60,7 +62,7 @@ def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, An
         if "exp_avg_var" in entry:
             origin = " This is a state of adabelief-pytorch or timm, whose s is called exp_avg_var."
         elif {"exp_avg", "exp_avg_sq"} <= set(entry):
-            origin = " Were amsgrad, master, state_dtype or the parameters' dtype other then?"
+            origin = " Was it saved with another amsgrad, master, state_dtype or parameter dtype?"
         raise ValueError(
             f"cannot load the state of parameter {label}: it has {sorted(entry)}, "
             f"but {sorted(own)} are needed.{origin}"
@@ -84,7 +86,8 @@ def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, An
         ):
             raise ValueError(
                 f"cannot load {key} of parameter {label}: its dtype is {loaded.dtype}, "
-                f"{value.dtype} is needed; build the optimizer with the state_dtype of then."
+                f"{value.dtype} is needed; build the optimizer with the state_dtype that was used "
+                f"when saving."
             )
 
 
@@ -120,3 +123,59 @@ def check_sharding(saved: Any, own: Mapping[str, Any]) -> None:
             "parameters, groups, bucket_bytes, state_dtype and reduce_dtype as when saving, or use "
             "belief_dist.checkpoint, which loads any of them."
         )
+
+
+def check_shard(
+    state_dict: Any,
+    param_groups: list[dict[str, Any]],
+    states: Sequence[Mapping[str, Any]],
+    sharding: Mapping[str, Any],
+    label: Callable[[int], str],
+) -> None:
+    """Refuse what is not a shard that the optimizer which loads it could have saved.
+
+    Args:
+        state_dict: The loaded one.
+        param_groups: Of the optimizer that loads it.
+        states: Its state for every parameter.
+        sharding: Its own entry "sharding".
+        label: Names a parameter in errors.
+
+    Raises:
+        ValueError: It is none, or of another rank, world size or layout.
+    """
+    check_state_dict(state_dict, param_groups, "ShardedAdaBelief")
+    check_sharding(state_dict.get("sharding"), sharding)
+    for index, own in enumerate(states):
+        check_state_entry(label(index), state_dict["state"].get(index, {}), own)
+
+
+def copy_shard_(
+    state_dict: Mapping[str, Any],
+    param_groups: list[dict[str, Any]],
+    states: Sequence[dict[str, Any]],
+) -> None:
+    """Copy a shard that passed `check_shard` into states, in place, and into group options."""
+    for index, own in enumerate(states):
+        entry = state_dict["state"][index]
+        for key, value in own.items():
+            if isinstance(value, Tensor):
+                value.copy_(entry[key])
+        own["step"] = int(entry["step"])
+    for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
+        group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
+
+
+@contextmanager
+def answered_by(optimizer: Optimizer, **methods: Callable[..., Any]) -> Iterator[None]:
+    """Have functions answer calls of an optimizer's methods inside the context.
+
+    For frameworks that call `state_dict` and `load_state_dict`, and would take a shard for more.
+    """
+    for name, method in methods.items():
+        setattr(optimizer, name, method)  # the instance's, in front of the class's
+    try:
+        yield
+    finally:
+        for name in methods:
+            delattr(optimizer, name)

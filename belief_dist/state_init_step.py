@@ -6,25 +6,23 @@ import sys
 from collections.abc import Collection
 from types import FrameType
 
-# Both set every gradient to zero and call `step()` once, for its side effect.
-_REHEARSING_FUNCTIONS = {
-    "initialize_optimizer_states",  # DeepSpeed: construction of its stage-0 wrapper for 16 bits
-    "_init_optim_state",  # torch.distributed.checkpoint.state_dict: load into a fresh optimizer
-}
+# Functions that set every gradient to zero and call `step()` once, for its side effect. Adapters
+# add those of their frameworks; this one is torch.distributed.checkpoint's.
+STATE_INIT_FUNCTIONS = {"_init_optim_state"}
 # What get_optimizer_state_dict and set_optimizer_state_dict call.
 TORCH_STATE_DICT = ("_get_optim_state_dict", "_load_optim_state_dict")
 
 
-def is_rehearsal() -> bool:
+def is_state_init_step() -> bool:
     """Return whether the running `step()` was called only to create states.
 
     For AdaBelief such a step is not harmless: it would count, decay the weights, and leave eps in
     the second moment. It cannot be told by its gradients: real ones may all be zero too, for
     instance on the rank whose ZeRO partition lies below a layer that starts at zero, and skipping
-    that step would silently diverge from the unsharded result. So ask who is calling; cheap
-    enough for the first step, the only one that has to know.
+    that step would silently diverge from the unsharded result. So the call stack is searched; that
+    is cheap enough for the first step, the only one that has to know.
     """
-    return is_called_by(_REHEARSING_FUNCTIONS)
+    return is_called_by(STATE_INIT_FUNCTIONS)
 
 
 def is_called_by(names: Collection[str]) -> bool:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from belief_dist import kernels
 from belief_dist import state_formats as storage
+from belief_dist.operands import BLOCK, Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
-from belief_dist.state_formats import BLOCK, Operands
 from benchmarks.gradients import Source
 
 _FEWEST = 20  # elements that quantiles of a bin are taken of

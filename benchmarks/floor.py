@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.kernels.build import FLAGS, compiler
-from belief_dist.state_formats import Operands
+from belief_dist.operands import Operands
 
 _READ, _WRITE, _UPDATE = range(3)  # floor.cpp
 BLOCK = 1024  # of which the number of elements must be a multiple

@@ -130,7 +130,7 @@ def plan_at_scale(
     specs = specs_of(model, "bfloat16")
     count = sum(spec.numel for spec in specs)
     start = time.perf_counter()
-    layout: Layout = plan_layout(specs, ranks // rows, bucket_mib * _MIB, copies=rows)
+    layout: Layout = plan_layout(specs, ranks // rows, bucket_mib * _MIB, num_replicas=rows)
     seconds = time.perf_counter() - start
     # The course of a real backward, layer by layer, at the speed of such a device.
     forward = 2 * count * tokens / (cluster.tflops * 1e12)

@@ -16,15 +16,11 @@ import torch
 from torch import Tensor
 
 from belief_dist import AdaBelief, kernels
+from belief_dist.device_scalars import device_scalars
+from belief_dist.operands import BLOCK, Operands
 from belief_dist.options import DEFAULTS
-from belief_dist.rule import device_scalars, step_scalars
-from belief_dist.state_formats import (
-    BLOCK,
-    Operands,
-    noise_key,
-    split_master,
-    update_stored_reference_,
-)
+from belief_dist.rule import step_scalars
+from belief_dist.state_formats import noise_key, split_master, update_stored_reference_
 
 F32, F64 = torch.float32, torch.float64
 BF16, F16, U8 = torch.bfloat16, torch.float16, torch.uint8

@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from belief_dist import AdaBelief
-from belief_dist.state_formats import BLOCK
+from belief_dist.operands import BLOCK
 from examples.gpt.data import global_batch, load_corpus
 from examples.gpt.model import GPT, next_byte_loss
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from belief_dist import ShardedAdaBelief, kernels, sharded
-from belief_dist.sharding.collectives import Collectives, Done, Handle
+from belief_dist.sharding.buffer_pool import Handle
+from belief_dist.sharding.collectives import Collectives, Done, ReduceRequest
 from benchmarks.engines import BACKWARD, FORWARD, STEP
 from benchmarks.report import Result, Row
 
@@ -36,24 +37,22 @@ class NoCollectives(Collectives):
 
     def __init__(self, world_size: int) -> None:
         super().__init__(None)
-        self.world_size = self.num_ranks = world_size
+        self.world_size = self.num_shards = world_size
 
-    def start_reduce(
-        self, flat: Tensor, shard: Tensor, bins: Tensor | None, *, accumulate: bool = False
-    ) -> Handle:
+    def start_reduce(self, request: ReduceRequest) -> Handle:
         return Done()
 
     def start_gather(self, flat: Tensor) -> Handle:
         return Done()
 
     def sum_(self, message: Tensor) -> None:
-        message.mul_(self.num_ranks)
+        message.mul_(self.world_size)
 
     def broadcast_(self, flat: Tensor) -> None:
         pass
 
     def exchange(self, value: Any) -> list[Any]:
-        return [value] * self.num_ranks
+        return [value] * self.world_size
 
 
 class _Constant(torch.autograd.Function):

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from belief_dist.kernels import ordered_sum_, update_
 from belief_dist.norm import NUM_WORDS
+from belief_dist.operands import Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
 from belief_dist.sharding.layout import ParamSpec
-from belief_dist.sharding.point_to_point import DirectExchange
+from belief_dist.sharding.point_to_point import PointToPoint
 from belief_dist.sharding.step_consensus import checksums
-from belief_dist.state_formats import Operands
 from benchmarks import network
 from benchmarks.simulation import Device, Profile
 from benchmarks.team import Workload
@@ -144,7 +144,7 @@ def _speeds(work: Workload) -> Device:
 
 def _send_cost(work: Workload) -> float:
     """Return the seconds that computing is late for every byte that goes each way."""
-    exchange = DirectExchange(dist.group.WORLD)
+    exchange = PointToPoint(dist.group.WORLD)
     flat = torch.zeros(_ELEMENTS)
     used = []
     for _ in range(1 + _REPEATS):

@@ -99,7 +99,7 @@ def predict(
     """Predict one step of ZeRO-1 with ordered reduction.
 
     Args:
-        layout: Whose `world_size` is the number of ranks in a row.
+        layout: Whose `num_shards` is the number of ranks in a row.
         profile: With one entry for each of the layout's parameters.
         network: The link between ranks of a row.
         device: What each rank computes with.
@@ -107,7 +107,7 @@ def predict(
         rows: More than 1 for a mesh: shards are summed once more across so many rows, in float32.
         across: The link between rows; `network` if None.
     """
-    ranks, buckets = layout.world_size, layout.buckets
+    ranks, buckets = layout.num_shards, layout.buckets
     across = across or network
     if device.send_cost:  # what is sent, the processor sends
         network = replace(network, bandwidth=min(network.bandwidth, 1 / device.send_cost))
@@ -166,6 +166,6 @@ def predict(
 def lower_bound(layout: Layout, profile: Profile, network: Network) -> float:
     """Return seconds of a step that no schedule on this link avoids beyond compute."""
     sent = sum(
-        2 * network.exchange(b.numel * b.itemsize, layout.world_size) for b in layout.buckets
+        2 * network.exchange(b.numel * b.itemsize, layout.num_shards) for b in layout.buckets
     )
     return max(0.0, sent - profile.forward - profile.backward)

@@ -26,9 +26,9 @@ from torch.optim import AdamW, Optimizer
 
 from belief_dist import AdaBelief, kernels
 from belief_dist.kernels.build import Unavailable
+from belief_dist.operands import BLOCK, Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars, update_reference_
-from belief_dist.state_formats import BLOCK, Operands
 from benchmarks.floor import bytes_moved, floor_pass
 
 ADAMW = "torch AdamW, fused"

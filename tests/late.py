@@ -11,7 +11,7 @@ class Slow:
     """Delays every gather of an optimizer until somebody waits, by withholding the start."""
 
     def __init__(self, optimizer: ShardedAdaBelief) -> None:
-        start = optimizer._links.start_gather
+        start = optimizer.comm.start_gather
 
         def start_late(flat: torch.Tensor) -> object:
             handle: list[object] = []
@@ -24,4 +24,4 @@ class Slow:
 
             return Handle()
 
-        optimizer._links.start_gather = start_late
+        optimizer.comm.start_gather = start_late

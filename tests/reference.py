@@ -10,8 +10,9 @@ import torch
 from belief_dist import ShardedAdaBelief
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype, step_scalars
-from belief_dist.state_formats import BLOCK, Operands, noise_key, update_stored_reference_
+from belief_dist.state_formats import noise_key, update_stored_reference_
 from models import rank_order_sum
 
 
@@ -103,7 +104,7 @@ def collect(optimizer: ShardedAdaBelief, keys: Sequence[str]) -> list[list[torch
     """Put states together from the fragments of all ranks of the optimizer's group."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     mine = [[optimizer.state[param][key] for param in params] for key in keys]
-    everyone = optimizer._links.exchange(mine)
+    everyone = optimizer.comm.exchange(mine)
     return [
         [torch.cat([theirs[k][i] for theirs in everyone]) for i in range(len(params))]
         for k in range(len(keys))

@@ -120,7 +120,7 @@ def answer_that_comes_late(stage: Stage) -> None:
     before = snapshot(optimizer)
     if dist.get_rank() == 0:
         params[7].data[-1, -1] += 1.0
-    optimizer._defers_verdict = True  # as on a CUDA device
+    optimizer._engine.consensus.defers = True  # as on a CUDA device
     one_step(optimizer, params, 2)
     with pytest.raises(RuntimeError, match="rank 0 differs from the others"):
         optimizer.step()

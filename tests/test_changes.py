@@ -49,7 +49,7 @@ def frozen_and_unfrozen(stage: Stage, overlap: bool) -> None:
         backward(params, everyone[dist.get_rank()])
         if overlap and stage == 1:
             # Frozen parameters are not waited for: all buckets are under way when backward ends.
-            assert optimizer._gradients._next == len(optimizer.layout.buckets)
+            assert optimizer._engine.reducer.schedule.next == len(optimizer.layout.buckets)
         optimizer.step()
         reference.step(everyone, None, dist.get_world_size())
         compare(optimizer, reference, f"stage {stage}, step {step}")
@@ -197,7 +197,7 @@ def order_is_learned(stage: Stage) -> None:
     reference = Reference([nn.Parameter(p.detach().clone()) for p in params], [OPTIONS] * 12)
     optimizer = ShardedAdaBelief(params, bucket_bytes=1, stage=stage, **HYPER)
     buckets = len(optimizer.layout.buckets)
-    assert optimizer._gradients.order == list(range(buckets))
+    assert optimizer._engine.reducer.schedule.order == list(range(buckets))
     # Registered 0 to 5, used in another order; on rank 0 two neighbours the other way round.
     use = [3, 0, 5, 1, 4, 2]
     mine = [0, 3, 5, 1, 4, 2] if rank == 0 else use
@@ -219,9 +219,9 @@ def order_is_learned(stage: Stage) -> None:
         reference.step(grads, None, world_size)
         compare(optimizer, reference, f"another order of use, stage {stage}, step {step}")
         optimizer.zero_grad()
-    learned = optimizer._gradients.order
+    learned = optimizer._engine.reducer.schedule.order
     assert sorted(learned) == list(range(buckets))
-    assert len(set(map(tuple, optimizer._links.exchange(learned)))) == 1
+    assert len(set(map(tuple, optimizer.comm.exchange(learned)))) == 1
     # Backward meets the layers from the last to the first; a layer is two buckets.
     met = [optimizer.layout.place(2 * i)[0] // 2 for i in use]
     assert [bucket // 2 for bucket in learned[::2]][:4] == met[::-1][:4]

@@ -90,7 +90,7 @@ def train(model: Odd, optimizer: ShardedAdaBelief, steps: range) -> None:
 
 def everything(model: Odd, optimizer: ShardedAdaBelief) -> dict[str, Any]:
     """Return all that a checkpoint must keep, whole, on every rank."""
-    optimizer.settle()
+    optimizer.wait_pending()
     found: dict[str, Any] = {n: v.detach().clone() for n, v in model.state_dict().items()}
     for group in optimizer.param_groups:
         for name, param in zip(group["param_names"], group["params"], strict=True):
@@ -98,8 +98,8 @@ def everything(model: Odd, optimizer: ShardedAdaBelief) -> dict[str, Any]:
             found[f"{name} step"] = state.pop("step")
             state.pop("wire_error", None)
             for key, value in state.items():
-                theirs = optimizer.links.exchange(value)
-                found[f"{name} {key}"] = torch.cat(theirs[: optimizer.links.world_size])
+                theirs = optimizer.comm.exchange(value)
+                found[f"{name} {key}"] = torch.cat(theirs[: optimizer.comm.num_shards])
     found["groups"] = [
         {k: v for k, v in group.items() if k not in ("params", "param_names")}
         for group in optimizer.param_groups
@@ -148,13 +148,13 @@ def test_any_number_of_ranks(tmp_path: Path, before: int) -> None:
 
 def logical(optimizer: ShardedAdaBelief) -> dict[str, torch.Tensor]:
     """Return weights and states as float32 numbers, whole and in memory order, on every rank."""
-    optimizer.settle()
+    optimizer.wait_pending()
     found: dict[str, torch.Tensor] = {}
     names = [name for group in optimizer.param_groups for name in group["param_names"]]
     for index, name in enumerate(names):
         mine = optimizer.fragment_tensors(index)
         mine.pop("wire_error", None)
-        everyone = optimizer.links.exchange(mine)[: optimizer.links.world_size]
+        everyone = optimizer.comm.exchange(mine)[: optimizer.comm.num_shards]
         whole = {key: torch.cat([theirs[key] for theirs in everyone]) for key in mine}
         master = whole["param"].float()
         if "remainder" in whole:
@@ -238,11 +238,11 @@ def test_another_form(
 def plant(model: Odd, optimizer: ShardedAdaBelief, expected: dict[str, Any]) -> None:
     """Give a fresh optimizer a state by other means than a checkpoint."""
     model.load_state_dict({name: expected[name] for name in model.state_dict()})
-    optimizer.settle()
+    optimizer.wait_pending()
     index = 0
     for number, group in enumerate(optimizer.param_groups):
         for name, param in zip(group["param_names"], group["params"], strict=True):
-            part = optimizer.layout.fragment(index, optimizer.links.rank)
+            part = optimizer.layout.fragment(index, optimizer.comm.shard_index)
             state = optimizer.state[param]
             for key, value in state.items():
                 if key == "step":
@@ -328,7 +328,7 @@ def save_errors(run: Path) -> None:
     checkpoint.save(run, 3, model=model, optimizer=optimizer)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     errors = [optimizer.state[p]["wire_error"] for p in params]
-    everyone = optimizer.links.exchange(errors)
+    everyone = optimizer.comm.exchange(errors)
     if rank == 0:
         torch.save(everyone, run / "errors.pt")
 
@@ -340,7 +340,7 @@ def load_errors(run: Path, before: int) -> None:
     assert bool(loaded.changes) == (ranks != before)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     saved = torch.load(run / "errors.pt")
-    everyone = optimizer.links.exchange([optimizer.state[p]["wire_error"] for p in params])
+    everyone = optimizer.comm.exchange([optimizer.state[p]["wire_error"] for p in params])
     for index in range(len(params)):
         theirs = [errors[index] for errors in saved]
         ours = [errors[index] for errors in everyone]

@@ -78,7 +78,7 @@ def fails_together(run: Path) -> None:
             break
         time.sleep(0.01)
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert raised is not None and set(optimizer.links.exchange(raised)) == {raised}
+    assert raised is not None and set(optimizer.comm.exchange(raised)) == {raised}
     optimizer.zero_grad()
     train(model, optimizer, range(1))  # goes on
     assert sorted(p.name for p in run.iterdir()) == ["latest", "step-00000002"]

@@ -37,7 +37,7 @@ def is_refused(run: Path, sentence: str, **options: Any) -> None:
     before = everything(model, optimizer)
     with pytest.raises(CheckpointError, match=sentence) as caught:
         checkpoint.load(run, model=model, optimizer=optimizer, **options)
-    assert len(set(optimizer.links.exchange(str(caught.value)))) == 1
+    assert len(set(optimizer.comm.exchange(str(caught.value)))) == 1
     compare(everything(model, optimizer), before, "after an error")
 
 

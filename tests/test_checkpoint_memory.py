@@ -41,7 +41,7 @@ def takes_little(run: Path, options: dict[str, Any]) -> None:
         for value in state.values():
             if isinstance(value, torch.Tensor):
                 value.fill_(1)
-    optimizer.links.exchange(0)
+    optimizer.comm.exchange(0)
     for action in (
         lambda: checkpoint.save(run, 1, **parts),
         lambda: checkpoint.load(run, **parts),

@@ -143,7 +143,7 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         ValueError,
         "cannot serve float16 parameter number 0",
     ),
-    (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'auto', 'ordered' or 'native'"),
+    (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'ordered' or 'native'"),
     (lambda: [p(2)], {"offload": "nvme"}, ValueError, "offload must be None or 'cpu', got 'nvme'"),
     (lambda: [p(2), p(2, device="meta")], {}, ValueError, "on one device, got cpu, meta"),
     (lambda: [p(2, device="meta")], {}, ValueError, "needs real parameters"),

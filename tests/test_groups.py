@@ -85,7 +85,7 @@ def copies_of_shards(
     optimizer = ShardedAdaBelief(
         params, process_group=mesh, bucket_bytes=1500, stage=stage, **options, **HYPER
     )
-    assert optimizer.layout.world_size == columns
+    assert optimizer.layout.num_shards == columns
     for step in range(3):
         micros = [
             [[make_grad(s, step, of, i, micro) for i, s in enumerate(SHAPES)] for of in range(4)]

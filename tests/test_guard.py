@@ -57,7 +57,7 @@ def test_a_read_settles_first(name: str) -> None:
     guard.arm()
     READS[name](param)
     assert log == ["p"]
-    guard.settle_all()
+    guard.wait_all()
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
@@ -71,7 +71,7 @@ def test_looking_at_metadata_does_not_wait() -> None:
     assert param.requires_grad and param.numel() == 6 and param.device.type == "cpu"
     param.grad = None
     assert log == []
-    guard.settle_all()
+    guard.wait_all()
     assert log == ["p"]
 
 
@@ -101,7 +101,7 @@ def test_a_scripted_model_settles_everything_first() -> None:
     guard.arm()
     scripted(torch.ones(1, 3))
     assert log == ["0", "1"]
-    guard.settle_all()
+    guard.wait_all()
 
 
 def test_works_below_a_mode_that_the_user_has_entered() -> None:
@@ -113,12 +113,12 @@ def test_works_below_a_mode_that_the_user_has_entered() -> None:
     with torch.device("cpu"):  # a torch function mode too
         param + 1.0
         assert log == ["p"]
-        guard.settle_all()
+        guard.wait_all()
     guard.expect([param], Late(param, log, "again").settle)
     guard.arm()
     param + 1.0
     assert log == ["p", "again"]
-    guard.settle_all()
+    guard.wait_all()
     assert torch.overrides._get_current_function_mode_stack() == []
 
 
@@ -145,7 +145,7 @@ def test_a_layer_without_children_has_its_weights_before_its_forward() -> None:
     assert log == ["1"]
     layers(torch.ones(3))
     assert log == ["1", "0"]
-    guard.settle_all()
+    guard.wait_all()
 
 
 def test_guards_of_two_optimizers_leave_whichever_ends_first() -> None:
@@ -154,9 +154,9 @@ def test_guards_of_two_optimizers_leave_whichever_ends_first() -> None:
     for name, guard, param in zip("ab", guards, params, strict=True):
         guard.expect([param], Late(param, log, name).settle)
         guard.arm()
-    guards[0].settle_all()  # below the other: it cannot leave yet
+    guards[0].wait_all()  # below the other: it cannot leave yet
     assert len(torch.overrides._get_current_function_mode_stack()) == 2
-    guards[1].settle_all()
+    guards[1].wait_all()
     assert torch.overrides._get_current_function_mode_stack() == []
     assert log == ["a", "b"]
 

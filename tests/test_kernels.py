@@ -21,6 +21,7 @@ from belief_dist import kernels
 from belief_dist.kernels import eager
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.operands import BLOCK, Operands, cut
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import (
     StepScalars,
@@ -29,15 +30,7 @@ from belief_dist.rule import (
     step_scalars,
     update_reference_,
 )
-from belief_dist.state_formats import (
-    BLOCK,
-    Operands,
-    cut,
-    encode_m,
-    encode_s,
-    split_master,
-    update_stored_reference_,
-)
+from belief_dist.state_formats import encode_m, encode_s, split_master, update_stored_reference_
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 U8 = torch.uint8

@@ -257,7 +257,7 @@ def storage_is_stable() -> None:
         assert [p.data_ptr() for p in params] == homes, step
         assert grads in (None, now), step
         grads = now
-        for bucket in optimizer._buckets:
+        for bucket in optimizer._engine.buckets:
             flat = bucket
             for storage, members in (
                 (flat.flat_param, flat.params),
@@ -272,7 +272,7 @@ def storage_is_stable() -> None:
     sum((p * p).sum() for p in params).backward()
     with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         optimizer.step()
-        optimizer._guard.settle_all()
+        optimizer._engine.read_guard.wait_all()
     allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
     assert allocated < 20_000, f"{allocated} bytes allocated by a step after warm-up"
 
@@ -286,7 +286,7 @@ def check_storages(optimizer: ShardedAdaBelief) -> None:
     """What the optimizer says that it holds is what is allocated."""
     storages = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for bucket in optimizer._buckets
+        for bucket in optimizer._engine.buckets
         for tensor in (*vars(bucket).values(), *bucket.states.values())
         if isinstance(tensor, torch.Tensor)
     }
@@ -429,10 +429,10 @@ def one_message_and_no_wait() -> None:
         optimizer = ShardedAdaBelief(
             params, bucket_bytes=1000, stage=stage, max_grad_norm=1.0, **HYPER
         )
-        optimizer._defers_verdict = True  # as on a CUDA device
+        optimizer._engine.consensus.defers = True  # as on a CUDA device
         buckets = len(optimizer.layout.buckets)
         assert buckets == -(-count // 2)
-        links, calls = optimizer._links, list[str]()
+        links, calls = optimizer.comm, list[str]()
         with pytest.MonkeyPatch.context() as patch:
             for name in ("start_reduce", "sum_", "start_gather", "broadcast_", "exchange"):
                 original = getattr(links, name)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from belief_dist.operands import BLOCK
 from belief_dist.state_formats import (
-    BLOCK,
     decode_m,
     decode_s,
     encode_m,

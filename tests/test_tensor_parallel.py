@@ -119,10 +119,10 @@ def parts_are_never_read_too_early() -> None:
         model(torch.randn(5, 6)).square().sum().backward()
         optimizer.step()
         if read is None:
-            optimizer._guard.settle_all()
+            optimizer._engine.read_guard.wait_all()
         cut = [param for param in model.parameters() if isinstance(param, DTensor)]
         results.append([(read or local_part)(param).clone() for param in cut])
-        optimizer._guard.settle_all()
+        optimizer._engine.read_guard.wait_all()
     for early in results[1:]:
         assert all(map(torch.equal, early, results[0]))
 
@@ -134,11 +134,11 @@ def skips_in_all_parts() -> None:
     optimizer = ShardedAdaBelief(model.parameters(), process_group=mesh["dp"], **HYPER)
     before = [local_part(p).clone() for p in model.parameters()]
     model(torch.randn(5, 6)).sum().backward()
-    grads = optimizer._buckets[0].flat_grad
+    grads = optimizer._engine.buckets[0].flat_grad
     assert grads is not None
     if dist.get_rank() == 1:
-        optimizer._buckets[0].grad_shard[0] = float("nan")
-        optimizer._gradients.bins[-1] += 1
+        optimizer._engine.buckets[0].grad_shard[0] = float("nan")
+        optimizer._engine.reducer.norm_bins[-1] += 1
     optimizer.step()
     assert optimizer.skipped_steps == 1
     optimizer.zero_grad()

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from belief_dist import kernels
+from belief_dist.device_scalars import device_scalars
 from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.options import DEFAULTS
-from belief_dist.rule import Direction, device_scalars, step_scalars
+from belief_dist.rule import Direction, step_scalars
 
 ROOT = Path(__file__).parent.parent
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.options import DEFAULTS
-from belief_dist.sharding.codec import BLOCK, decode, encode_, encoded_nbytes
+from belief_dist.sharding.codec import BLOCK, Int8, decode, encode_
 from models import HYPER, SHAPES, make_grad, make_params
 from ranks import run_ranks
 from reference import Reference, backward, compare
@@ -27,7 +27,7 @@ Stage = Literal[1, 2]
 
 def send(values: Tensor, error: Tensor) -> Tensor:
     """Return what arrives; `error` is updated."""
-    wire = torch.empty(encoded_nbytes(values.numel()), dtype=torch.uint8)
+    wire = torch.empty(Int8().wire_numel(values.numel()), dtype=torch.uint8)
     encode_(wire, values, error)
     return decode(wire)
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from belief_dist import AdaBelief, kernels
+from belief_dist.device_scalars import device_scalars
 from belief_dist.kernels import triton_kernel
 from belief_dist.kernels.triton_launch import TritonKernel
-from belief_dist.rule import StepScalars, compute_dtype, device_scalars, step_scalars
+from belief_dist.operands import BLOCK, Operands
+from belief_dist.rule import StepScalars, compute_dtype, step_scalars
 from belief_dist.state_formats import (
-    BLOCK,
-    Operands,
     encode_m,
     encode_s,
     noise_key,

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from belief_dist.checkpoint.dcp_tensor import Piece, Pieces
 from belief_dist.checkpoint.errors import CheckpointError, together
 from belief_dist.checkpoint.saving import Saved, check_arguments, contents, team_of, write
-from belief_dist.sharding.collectives import Alone, Collectives, Native
+from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
 
 logger = logging.getLogger("belief_dist")
 
@@ -40,13 +40,13 @@ class Staging:
             if isinstance(value, Pieces):
                 if value.replicated:
                     turn += 1
-                    if turn % team.num_ranks != team.rank_of_all:
+                    if turn % team.world_size != team.rank:
                         continue
                 pieces = [self._copy(key, piece) for piece in value.pieces.values()]
                 staged[key] = Pieces(value.shape, value.dtype, pieces)
             elif isinstance(value, Tensor):
                 turn += 1
-                if hasattr(value, "device_mesh") or turn % team.num_ranks == team.rank_of_all:
+                if hasattr(value, "device_mesh") or turn % team.world_size == team.rank:
                     staged[key] = value.detach().cpu().clone()
             else:
                 staged[key] = copy.deepcopy(value)
@@ -130,7 +130,7 @@ class BackgroundSaver:
             target=self._write, args=(step, staged, begin, blocked), name="belief_dist save"
         )
         self._thread.start()
-        if self._team.rank_of_all == 0:
+        if self._team.rank == 0:
             logger.info("step %d is being saved; training waited %.3f s", step, blocked)
         return blocked
 
@@ -197,9 +197,9 @@ class BackgroundSaver:
 
 
 def _over_gloo(team: Collectives, timeout: timedelta) -> Collectives:
-    if team.num_ranks == 1:
-        return Alone(None)
+    if team.world_size == 1:
+        return SingleRank()
     group: dist.ProcessGroup = dist.new_group(
         team.members, timeout=timeout, backend="gloo", use_local_synchronization=True
     )
-    return Native(group)
+    return BackendReduceScatter(group)

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from belief_dist.checkpoint.dcp_tensor import Pieces
 from belief_dist.checkpoint.local_shards import Holding
+from belief_dist.operands import BLOCK
 from belief_dist.state_formats import (
-    BLOCK,
     decode_m,
     decode_s,
     encode_m,

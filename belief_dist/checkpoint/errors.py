@@ -37,7 +37,7 @@ def together(team: Collectives, what: str, action: Callable[[], T]) -> T:
     sentences = team.exchange(None if problem is None else _sentence(problem))
     for rank, sentence in enumerate(sentences):
         if sentence is not None:
-            where = f"{what}: " if team.num_ranks == 1 else f"{what}: rank {rank}: "
+            where = f"{what}: " if team.world_size == 1 else f"{what}: rank {rank}: "
             raise CheckpointError(where + sentence) from problem
     return result
 

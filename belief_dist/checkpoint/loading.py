@@ -142,7 +142,7 @@ def load(
     run = Path(run)
     what = f"cannot load from {run}"
     team = team_of(optimizer, process_group)
-    first = team.rank_of_all == 0
+    first = team.rank == 0
     path = team.exchange(together(team, what, lambda: folders.find(run, step) if first else None))[
         0
     ]
@@ -151,7 +151,7 @@ def load(
     saved_step, sums = together(team, what, lambda: read_manifest(path))
     if verify:
         largest_first = sorted(sums, key=lambda name: (-sums[name].nbytes, name))
-        mine = largest_first[team.rank_of_all :: team.num_ranks]
+        mine = largest_first[team.rank :: team.world_size]
         together(team, what, lambda: check_files(path, sums, mine))
     metadata, description, extra = together(team, what, lambda: read_description(path))
     plan = together(
@@ -164,12 +164,12 @@ def load(
             storage_reader=FileSystemReader(path),
             planner=SafePlanner(),
             process_group=team.group,
-            no_dist=team.num_ranks == 1,
+            no_dist=team.world_size == 1,
         )
     except CheckpointException as failure:
         raise of_dcp(what, failure) from None
     plan.finish()
-    if team.rank_of_all == 0:
+    if team.rank == 0:
         for change in plan.changes:
             logger.info("loading %s: %s", path, change)
     return Loaded(path, saved_step, extra, plan.changes)
@@ -221,9 +221,7 @@ class _Plan:
         for holding in self._held(optimizer):
             self._reading.add(holding)
             if isinstance(optimizer, ShardedAdaBelief):
-                self._reading.add_errors(
-                    holding, optimizer.links.rank_of_all, optimizer.links.num_ranks
-                )
+                self._reading.add_errors(holding, optimizer.comm.rank, optimizer.comm.world_size)
 
     def _make_states(self, optimizer: AdaBelief) -> None:
         """Make states for what has one in the checkpoint; they are the optimizer's at the end."""
@@ -292,9 +290,9 @@ class _Plan:
             if state:
                 state["step"] = description["steps"].get(name, 0)
         if isinstance(optimizer, ShardedAdaBelief):
-            optimizer.take_masters(
+            optimizer.sync_params_from_masters(
                 skipped_steps=description.get("skipped_steps", 0),
-                seed=description.get("seed", optimizer.seed),
+                seed=description.get("seed", optimizer.options.seed),
             )
 
 

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from belief_dist.checkpoint.chunks import memory_order
 from belief_dist.checkpoint.dcp_tensor import Pieces, Source, pieces_of
+from belief_dist.operands import BLOCK
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.dtensor import is_dtensor, local_part
-from belief_dist.state_formats import BLOCK
 
 
 @dataclass
@@ -106,7 +106,7 @@ def holdings(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, (name, param) in enumerate(zip(names, params, strict=True)):
         if isinstance(optimizer, ShardedAdaBelief):
-            part = optimizer.layout.fragment(index, optimizer.links.rank)
+            part = optimizer.layout.fragment(index, optimizer.comm.shard_index)
             start, stop = part.in_param, part.in_param + part.numel
             yield Holding(name, param, start, stop, optimizer.fragment_tensors(index))
             continue

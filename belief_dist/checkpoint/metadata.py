@@ -49,8 +49,8 @@ def describe(
     found |= {"groups": groups, "steps": steps, "dtypes": dtypes}
     if isinstance(optimizer, ShardedAdaBelief):
         found |= {
-            "ranks": optimizer.links.num_ranks,
-            "seed": optimizer.seed,
+            "ranks": optimizer.comm.world_size,
+            "seed": optimizer.options.seed,
             "skipped_steps": optimizer.skipped_steps,
         }
     return found

@@ -25,7 +25,7 @@ from belief_dist.checkpoint.local_shards import holdings
 from belief_dist.checkpoint.metadata import check_plain, describe
 from belief_dist.checkpoint.names import model_tensors, parameter_names
 from belief_dist.sharded import ShardedAdaBelief
-from belief_dist.sharding.collectives import Alone, Collectives, Native
+from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
 
 
 @dataclass(frozen=True)
@@ -54,19 +54,23 @@ def team_of(optimizer: Optimizer | None, group: dist.ProcessGroup | None) -> Col
         optimizer: Whose ranks they are, if it is a `ShardedAdaBelief` and `group` is None.
         group: These ranks; None without such an optimizer means all.
     """
-    if group is None and isinstance(optimizer, ShardedAdaBelief) and not optimizer.is_part:
-        return optimizer.links
+    if (
+        group is None
+        and isinstance(optimizer, ShardedAdaBelief)
+        and not optimizer.is_model_parallel
+    ):
+        return optimizer.comm
     if not (dist.is_available() and dist.is_initialized()):
-        return Alone(None)
+        return SingleRank()
     if dist.get_world_size(group) == 1:
-        return Alone(None)
-    return Native(group if group is not None else dist.group.WORLD)
+        return SingleRank()
+    return BackendReduceScatter(group if group is not None else dist.group.WORLD)
 
 
 def settle(optimizer: Optimizer | None) -> None:
     """Wait for what the optimizer has under way."""
     if isinstance(optimizer, ShardedAdaBelief):
-        optimizer.settle()
+        optimizer.wait_pending()
 
 
 @torch.no_grad()
@@ -100,7 +104,7 @@ def contents(
     owned: dict[int, str] = {}
     if optimizer is not None:
         names = parameter_names(optimizer, model)
-        rank = optimizer.links.rank_of_all if isinstance(optimizer, ShardedAdaBelief) else 0
+        rank = optimizer.comm.rank if isinstance(optimizer, ShardedAdaBelief) else 0
         for holding in holdings(optimizer, names):
             found |= entries_of(holding, rank)
             owned[id(holding.param)] = holding.name
@@ -139,7 +143,7 @@ def write(
         CheckpointError: On every rank. What was there before is as it was.
     """
     what = f"cannot save step {step} to {run}"
-    is_first = team.rank_of_all == 0
+    is_first = team.rank == 0
     begun = together(team, what, lambda: folders.begin(run, step) if is_first else None)
     temporary = team.exchange(begun)[0]
     assert temporary is not None
@@ -148,7 +152,7 @@ def write(
         writer = SummingWriter(
             temporary, {weight_key(alias): weight_key(name) for alias, name in aliases.items()}
         )
-        alone = team.num_ranks == 1
+        alone = team.world_size == 1
         quiet_about_one_process()
         try:
             dcp.save(entries, storage_writer=writer, process_group=group, no_dist=alone)

@@ -35,7 +35,7 @@ def logical_states(optimizer: ShardedAdaBelief) -> Iterator[None]:
         ValueError: States have 8 bits, whose blocks have no place in a tensor of that shape; use
             `belief_dist.checkpoint.save`.
     """
-    if optimizer.state_is_8bit:
+    if optimizer.options.state_dtype == torch.uint8:
         raise ValueError(
             "states of 8 bits do not fit into torch's optimizer state_dict; use "
             "belief_dist.checkpoint.save and load."
@@ -73,7 +73,7 @@ class _LogicalForm:
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         optimizer = self._optimizer
-        optimizer.settle()
+        optimizer.wait_pending()
         states, count = {}, 0
         groups = []
         for group in optimizer.param_groups:
@@ -88,7 +88,7 @@ class _LogicalForm:
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         optimizer = self._optimizer
-        optimizer.settle()
+        optimizer.wait_pending()
         params = [p for group in optimizer.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         for index, (holding, found, joined) in enumerate(self._targets()):
@@ -110,7 +110,9 @@ class _LogicalForm:
             for group in state_dict["param_groups"]
         ]
         apply_options(optimizer, without)
-        optimizer.take_masters(skipped_steps=optimizer.skipped_steps, seed=optimizer.seed)
+        optimizer.sync_params_from_masters(
+            skipped_steps=optimizer.skipped_steps, seed=optimizer.options.seed
+        )
 
 
 def _copy(source: Tensor, target: Pieces) -> None:

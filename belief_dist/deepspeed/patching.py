@@ -1,4 +1,4 @@
-"""Puts a function around a method of another package, in memory and at most once."""
+"""Puts functions around a method of another package, in memory and each at most once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def answer_once(instance: object, name: str, answer: Callable[..., Any]) -> None
 def extend_method(owner: type, name: str, around: Around) -> None:
     """Have `around(original, instance, ...)` answer calls of `owner.name`.
 
-    Everything that does not concern this package is for `around` to hand on to `original`.
+    Everything that does not concern this package is for `around` to hand on to `original`. Where
+    another wrapper stands already, this one goes around it; the same one does so once.
 
     Args:
         owner: The class that defines the method.
@@ -31,12 +32,13 @@ def extend_method(owner: type, name: str, around: Around) -> None:
         around: What answers instead.
     """
     original = vars(owner)[name]
-    if hasattr(original, "serves_belief_dist"):
+    standing = getattr(original, "belief_dist_wrappers", ())
+    if around in standing:
         return
 
     @functools.wraps(original)
     def extended(*args: Any, **kwargs: Any) -> Any:
         return around(original, *args, **kwargs)
 
-    extended.serves_belief_dist = True  # type: ignore[attr-defined]
+    extended.belief_dist_wrappers = (*standing, around)  # type: ignore[attr-defined]
     setattr(owner, name, extended)

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from belief_dist import norm
+from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels import eager
 from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence
 from belief_dist.kernels.triton_launch import TritonKernel
-from belief_dist.rule import DeviceScalars, StepScalars, compute_dtype
-from belief_dist.state_formats import Operands
+from belief_dist.operands import Operands
+from belief_dist.rule import StepScalars, compute_dtype
 
 __all__ = [
     "backends",

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from belief_dist.kernels.build import find_library
 from belief_dist.norm import NUM_WORDS
+from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import StepScalars
-from belief_dist.state_formats import BLOCK, Operands
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 _CODES = _NUMBERS | {torch.uint8: 4}

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from belief_dist.operands import Operands, cut
 from belief_dist.rule import Direction, StepScalars
-from belief_dist.state_formats import Operands, cut, update_stored_reference_
+from belief_dist.state_formats import update_stored_reference_
 
 # Elements per piece, as measured: what a piece touches stays in cache and its temporary tensors
 # below the size that the C library returns to the system. Accelerators have neither concern.

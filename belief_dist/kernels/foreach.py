@@ -12,8 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from belief_dist.operands import Operands
 from belief_dist.rule import Direction, StepScalars, correctly_rounded_sqrt
-from belief_dist.state_formats import Operands
 
 
 def foreach_update_(work: Sequence[Operands], scalars: StepScalars) -> None:

@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels.build import Unavailable
+from belief_dist.operands import BLOCK, Operands
 from belief_dist.options import DEFAULTS
-from belief_dist.rule import DeviceScalars, Direction, StepScalars, step_scalars
-from belief_dist.state_formats import BLOCK, Operands, update_stored_reference_
+from belief_dist.rule import Direction, StepScalars, step_scalars
+from belief_dist.state_formats import update_stored_reference_
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)

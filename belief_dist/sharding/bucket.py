@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from belief_dist.engine_options import EngineOptions
+from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype
+from belief_dist.sharding.codec import codec_for
 from belief_dist.sharding.layout import Bucket
-from belief_dist.state_formats import BLOCK, Operands
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
@@ -44,12 +46,12 @@ class BucketBuffers:
             is this rank's piece of `flat_grad` if there is one in that dtype.
         master: (bucket.shard_numel,): the parameters that are updated, in the compute dtype. It is
             `param_shard` itself unless parameters are 16 bits wide or it is on the host. With
-            `remainders`, the bfloat16 parameters whose other half is in `remainder`.
+            remainders, the bfloat16 parameters whose other half is in `remainder`.
         remainder: (bucket.shard_numel,), int16: the lower halves of the masters, or None.
         states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each (bucket.shard_numel,),
             in the compute dtype or `state_dtype`; with uint8 also the exponents of each.
         low_param: (bucket.shard_numel,): where the update writes 16-bit parameters, else None.
-        wire_error: (bucket.numel,) in the parameters' dtype: what `wire.encode_` keeps, or None.
+        wire_error: (bucket.numel,) in the parameters' dtype: what the codec keeps, or None.
         on_host: Whether `master`, states and `low_param` are in the host's memory, which is pinned
             if the parameters are on another device.
     """
@@ -58,37 +60,30 @@ class BucketBuffers:
         self,
         bucket: Bucket,
         params: Sequence[Tensor],
-        rank: int,
+        shard_index: int,
+        options: EngineOptions,
         *,
         amsgrad: bool,
-        keep_grad: bool,
-        offload: bool = False,
-        encodes: bool = False,
-        remainders: bool = False,
-        state_dtype: torch.dtype | None = None,
     ) -> None:
         """Move `params` (one for each slot) into flat storage; their values stay.
 
         Args:
             bucket: The plan.
             params: The parameters of its slots.
-            rank: Which shard to keep.
+            shard_index: Which shard to keep.
+            options: What to keep, in which form and where.
             amsgrad: Also keep the largest s so far.
-            keep_grad: Keep full gradients.
-            offload: Keep masters and states on the host.
-            encodes: Keep what `wire.encode_` cuts off.
-            remainders: Keep 16-bit remainders instead of float32 masters of bfloat16 parameters.
-            state_dtype: bfloat16 or uint8 for smaller states; None for the compute dtype.
         """
         first = params[0]
         compute = compute_dtype(first.dtype)
-        start, stop = bucket.shard_range(rank)
+        start, stop = bucket.shard_range(shard_index)
         self.bucket = bucket
         self.params = list(params)
         self._strides = [_dense_stride(param) for param in params]
         self.flat_param = torch.zeros(bucket.numel, dtype=first.dtype, device=first.device)
-        self.flat_grad = torch.zeros_like(self.flat_param) if keep_grad else None
-        self.wire_error = torch.zeros_like(self.flat_param) if encodes else None
+        self.flat_grad = torch.zeros_like(self.flat_param) if options.stage == 1 else None
+        keeps_error = codec_for(options.reduce_dtype).keeps_error
+        self.wire_error = torch.zeros_like(self.flat_param) if keeps_error else None
         self.grad_views: list[Tensor] = []
         for position, param in enumerate(params):
             view = self.view(self.flat_param, position)
@@ -102,18 +97,18 @@ class BucketBuffers:
         starts = [*(slot.start for slot in bucket.slots), bucket.numel]
         self.gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
         self.param_shard = self.flat_param[start:stop]
-        self.on_host = offload
+        self.on_host = options.offload is not None
         is_low = first.dtype != compute
         self.low_param: Tensor | None = self.param_shard if is_low else None
-        if is_low and offload:
+        if is_low and self.on_host:
             self.low_param = self._on_host_like(self.param_shard, first.dtype)
         self.remainder: Tensor | None = None
         self.master = self.param_shard
-        if is_low and remainders:
+        if is_low and options.master == "remainder":
             assert self.low_param is not None
             self.master = self.low_param
             self.remainder = self._zeros(torch.int16)
-        elif offload:
+        elif self.on_host:
             self.master = self._on_host_like(self.param_shard, compute)
         elif is_low:
             self.master = self.param_shard.to(compute)
@@ -122,10 +117,11 @@ class BucketBuffers:
         else:
             self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)
 
+        stored = compute if options.state_dtype == torch.float32 else options.state_dtype
         self.states: dict[str, Tensor] = {}
         for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
-            self.states[name] = self._zeros(state_dtype or compute)
-            if state_dtype == torch.uint8:
+            self.states[name] = self._zeros(stored)
+            if stored == torch.uint8:
                 self.states[f"{name}_exponent"] = self._zeros(torch.uint8, BLOCK)
 
     def _zeros(self, dtype: torch.dtype, per: int = 1) -> Tensor:
@@ -154,7 +150,7 @@ class BucketBuffers:
         return self.remainder is None and self.master is not self.param_shard
 
     def refresh_master(self, start: int = 0, stop: int | None = None) -> None:
-        """Take master weights [start, stop) from the parameters, whose values somebody has set."""
+        """Copy parameters [start, stop) of the shard into their masters."""
         window = slice(start, stop)
         if self.has_master:
             self.master[window].copy_(self.param_shard[window])
@@ -181,11 +177,6 @@ class BucketBuffers:
             updated = self.master if self.low_param is None else self.low_param
             self.param_shard.copy_(updated, non_blocking=True)
 
-    def wire_nbytes(self, wire_dtype: torch.dtype | None) -> int:
-        """Return the bytes of all gradients of this bucket, in the wider of the two dtypes."""
-        own = self.flat_param.itemsize
-        return self.bucket.numel * max(own, wire_dtype.itemsize if wire_dtype else 0)
-
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that are really allocated, by kind."""
         grads = 0 if self.flat_grad is None else self.flat_grad.nbytes
@@ -208,35 +199,3 @@ class BucketBuffers:
         if self.wire_error is not None:
             held["wire errors"] = self.wire_error.nbytes
         return held
-
-
-class Recycler:
-    """Buffers of one size that are used again and again."""
-
-    def __init__(self, size: int) -> None:
-        """Hand out buffers of `size` bytes."""
-        self._size = max(size, 1)
-        self._free: list[Tensor] = []  # uint8
-        self._lent: dict[int, Tensor] = {}  # likewise, by address
-
-    @property
-    def lent(self) -> int:
-        """How many buffers are in use."""
-        return len(self._lent)
-
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a flat buffer whose contents are undefined."""
-        whole = self._free.pop() if self._free else None
-        if whole is None:
-            whole = torch.empty(self._size, dtype=torch.uint8, device=device)
-        self._lent[whole.untyped_storage().data_ptr()] = whole
-        return whole[: numel * dtype.itemsize].view(dtype)
-
-    def give_back(self, buffer: Tensor) -> None:
-        """Take back what `take` has returned."""
-        # By storage: a slice of no elements has no address of its own.
-        self._free.append(self._lent.pop(buffer.untyped_storage().data_ptr()))
-
-    def nbytes(self) -> int:
-        """Return the bytes of all buffers, in use or not."""
-        return self._size * (len(self._free) + len(self._lent))

@@ -1,4 +1,4 @@
-"""Shards inside each row of a mesh, copies of them across the rows: hybrid sharding (HSDP).
+"""Shards inside each row of a mesh, replicas of them across the rows: hybrid sharding (HSDP).
 
 A row is usually a node. Gradients are summed inside every row first, each rank its shard, and then
 the ranks that keep the same shard sum what their rows have found; between nodes only shards travel.
@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from belief_dist.sharding.collectives import Collectives, Handle
+from belief_dist.sharding.buffer_pool import Handle
+from belief_dist.sharding.collectives import Collectives, ReduceRequest
 
 
-class Hybrid(Collectives):
+class HybridShard(Collectives):
     """Sums over a whole mesh from sums over its rows and columns."""
 
     def __init__(self, mesh: dist.ProcessGroup, row: Collectives, column: Collectives) -> None:
@@ -32,45 +33,37 @@ class Hybrid(Collectives):
             column: The ranks that keep the same shard as this one.
         """
         super().__init__(mesh)
-        self.rank, self.world_size = row.rank, row.world_size
+        self.shard_index, self.num_shards = row.shard_index, row.num_shards
         self._row, self._column = row, column
-        self._in_flight: deque[_HybridReduce] = deque()
+        self._running: deque[_HybridSum] = deque()
 
-    def start_reduce(
-        self, flat: Tensor, shard: Tensor, bins: Tensor | None, *, accumulate: bool = False
-    ) -> Handle:
-        """See `Collectives.start_reduce`; `shard` must divide by the number of rows."""
+    def start_reduce(self, request: ReduceRequest) -> Handle:
+        """See `Collectives.start_reduce`; the shard must divide by the number of rows."""
         # While a bucket travels in the row, its predecessor does so in the column.
-        for earlier in list(self._in_flight):
+        for earlier in list(self._running):
             earlier.advance()
-        reduce = _HybridReduce(self._row, self._column, flat, shard, bins, accumulate)
-        self._in_flight = deque(other for other in self._in_flight if not other.is_done)
-        self._in_flight.append(reduce)
-        return reduce
+        operation = _HybridSum(self._row, self._column, request)
+        self._running = deque(other for other in self._running if not other.is_done)
+        self._running.append(operation)
+        return operation
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`; inside the row."""
         return self._row.start_gather(flat)
 
 
-class _HybridReduce:
+class _HybridSum:
     """A sum in three stages: in the row, in the column, and back to the column's other ranks."""
 
-    def __init__(
-        self,
-        row: Collectives,
-        column: Collectives,
-        flat: Tensor,
-        shard: Tensor,
-        bins: Tensor | None,
-        accumulate: bool,
-    ) -> None:
+    def __init__(self, row: Collectives, column: Collectives, request: ReduceRequest) -> None:
         self._column = column
-        self._shard, self._bins, self._accumulate = shard, bins, accumulate
+        self._request = request
         # What is in the shard already comes before the first row, not before its first rank.
-        self._of_row = torch.empty_like(shard) if accumulate else shard
+        shard = request.shard
+        self._of_row = torch.empty_like(shard) if request.accumulate else shard
         self._stage = 0
-        self._handle = row.start_reduce(flat, self._of_row, None)
+        in_row = ReduceRequest(request.flat, self._of_row, codec=request.codec)
+        self._handle = row.start_reduce(in_row)
 
     @property
     def is_done(self) -> bool:
@@ -82,13 +75,15 @@ class _HybridReduce:
             return
         self._handle.wait()
         self._stage += 1
+        column, request = self._column, self._request
         if self._stage == 1:
-            mine = self._shard.view(self._column.world_size, -1)[self._column.rank]
-            self._handle = self._column.start_reduce(
-                self._of_row, mine, self._bins, accumulate=self._accumulate
+            # Codecs serve the row alone: between rows the sums travel in the compute dtype.
+            mine = request.shard.view(column.num_shards, -1)[column.shard_index]
+            self._handle = column.start_reduce(
+                ReduceRequest(self._of_row, mine, request.norm_bins, accumulate=request.accumulate)
             )
         elif self._stage == 2:
-            self._handle = self._column.start_gather(self._shard)
+            self._handle = column.start_gather(request.shard)
 
     def wait(self) -> None:
         while not self.is_done:

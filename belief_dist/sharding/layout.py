@@ -58,12 +58,12 @@ class Bucket:
     dtype: str
     itemsize: int
     slots: tuple[Slot, ...]
-    numel: int  # with padding: world_size * shard_numel
+    numel: int  # with padding: num_shards * shard_numel
     shard_numel: int
 
-    def shard_range(self, rank: int) -> tuple[int, int]:
-        """Return [start, stop) of what `rank` owns."""
-        return rank * self.shard_numel, (rank + 1) * self.shard_numel
+    def shard_range(self, shard_index: int) -> tuple[int, int]:
+        """Return [start, stop) of a shard."""
+        return shard_index * self.shard_numel, (shard_index + 1) * self.shard_numel
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,7 @@ class Layout:
 
     params: tuple[ParamSpec, ...]
     buckets: tuple[Bucket, ...]
-    world_size: int
+    num_shards: int
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, Slot]]:
@@ -95,10 +95,10 @@ class Layout:
         """Return (bucket index, slot) of a parameter."""
         return self._places[param]
 
-    def fragment(self, param: int, rank: int) -> Fragment:
-        """Return the part of parameter `param` that `rank` owns."""
+    def fragment(self, param: int, shard_index: int) -> Fragment:
+        """Return the part of parameter `param` that lies in a shard."""
         index, slot = self._places[param]
-        shard_start, shard_stop = self.buckets[index].shard_range(rank)
+        shard_start, shard_stop = self.buckets[index].shard_range(shard_index)
         start = min(max(slot.start, shard_start), slot.stop)
         stop = max(min(slot.stop, shard_stop), start)
         return Fragment(
@@ -112,7 +112,7 @@ class Layout:
     def fingerprint(self) -> str:
         """Return a hash that is equal exactly where the layouts are."""
         return hashlib.sha256(
-            repr((self.params, self.buckets, self.world_size)).encode()
+            repr((self.params, self.buckets, self.num_shards)).encode()
         ).hexdigest()
 
 
@@ -121,23 +121,23 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _close(
-    spec: ParamSpec, slots: Sequence[Slot], world_size: int, copies: int, block: int
+    spec: ParamSpec, slots: Sequence[Slot], num_shards: int, num_replicas: int, block: int
 ) -> Bucket:
     """Make a bucket of `slots`, whose parameters are all like `spec`."""
     used = max(slot.stop for slot in slots)
-    multiple = copies * max(SHARD_ALIGN_BYTES // spec.itemsize, block)
-    shard_numel = _round_up(-(-used // world_size), multiple)
+    multiple = num_replicas * max(SHARD_ALIGN_BYTES // spec.itemsize, block)
+    shard_numel = _round_up(-(-used // num_shards), multiple)
     return Bucket(
-        spec.group, spec.dtype, spec.itemsize, tuple(slots), shard_numel * world_size, shard_numel
+        spec.group, spec.dtype, spec.itemsize, tuple(slots), shard_numel * num_shards, shard_numel
     )
 
 
 def plan_layout(
     params: Sequence[ParamSpec],
-    world_size: int,
+    num_shards: int,
     bucket_bytes: int,
     *,
-    copies: int = 1,
+    num_replicas: int = 1,
     block: int = 1,
 ) -> Layout:
     """Cut `params` into buckets of about `bucket_bytes`.
@@ -148,17 +148,17 @@ def plan_layout(
 
     Args:
         params: In registration order.
-        world_size: Number of ranks that share each bucket, >= 1.
+        num_shards: Number of pieces into which each bucket is cut, >= 1.
         bucket_bytes: Size of a bucket in bytes of its own dtype, >= 1.
-        copies: Number of ranks that keep the same shard, >= 1; every shard divides by it.
+        num_replicas: Number of ranks that keep the same shard, >= 1; every shard divides by it.
         block: Elements, a power of two, of which every parameter's start and every shard is a
             multiple.
 
     Raises:
-        ValueError: `world_size` or `bucket_bytes` is less than 1.
+        ValueError: `num_shards` or `bucket_bytes` is less than 1.
     """
-    if world_size < 1:
-        raise ValueError(f"world_size must be >= 1, got {world_size}.")
+    if num_shards < 1:
+        raise ValueError(f"num_shards must be >= 1, got {num_shards}.")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be >= 1, got {bucket_bytes}.")
     open_slots: dict[tuple[int, str, int, str], list[Slot]] = {}
@@ -172,11 +172,11 @@ def plan_layout(
         align = max(PARAM_ALIGN_BYTES // spec.itemsize, block)
         start = _round_up(slots[-1].stop if slots else 0, align)
         if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
-            closed.append(_close(spec, slots, world_size, copies, block))
+            closed.append(_close(spec, slots, num_shards, num_replicas, block))
             slots.clear()
             start = 0
         slots.append(Slot(index, start, start + spec.numel))
     for slots in open_slots.values():
-        closed.append(_close(params[slots[0].param], slots, world_size, copies, block))
+        closed.append(_close(params[slots[0].param], slots, num_shards, num_replicas, block))
     closed.sort(key=lambda bucket: -min(slot.param for slot in bucket.slots))
-    return Layout(tuple(params), tuple(closed), world_size)
+    return Layout(tuple(params), tuple(closed), num_shards)

@@ -3,105 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from belief_dist.sharding.codec import BLOCK_BYTES, elements_of, sum_pieces_
-from belief_dist.sharding.collectives import Collectives, Handle, OrderedReduce, Staging, Works
+from belief_dist.sharding.buffer_pool import BufferPool, Handle
+from belief_dist.sharding.collectives import Collectives, ReduceRequest, Works
 
 # Larger messages let the two directions of a TCP connection take turns instead of running at once.
 _CHUNK_BYTES = 1 << 20
+# Reductions whose receive buffers exist at the same time. A third would only wait for the wire.
+_RECEIVING = 2
 
 
-class DirectExchange(Collectives):
+class PointToPoint(Collectives):
     """Pieces travel directly between every two ranks, in chunks, both ways at once."""
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         super().__init__(group)
         assert group is not None
-        self._peers = dist.get_process_group_ranks(group)
-        self._staging = Staging()
+        self._inboxes = BufferPool(_RECEIVING)
+        members = dist.get_process_group_ranks(group)
+        # In each round (global rank and shard to send to, to receive from); no two are alike, so
+        # that in a round every rank is sent to by one other.
+        self._rounds = [
+            _Round(members[to], to, members[source], source)
+            for distance in range(1, self.world_size)
+            for to in [(self.rank + distance) % self.world_size]
+            for source in [(self.rank - distance) % self.world_size]
+        ]
 
-    def start_reduce(
-        self, flat: Tensor, shard: Tensor, bins: Tensor | None, *, accumulate: bool = False
-    ) -> Handle:
-        """See `Collectives.start_reduce`; sums in rank order in the dtype of `shard`."""
-        pieces = flat.view(self.world_size, -1)
-        piece_bytes = pieces[0].nbytes
-        buffer = self._staging.take((self.world_size - 1) * piece_bytes, flat.device)
-        inbox = buffer[: (self.world_size - 1) * piece_bytes].view(flat.dtype)
-        arriving = list(inbox.view(self.world_size - 1, -1))
-        arriving.insert(self.rank, pieces[self.rank])
-        return _DirectReduce(self, pieces, arriving, shard, bins, accumulate, self._staging, buffer)
+    def start_reduce(self, request: ReduceRequest) -> Handle:
+        """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""
+        group, flat = self._group, request.flat
+        outgoing = flat.view(self.num_shards, -1)
+        numel = outgoing.shape[1]
+        inbox = self._inboxes.take((self.num_shards - 1) * numel, flat.dtype, flat.device)
+        arriving = list(inbox.view(self.num_shards - 1, numel))
+        arriving.insert(self.shard_index, outgoing[self.shard_index])  # read where it lies
+        chunks, sent = [], []
+        for start, stop in _chunks(numel, flat.element_size(), request.codec.unit):
+            received = []
+            for peers in self._rounds:
+                place = arriving[peers.from_shard][start:stop]
+                received.append(dist.irecv(place, peers.source, group=group))
+                sent.append(dist.isend(outgoing[peers.to_shard, start:stop], peers.to, group=group))
+            chunks.append(_Chunk(start, stop, received))
+        return self._inboxes.lend(_OrderedSum(chunks, sent, arriving, request), inbox)
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`."""
-        pieces = flat.view(self.world_size, -1)
-        works: list[dist.Work] = []
-        for start, stop in self._chunks(pieces[0]):
-            outgoing = pieces[self.rank, start:stop]
-            for to, source in self._partners():
-                works.append(self._receive(pieces[source, start:stop], source))
-                works.append(self._send(outgoing, to))
+        group = self._group
+        pieces = flat.view(self.num_shards, -1)
+        works: list[dist.Work | None] = []
+        for start, stop in _chunks(pieces.shape[1], flat.element_size(), 1):
+            own = pieces[self.shard_index, start:stop]
+            for peers in self._rounds:
+                place = pieces[peers.from_shard, start:stop]
+                works.append(dist.irecv(place, peers.source, group=group))
+                works.append(dist.isend(own, peers.to, group=group))
         return Works(works)
 
-    def _chunks(self, piece: Tensor) -> list[tuple[int, int]]:
-        step = _CHUNK_BYTES // piece.element_size()
-        if piece.dtype == torch.uint8:
-            step -= step % BLOCK_BYTES
-        return [(i, min(i + step, piece.numel())) for i in range(0, piece.numel(), step)]
 
-    def _partners(self) -> list[tuple[int, int]]:
-        """Return (rank to send to, rank to receive from) for each round; all differ per round."""
-        size = self.world_size
-        return [((self.rank + d) % size, (self.rank - d) % size) for d in range(1, size)]
-
-    def _send(self, tensor: Tensor, to: int) -> dist.Work:
-        work = dist.isend(tensor, self._peers[to], group=self._group)
-        assert work is not None
-        return work
-
-    def _receive(self, tensor: Tensor, source: int) -> dist.Work:
-        work = dist.irecv(tensor, self._peers[source], group=self._group)
-        assert work is not None
-        return work
+class _Round(NamedTuple):
+    to: int
+    to_shard: int
+    source: int
+    from_shard: int
 
 
-class _DirectReduce(OrderedReduce):
+class _Chunk(NamedTuple):
+    start: int
+    stop: int
+    received: list[dist.Work | None]
+
+
+def _chunks(numel: int, itemsize: int, unit: int) -> list[tuple[int, int]]:
+    """Cut a piece into [start, stop) of about `_CHUNK_BYTES` and of whole units."""
+    step = _CHUNK_BYTES // itemsize
+    step -= step % unit
+    return [(start, min(start + step, numel)) for start in range(0, numel, step)]
+
+
+class _OrderedSum:
+    """Pieces on their way, which are added chunk by chunk as they arrive."""
+
     def __init__(
         self,
-        link: DirectExchange,
-        outgoing: Tensor,  # (world_size, shard_numel)
-        arriving: Sequence[Tensor],  # world_size times (shard_numel,), own piece included
-        shard: Tensor,
-        bins: Tensor | None,
-        accumulate: bool,
-        staging: Staging,
-        buffer: Tensor,
+        chunks: Sequence[_Chunk],
+        sent: Sequence[dist.Work | None],
+        arriving: Sequence[Tensor],  # num_shards times (piece_numel,), the own piece included
+        request: ReduceRequest,
     ) -> None:
-        super().__init__(staging, buffer)
-        self._arriving = arriving
-        self._shard = shard
-        self._bins = bins
-        self._accumulate = accumulate
-        self._received: list[tuple[int, int, list[dist.Work]]] = []
-        self._sent: list[dist.Work] = []
-        for start, stop in link._chunks(outgoing[0]):
-            works = []
-            for to, source in link._partners():
-                works.append(link._receive(arriving[source][start:stop], source))
-                self._sent.append(link._send(outgoing[to, start:stop], to))
-            self._received.append((start, stop, works))
+        self._chunks, self._sent = chunks, sent
+        self._arriving, self._request = arriving, request
 
-    def _finish(self) -> None:
-        for start, stop, works in self._received:
-            for work in works:
-                work.wait()
+    def wait(self) -> None:
+        for start, stop, received in self._chunks:
+            Works(received).wait()
             # While the chunk is still in cache.
-            pieces = [piece[start:stop] for piece in self._arriving]
-            window = elements_of(start, stop, pieces[0].dtype)
-            sum_pieces_(self._shard[window], pieces, self._bins, accumulate=self._accumulate)
-        for work in self._sent:
-            work.wait()
+            self._request.add_([piece[start:stop] for piece in self._arriving], start, stop)
+        Works(self._sent).wait()

@@ -1,4 +1,9 @@
-"""From what a user passes as `process_group` to the collectives that serve it."""
+"""From what a user passes as `process_group` to the collectives that serve it.
+
+Every group gets communicators of its own. They keep the order of the optimizer's messages
+independent of the collectives that the training script issues in between, and give them a deadline
+of their own.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +11,21 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from belief_dist.sharding.collectives import Alone, Collectives, Native, OrderedAllToAll
-from belief_dist.sharding.hsdp import Hybrid
-from belief_dist.sharding.point_to_point import DirectExchange
-
-Reduction = Literal["auto", "ordered", "native"]
+from belief_dist.engine_options import Reduction
+from belief_dist.sharding.collectives import (
+    AllToAll,
+    BackendReduceScatter,
+    Collectives,
+    SingleRank,
+)
+from belief_dist.sharding.hsdp import HybridShard
+from belief_dist.sharding.point_to_point import PointToPoint
 
 
 def connect(
@@ -25,15 +34,12 @@ def connect(
     device: torch.device,
     timeout: timedelta,
 ) -> Collectives:
-    """Return the operations for a process group, over communicators of their own.
-
-    A communicator of its own keeps the order of our messages independent of the collectives that
-    the training script issues in between, and gives them a deadline of their own.
+    """Return the operations for a process group.
 
     Args:
         ranks: The process group, or a mesh: of one dimension, or of two, of which the last is
             sharded over and the first holds copies. None means all ranks.
-        reduction: "ordered", "native", or "auto" (which is "ordered").
+        reduction: "ordered" or "native".
         device: Where the parameters are.
         timeout: After which a missing rank becomes an error.
 
@@ -54,7 +60,7 @@ def connect(
                 f"ShardedAdaBelief needs torch.distributed, which is not initialized although "
                 f"WORLD_SIZE is {launched}; call torch.distributed.init_process_group() first."
             )
-        return Alone(None)
+        return SingleRank()
     rows = _rows(ranks)
     everyone = [rank for row in rows for rank in row]
     if dist.get_rank() not in everyone:
@@ -66,29 +72,47 @@ def connect(
 
     def over(members: Sequence[int]) -> Collectives:
         if len(members) == 1:
-            return Alone(None)
+            return SingleRank()
         own = _new_group(members, backend, timeout)
         if reduction == "native":
-            return Native(own)
+            return BackendReduceScatter(own)
         if "gloo" in backend and device.type == "cpu":
-            return DirectExchange(own)
-        return OrderedAllToAll(own)
+            return PointToPoint(own)
+        return AllToAll(own)
 
     with _in_equally_many_groups(_groups_of(ranks)):
         if len(rows) == 1:
             return over(everyone)
         mine = next(row for row in rows if dist.get_rank() in row)
         column = [row[mine.index(dist.get_rank())] for row in rows]
-        return Hybrid(_new_group(everyone, backend, timeout), over(mine), over(column))
+        return HybridShard(_new_group(everyone, backend, timeout), over(mine), over(column))
 
 
-def connect_mesh(mesh: DeviceMesh, timeout: timedelta) -> Collectives:
-    """Return the operations over all ranks of a mesh, of any number of dimensions."""
-    members = mesh.mesh.flatten().tolist()
-    if len(members) == 1:
-        return Alone(None)
+class ModelParallel(NamedTuple):
+    """The ranks that hold other parts of a tensor-parallel model.
+
+    Attributes:
+        mesh: Over which parameters are cut; None if none is.
+        comm: Its ranks, one for each part.
+    """
+
+    mesh: DeviceMesh | None
+    comm: Collectives
+
+
+def connect_model_parallel(mesh: DeviceMesh | None, timeout: timedelta) -> ModelParallel:
+    """Connect all ranks of a mesh, of any number of dimensions; called by all of them.
+
+    Args:
+        mesh: From `dtensor.find_mesh`.
+        timeout: After which a missing rank becomes an error.
+    """
+    members = [] if mesh is None else mesh.mesh.flatten().tolist()
+    if mesh is None or len(members) == 1:
+        return ModelParallel(mesh, SingleRank())
     with _in_equally_many_groups(_groups_of(mesh)):
-        return Native(_new_group(members, str(dist.get_backend(mesh.get_group(0))), timeout))
+        group = _new_group(members, str(dist.get_backend(mesh.get_group(0))), timeout)
+        return ModelParallel(mesh, BackendReduceScatter(group))
 
 
 def _groups_of(

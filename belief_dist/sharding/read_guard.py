@@ -1,14 +1,14 @@
-"""Nobody sees last step's weights: a parameter is settled by whoever touches it first.
+"""Waits for a parameter's all-gather when the parameter is first read.
 
 After a step, parameters travel while the program goes on. Until all have arrived, a torch function
-mode looks at the arguments of every torch function and settles those that are still on the way:
+mode looks at the arguments of every torch function and waits for those that are still on the way:
 a layer's forward waits for its own weights only, while reading anything else early (a tied weight,
 `state_dict()`, `copy.deepcopy`, another model that shares a parameter) waits just as well.
 
-What runs below torch functions does not pass through the mode. A hook before every forward settles
-all for compiled and scripted modules, and for any module without children its own parameters, which
-it may hand to an extension. The mode leaves at the first module call after everything has arrived
-(it cannot leave while one of its own calls is under way).
+What runs below torch functions does not pass through the mode. A hook before every forward waits
+for everything in front of compiled and scripted modules, and in front of any module without
+children for its own parameters, which it may hand to an extension. The mode leaves at the first
+module call after everything has arrived (it cannot leave while one of its own calls is under way).
 """
 
 from __future__ import annotations
@@ -54,24 +54,24 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
 
 
 class ReadGuard(TorchFunctionMode):
-    """Settles pending parameters when they are first read.
+    """Waits for pending parameters when they are first read.
 
-    Usage: `expect(params, settle)` for everything that is on the way, then `arm()`; `settle_all()`
-    ends it at any time.
+    Usage: `expect(params, wait)` for everything that is on the way, then `arm()`; `wait_all()` ends
+    it at any time.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._pending: dict[int, Callable[[], None]] = {}
-        self._waiting: dict[Callable[[], None], list[int]] = {}  # keys of `_pending`
+        self._keys: dict[Callable[[], None], list[int]] = {}  # of `_pending`
         self._hook: RemovableHandle | None = None
         self._active = False
 
-    def expect(self, params: Sequence[Tensor], settle: Callable[[], None]) -> None:
-        """Call `settle` once before the first use of any of `params`."""
+    def expect(self, params: Sequence[Tensor], wait: Callable[[], None]) -> None:
+        """Call `wait` once before the first use of any of `params`."""
         keys = [id(param) for param in params]
-        self._pending.update(dict.fromkeys(keys, settle))
-        self._waiting[settle] = keys
+        self._pending.update(dict.fromkeys(keys, wait))
+        self._keys[wait] = keys
 
     def arm(self) -> None:
         """Start to watch, if anything is on the way."""
@@ -80,24 +80,24 @@ class ReadGuard(TorchFunctionMode):
             self.__enter__()  # type: ignore[no-untyped-call]  # torch's modes carry no types
             self._hook = register_module_forward_pre_hook(self._before_forward)
 
-    def settle_all(self) -> None:
+    def wait_all(self) -> None:
         """Wait for everything, in the order in which it was launched."""
-        waiting, self._waiting, self._pending = self._waiting, {}, {}
-        for settle in waiting:
-            settle()
+        pending, self._keys, self._pending = list(self._keys), {}, {}
+        for wait in pending:
+            wait()
         self._disarm()
 
-    def _settle(self, settle: Callable[[], None]) -> None:
-        for key in self._waiting.pop(settle):
+    def _wait(self, wait: Callable[[], None]) -> None:
+        for key in self._keys.pop(wait):
             del self._pending[key]
-        settle()
+        wait()
 
     def _disarm(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
-        # Somebody may have entered a mode of their own above ours; then ours stays below it, idle,
-        # until a step or another guard finds it on top.
+        # A mode that was entered above ours may still be there. Modes leave from the top only, so
+        # ours stays below it, idle, until a step or another guard finds it on top.
         while stack := _get_current_function_mode_stack():
             top = stack[-1]
             if not isinstance(top, ReadGuard) or top._pending:
@@ -115,13 +115,13 @@ class ReadGuard(TorchFunctionMode):
             or getattr(module, "_compiled_call_impl", None) is not None
         )
         if opaque:
-            self.settle_all()
+            self.wait_all()
         elif not module._modules:
             # A layer of its own kind may hand its weights to an extension, unseen.
             for param in module._parameters.values():
-                settle = self._pending.get(id(param))
-                if settle is not None:
-                    self._settle(settle)
+                wait = self._pending.get(id(param))
+                if wait is not None:
+                    self._wait(wait)
 
     def __torch_function__(
         self,
@@ -130,11 +130,11 @@ class ReadGuard(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        """Settle what `func` is about to read, then call it."""
+        """Wait for what `func` is about to read, then call it."""
         kwargs = kwargs or {}
         if self._pending and func not in _HARMLESS:
             for tensor in _tensors((*args, *kwargs.values())):
-                settle = self._pending.get(id(tensor))
-                if settle is not None:
-                    self._settle(settle)
+                wait = self._pending.get(id(tensor))
+                if wait is not None:
+                    self._wait(wait)
         return func(*args, **kwargs)

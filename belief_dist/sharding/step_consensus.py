@@ -1,4 +1,4 @@
-"""What all ranks must agree on: sentences at construction, and one small message per step.
+"""What all ranks decide about a step, from one small message.
 
 The message is a sum of integers, so it has the same value on every rank and no order matters:
 
@@ -19,8 +19,7 @@ both must be as many times a rank's own as there are ranks.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
@@ -29,9 +28,10 @@ import torch
 from torch import Tensor
 
 from belief_dist.norm import NUM_WORDS, nonfinite_count
+from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives
-
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from belief_dist.sharding.grad_reducer import GradReducer
+from belief_dist.sharding.process_groups import ModelParallel
 
 
 class Verdict(IntEnum):
@@ -41,43 +41,122 @@ class Verdict(IntEnum):
     NOT_FINITE = 1
     STEPS_DIFFER = 2
     REPLICAS_DIFFER = 3
-    APART_ELSEWHERE = 4  # in another part of a tensor-parallel model
+    MODEL_PARALLEL_PEER_FAILED = 4  # another part of a tensor-parallel model has one of the above
 
 
 @dataclass(frozen=True)
-class Agreed:
+class Decision:
     """The outcome of a step's message, the same on every rank.
 
     Attributes:
-        bins: (norm.NUM_WORDS,), int64: the squares of all gradients.
+        norm_bins: (norm.NUM_WORDS,), int64: the squares of all gradients.
         verdict: One element, int64: a `Verdict`, on the device of the parameters.
         used: Which parameters have a gradient on some rank.
         order: Bucket indices in the order in which gradients were complete, if that was asked.
     """
 
-    bins: Tensor
+    norm_bins: Tensor
     verdict: Tensor
     used: list[bool]
     order: list[int] | None
 
+    @property
+    def skip(self) -> Tensor:
+        """Whether nothing is updated: one element, bool, on the device of the parameters."""
+        return self.verdict > Verdict.UPDATE
+
+
+class StepConsensus:
+    """Has all ranks decide about each step, and keeps the decision until the host has read it.
+
+    Attributes:
+        calls: How many steps were decided about.
+        defers: Whether the host reads a decision only in the next step. On a GPU the host runs
+            ahead of the device; by the next step the decision has long been there.
+        unread: What was decided about the last step and the host has not read yet: the verdict, and
+            the parameters whose steps were counted.
+        replica_sums: (number of buckets,), int64: what this rank sent of its parameters.
+    """
+
+    def __init__(
+        self, comm: Collectives, model_parallel: ModelParallel, *, compare: bool, defers: bool
+    ) -> None:
+        """Begin with the first step.
+
+        Args:
+            comm: The ranks that share the states, or keep copies of them.
+            model_parallel: The ranks that hold other parts of the model.
+            compare: Compare a checksum of all parameters.
+            defers: See above.
+        """
+        self._comm = comm
+        self._model_parallel = model_parallel
+        self._compares_replicas = compare and comm.world_size > 1
+        self._knows_order = comm.world_size == 1
+        self.calls = 0
+        self.defers = defers
+        self.unread: tuple[Tensor, list[int]] | None = None
+        self.replica_sums = torch.zeros(0, dtype=torch.int64)
+
+    def forget_order(self) -> None:
+        """Ask in the next step for the order in which gradients are complete."""
+        self._knows_order = self._comm.world_size == 1
+
+    def decide(
+        self,
+        reducer: GradReducer,
+        buckets: Sequence[BucketBuffers],
+        options: Any,
+        loss_scale: Tensor | None,
+    ) -> Decision:
+        """Exchange the message of a step; called by all ranks when all reductions have ended.
+
+        Args:
+            reducer: Of the gradients.
+            buckets: Whose parameters are compared.
+            options: What must be equal on all ranks, by its `repr`.
+            loss_scale: Likewise; one element, or None.
+        """
+        self.calls += 1
+        bins = reducer.norm_bins.clone()
+        # What is not finite counts, in groups that are not clipped as well.
+        bins[-1] += reducer.unclipped_norm_bins[-1]
+        self.replica_sums = bins.new_zeros(len(buckets))
+        if self._compares_replicas:
+            self.replica_sums = checksums([bucket.flat_param for bucket in buckets])
+        completed = None if self._knows_order else reducer.schedule.completed
+        self._knows_order = True
+        decision = agree(
+            self._comm,
+            norm_bins=bins,
+            used=reducer.used(),
+            step=fingerprint((self.calls, options), loss_scale, bins.device),
+            replica=self.replica_sums.sum(),
+            completed=completed,
+            num_buckets=len(buckets),
+        )
+        if self._model_parallel.mesh is not None:
+            decision = agree_with_other_parts(self._model_parallel.comm, decision)
+        return decision
+
 
 def agree(
-    links: Collectives,
+    comm: Collectives,
     *,
-    bins: Tensor,
+    norm_bins: Tensor,
     used: Sequence[bool],
     step: Tensor,
     replica: Tensor,
     completed: Sequence[int] | None = None,
     num_buckets: int = 0,
-) -> Agreed:
+) -> Decision:
     """Exchange the message of one step; called by all ranks.
 
     The host waits for the answer only where a rank lacks a gradient or `completed` is given.
 
     Args:
-        links: The process group.
-        bins: (norm.NUM_WORDS,), int64: the squares of this rank's shards.
+        comm: The process group.
+        norm_bins: (norm.NUM_WORDS,), int64: the squares of this rank's shards.
         used: Which parameters have a gradient on this rank.
         step: One element, int64: equal on ranks that are at the same step, see `fingerprint`.
         replica: One element, int64: the checksum of this rank's parameters, see `checksum`.
@@ -85,22 +164,22 @@ def agree(
             None to send nothing about it. All ranks must give it, or none.
         num_buckets: How many buckets there are.
     """
-    device, count = bins.device, len(used)
+    device, count = norm_bins.device, len(used)
     own = torch.stack([step, _mixed(step), replica, _mixed(replica)])
     flags = torch.ones(count, dtype=torch.int64, device=device)
     if not all(used):
         flags = torch.tensor(used, dtype=torch.int64, device=device)
-    words = [bins, own, flags]
+    words = [norm_bins, own, flags]
     if completed is not None:
         turns = list(range(num_buckets, 2 * num_buckets))  # after all that were complete
         for turn, bucket in enumerate(completed):
             turns[bucket] = turn
         words.append(torch.tensor(turns, dtype=torch.int64, device=device))
     message = torch.cat(words)
-    links.sum_(message)
+    comm.sum_(message)
 
     total, flags = message[:NUM_WORDS], message[NUM_WORDS + 4 :][:count]
-    same = (message[NUM_WORDS : NUM_WORDS + 4] == own * links.num_ranks).view(2, 2).all(1)
+    same = (message[NUM_WORDS : NUM_WORDS + 4] == own * comm.world_size).view(2, 2).all(1)
     verdict = torch.where(nonfinite_count(total) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
     verdict = torch.where(same[1], verdict, Verdict.REPLICAS_DIFFER)
     verdict = torch.where(same[0], verdict, Verdict.STEPS_DIFFER)
@@ -110,30 +189,30 @@ def agree(
     if completed is not None:
         times = message[NUM_WORDS + 4 + count :].tolist()
         order = sorted(range(num_buckets), key=lambda bucket: (times[bucket], bucket))
-    return Agreed(total, verdict, agreed_use, order)
+    return Decision(total, verdict, agreed_use, order)
 
 
-def agree_across(parts: Collectives, agreed: Agreed) -> Agreed:
+def agree_with_other_parts(comm: Collectives, decision: Decision) -> Decision:
     """Agree with the ranks that hold other parts of a tensor-parallel model; called by all.
 
     Args:
-        parts: Those ranks, one for each part.
-        agreed: What this part's ranks have agreed on.
+        comm: Those ranks, one for each part.
+        decision: That of this part's ranks.
 
     Returns:
         The same with the squares of all parts, and a verdict other than UPDATE if any part has one.
     """
-    verdicts = torch.zeros(len(Verdict), dtype=torch.int64, device=agreed.bins.device)
-    message = torch.cat([agreed.bins, verdicts.index_fill_(0, agreed.verdict.view(1), 1)])
-    parts.sum_(message)
+    verdicts = torch.zeros(len(Verdict), dtype=torch.int64, device=decision.norm_bins.device)
+    message = torch.cat([decision.norm_bins, verdicts.index_fill_(0, decision.verdict.view(1), 1)])
+    comm.sum_(message)
     verdicts = message[NUM_WORDS:]
     joint = torch.where(verdicts[Verdict.NOT_FINITE] > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
-    is_apart = verdicts[Verdict.STEPS_DIFFER :].sum() > 0
-    joint = torch.where(is_apart, Verdict.APART_ELSEWHERE, joint)
-    own = agreed.verdict
+    has_failed = verdicts[Verdict.STEPS_DIFFER :].sum() > 0
+    joint = torch.where(has_failed, Verdict.MODEL_PARALLEL_PEER_FAILED, joint)
+    own = decision.verdict
     return replace(
-        agreed,
-        bins=message[:NUM_WORDS],
+        decision,
+        norm_bins=message[:NUM_WORDS],
         verdict=torch.where(own >= Verdict.STEPS_DIFFER, own, joint),
     )
 
@@ -152,79 +231,3 @@ def fingerprint(facts: Any, loss_scale: Tensor | None, device: torch.device) -> 
 def checksums(flats: Sequence[Tensor]) -> Tensor:
     """Return one int64 sum for each flat buffer, which changes with any bit of it."""
     return torch.stack([flat.view(torch.int64).sum() for flat in flats])
-
-
-def replica_fault(
-    links: Collectives, sums: list[int], buckets: Sequence[Mapping[str, Tensor]]
-) -> str:
-    """Return a sentence that tells which ranks' copies of which parameter differ.
-
-    Called by all ranks.
-
-    Args:
-        links: The process group.
-        sums: One checksum for each bucket.
-        buckets: Parameters by their label.
-    """
-    bucket, odd = _first_difference(links.exchange(sums))
-    where = f"of one of the parameters {', '.join(buckets[bucket])}"
-    params = [int(p.contiguous().view(_WORDS[p.itemsize]).sum()) for p in buckets[bucket].values()]
-    everyone = links.exchange(params)
-    if len(set(map(tuple, everyone))) > 1:  # else the gather has spread one copy since
-        param, odd = _first_difference(everyone)
-        where = f"of parameter {list(buckets[bucket])[param]}"
-    return (
-        f"the copies {where} (bucket {bucket}) differ between the {len(everyone)} ranks of the "
-        f"process group: rank {' and '.join(map(str, odd))} differs from the others. Code has "
-        f"changed it on some ranks only, or memory or the network is faulty. Nothing was updated; "
-        f"give all ranks equal weights, for example from a checkpoint."
-    )
-
-
-def _first_difference(everyone: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
-    """Return the first position at which ranks differ, and the ranks that are in the minority."""
-    for position, values in enumerate(zip(*everyone, strict=True)):
-        if len(set(values)) > 1:
-            most = Counter(values).most_common(1)[0][0]
-            return position, [rank for rank, value in enumerate(values) if value != most]
-    raise AssertionError("all ranks are equal")
-
-
-def raise_together(links: Collectives, problem: Exception | None) -> None:
-    """Raise on every rank if any rank has a `problem`; called by all ranks.
-
-    Raises:
-        Exception: `problem` itself where there is one.
-        ValueError: Elsewhere, with the sentence of the first rank that has one.
-    """
-    sentences = links.exchange(None if problem is None else str(problem))
-    if problem is not None:
-        raise problem
-    for rank, sentence in enumerate(sentences):
-        if sentence is not None:
-            raise ValueError(f"rank {rank} of the process group reports: {sentence}")
-
-
-def compare_ranks(links: Collectives, mine: dict[str, list[Any]]) -> None:
-    """Check that all ranks hold equal values; called by all ranks.
-
-    Args:
-        links: The process group.
-        mine: Lists of values by what they are, compared by their `repr`.
-
-    Raises:
-        ValueError: On every rank, naming the first difference.
-    """
-    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
-    if len(set(links.exchange(digest))) == 1:
-        return
-    everyone = links.exchange({what: [repr(value) for value in mine[what]] for what in mine})
-    for rank, theirs in enumerate(everyone):
-        for what, values in everyone[0].items():
-            for first, other in zip(values, theirs[what], strict=False):
-                if first != other:
-                    raise ValueError(
-                        f"ranks disagree about the {what}: the group's rank 0 has {first}, rank "
-                        f"{rank} has {other}. Build the same model and optimizer on every rank."
-                    )
-    raise ValueError("ranks disagree about how many param groups there are.")

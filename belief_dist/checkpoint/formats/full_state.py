@@ -21,7 +21,7 @@ from belief_dist.checkpoint.names import dtype_name
 from belief_dist.checkpoint.run_directory import find
 from belief_dist.checkpoint.saving import write
 from belief_dist.options import DEFAULTS
-from belief_dist.sharding.collectives import Alone
+from belief_dist.sharding.collectives import SingleRank
 from belief_dist.state_formats import decode_m, decode_s
 
 
@@ -136,4 +136,4 @@ def write_whole(whole: Whole, run: str | Path) -> Path:
         dtypes = {name: dtype_name(whole.weights[name]) for name in whole.names} | whole.dtypes
         description |= {"groups": groups, "steps": dict(whole.steps), "dtypes": dtypes}
     entries |= {DESCRIPTION: (description,), EXTRA: ({},)}
-    return write(Alone(None), None, Path(run), whole.step, entries, None)[0]
+    return write(SingleRank(), None, Path(run), whole.step, entries, None)[0]

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from belief_dist.deepspeed.stage0.compatibility import check_engine, max_grad_norm_of
-from belief_dist.deepspeed.stage0.engine import ShardedEngine
+from belief_dist.deepspeed.stage0.driver import EngineDriver
 from belief_dist.deepspeed.stage0.loss_scale import scaler_of
-from belief_dist.deepspeed.stage0.optimizer import EngineOptimizer
 from belief_dist.sharded import ShardedAdaBelief
-from belief_dist.sharding.step_consensus import compare_ranks, raise_together
+from belief_dist.sharding.rank_checks import compare_ranks, raise_together
 
 
-def enter(engine: Any, optimizer: ShardedAdaBelief) -> None:
+def attach(engine: Any, optimizer: ShardedAdaBelief) -> None:
     """Make `optimizer` the one that reduces, clips, updates and saves for `engine`.
 
     Args:
@@ -31,14 +30,23 @@ def enter(engine: Any, optimizer: ShardedAdaBelief) -> None:
         max_grad_norm = max_grad_norm_of(engine, optimizer)
     except (ValueError, RuntimeError) as error:
         problem = error
-    raise_together(optimizer.links, problem)
+    raise_together(optimizer.comm, problem)
     micro_batches = engine.gradient_accumulation_steps()
     compare_ranks(
-        optimizer.links,
+        optimizer.comm,
         {"(gradient_accumulation_steps, gradient_clipping)": [(micro_batches, max_grad_norm)]},
     )
-    engine.__class__ = ShardedEngine
-    optimizer.__class__ = EngineOptimizer
-    assert isinstance(optimizer, EngineOptimizer)
-    engine.torch_autocast_z0_gradscaler = scaler_of(engine)
-    optimizer.attach(engine, max_grad_norm)
+    if isinstance(optimizer.driver, EngineDriver):  # of an engine that was built before
+        optimizer.driver.close()
+    # The engine drives such a scaler already: it scales the loss, and lets it make the step.
+    engine.torch_autocast_z0_gradscaler = scaler = scaler_of(engine)
+    optimizer.drive_by(EngineDriver(engine, optimizer, max_grad_norm, scaler))
+    names = {id(param): name for name, param in engine.module.named_parameters()}
+    for group in optimizer.param_groups:
+        # Under which a checkpoint holds them, and errors name them.
+        group["param_names"] = [names[id(param)] for param in group["params"]]
+    groups = {spec.group for spec in optimizer.layout.params}
+    has_gaps = len(groups) <= max(groups, default=-1)
+    # The engine has cast and broadcast the model since, or has dropped empty param groups.
+    if engine.client_optimizer is optimizer or has_gaps:
+        optimizer.rebuild()

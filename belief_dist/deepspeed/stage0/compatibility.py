@@ -11,7 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 
 from belief_dist.sharded import ShardedAdaBelief
 
-# What `engine`, `optimizer` and `scaler` use of it beside the documented interface.
+# What this folder uses of it beside the documented interface.
 _NEEDED = (
     "allreduce_gradients",
     "clip_fp32_gradients",
@@ -47,7 +47,7 @@ def max_grad_norm_of(engine: Any, optimizer: ShardedAdaBelief) -> float | None:
         ValueError: The optimizer was built with another one.
     """
     clipping = float(engine.gradient_clipping())
-    own = optimizer._max_grad_norm
+    own = optimizer.options.max_grad_norm
     if own is not None and own != clipping:
         raise ValueError(
             f"ShardedAdaBelief was built with max_grad_norm={own}, and the engine clips at "
@@ -101,9 +101,9 @@ def _problems(engine: Any, optimizer: ShardedAdaBelief) -> Iterator[str]:
             'engine\'s own reduction; use "type": "AdaBelief".'
         )
     ranks = torch.distributed.get_world_size(engine.seq_data_parallel_group)
-    if ranks != optimizer.links.num_ranks:
+    if ranks != optimizer.comm.world_size:
         yield (
-            f"was built for {optimizer.links.num_ranks} ranks, and the engine is data-parallel "
+            f"was built for {optimizer.comm.world_size} ranks, and the engine is data-parallel "
             f"over {ranks}; leave process_group out."
         )
     for block, instead in (
@@ -134,7 +134,7 @@ def _problems(engine: Any, optimizer: ShardedAdaBelief) -> Iterator[str]:
             '"compile": {"deepcompile": true} out.'
         )
     model_dtype, sum_dtype = engine.get_data_types()
-    if model_dtype != sum_dtype and optimizer._stage != 2:
+    if model_dtype != sum_dtype and optimizer.options.stage != 2:
         yield (
             f"adds micro-batches up in the parameters' dtype at its stage 1, and "
             f"data_types.grad_accum_dtype asks for {sum_dtype}; use "

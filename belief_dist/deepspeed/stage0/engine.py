@@ -1,88 +1,60 @@
-"""The engine's side: what DeepSpeed would do once more is left out, what it lacks is added."""
+"""Wrappers of the engine's methods: what DeepSpeed would do once more is left out.
+
+An engine whose optimizer is no ShardedAdaBelief runs DeepSpeed's own methods.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from deepspeed.runtime.engine import DeepSpeedEngine
-
-if TYPE_CHECKING:
-    from belief_dist.deepspeed.stage0.optimizer import EngineOptimizer
+from belief_dist.deepspeed.patching import Around
+from belief_dist.deepspeed.stage0.driver import driver_of
+from belief_dist.sharded import ShardedAdaBelief
 
 
-class ShardedEngine(DeepSpeedEngine):  # type: ignore[misc]  # DeepSpeed carries no types
-    """A `DeepSpeedEngine` at ZeRO stage 0 whose optimizer is a `ShardedAdaBelief`."""
+def attach_or_check(original: Around, engine: Any, optimizer: Any) -> Any:
+    """Attach a ShardedAdaBelief instead of choosing a wrapper for it.
 
-    optimizer: EngineOptimizer
+    An engine looks at its optimizer here, once, whether it has constructed it or was given it,
+    after it has cast and broadcast the model. None means that it takes the optimizer as it is.
+    """
+    if not isinstance(optimizer, ShardedAdaBelief):
+        return original(engine, optimizer)
+    from belief_dist.deepspeed.stage0.attach import attach  # imports DeepSpeed
 
-    def allreduce_gradients(self, bucket_size: int = 0) -> None:
-        """Do nothing: the optimizer's hooks have started all reductions in backward."""
+    return attach(engine, optimizer)
 
-    def clip_fp32_gradients(self) -> None:
-        """Do nothing: the optimizer clips the mean gradient in its update."""
 
-    def zero_grad(self) -> None:
-        """Forget all gradients of the model, what has been reduced of them included."""
-        self.optimizer.zero_grad()
-        super().zero_grad()
+def allreduce_gradients(original: Around, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """Do nothing: the optimizer's hooks have started all reductions in backward."""
+    return original(engine, *args, **kwargs) if driver_of(engine) is None else None
 
-    def save_checkpoint(
-        self, save_dir: str, tag: str | int | None = None, *args: Any, **kwargs: Any
-    ) -> bool:
-        """Save as DeepSpeed does, with the shards of all ranks in a folder beside its files.
 
-        The shards are written first: DeepSpeed's `latest` names a checkpoint that has both.
+def clip_fp32_gradients(original: Around, engine: Any) -> Any:
+    """Do nothing: the optimizer clips the mean gradient in its update."""
+    return original(engine) if driver_of(engine) is None else None
 
-        Raises:
-            CheckpointError: On every rank: the shards cannot be written.
-        """
-        if tag is None:
-            tag = f"global_step{self.global_steps}"
-        if save_dir:  # else DeepSpeed says so
-            self.optimizer.save(Path(save_dir, str(tag)), self.global_steps)
-        try:
-            saved: bool = super().save_checkpoint(save_dir, tag, *args, **kwargs)
-        finally:
-            self.optimizer.end_of_save()
-        return saved
 
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | int | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable[..., Any] | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Load what any number of ranks has saved; arguments and result are DeepSpeed's.
+def zero_grad(original: Around, engine: Any) -> Any:
+    """Forget all gradients of the model, and what has been reduced of them."""
+    if driver_of(engine) is not None:
+        engine.optimizer.zero_grad()
+    return original(engine)
 
-        With optimizer states, the master weights saved with them win over the model's own. Without
-        them the loaded weights become the masters.
 
-        Raises:
-            CheckpointError: On every rank, before anything is changed: the shards are missing,
-                damaged, or of another model.
-            ValueError: On every rank: DeepSpeed's files there are of another save than the shards.
-        """
-        if tag is None:
-            latest = Path(load_dir, "latest")
-            tag = latest.read_text().strip() if latest.is_file() else None
-        wants_states = load_optimizer_states and not load_module_only
-        if wants_states and tag is not None:
-            self.optimizer.load(Path(load_dir, str(tag)))
-        path, client_state = super().load_checkpoint(
-            load_dir,
-            tag=None if tag is None else str(tag),
-            load_module_strict=load_module_strict,
-            load_optimizer_states=load_optimizer_states,
-            load_lr_scheduler_states=load_lr_scheduler_states,
-            load_module_only=load_module_only,
-            custom_load_fn=custom_load_fn,
-        )
-        if path is not None:
-            self.optimizer.end_of_load(wants_states)
-        return path, client_state
+def save_checkpoint(original: Around, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """See `checkpoints.save_checkpoint`."""
+    if driver_of(engine) is None:
+        return original(engine, *args, **kwargs)
+    from belief_dist.deepspeed.stage0 import checkpoints  # imports torch.distributed.checkpoint
+
+    return checkpoints.save_checkpoint(original, engine, *args, **kwargs)
+
+
+def load_checkpoint(original: Around, engine: Any, *args: Any, **kwargs: Any) -> Any:
+    """See `checkpoints.load_checkpoint`."""
+    if driver_of(engine) is None:
+        return original(engine, *args, **kwargs)
+    from belief_dist.deepspeed.stage0 import checkpoints  # imports torch.distributed.checkpoint
+
+    return checkpoints.load_checkpoint(original, engine, *args, **kwargs)

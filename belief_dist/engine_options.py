@@ -1,0 +1,165 @@
+"""The options of the sharded engine: a field for each, from which everything else follows.
+
+A field states the default and the check of its option. Range checks, the comparison between ranks
+and the sentences of both are derived from the fields, so that a new option is a keyword of
+`ShardedAdaBelief`, a field here, and the place that reads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+import torch
+
+Reduction = Literal["ordered", "native"]
+# Takes an option's name and value; returns the value as it is stored, or raises.
+Check = Callable[[str, Any], Any]
+
+
+def _one_of(*allowed: Any, hint: str = "") -> Check:
+    def check(name: str, value: Any) -> Any:
+        # True equals 1, and is no stage.
+        if isinstance(value, bool) or value not in allowed:
+            *most, last = map(_shown, allowed)
+            raise ValueError(
+                f"{name} must be {', '.join(most)} or {last}, got {_shown(value)}{hint}."
+            )
+        return value
+
+    return check
+
+
+def _dtype(*allowed: torch.dtype | None) -> Check:
+    choose = _one_of(*allowed)
+
+    def check(name: str, value: Any) -> Any:
+        if isinstance(value, str):  # as in JSON or YAML
+            found = getattr(torch, value.removeprefix("torch."), None)
+            value = found if isinstance(found, torch.dtype) else value
+        return choose(name, value)
+
+    return check
+
+
+def _reduction(name: str, value: Any) -> Any:
+    if value == "auto":
+        _warn_of_auto()
+        return "ordered"
+    return _one_of("ordered", "native")(name, value)
+
+
+@functools.cache  # once per process
+def _warn_of_auto() -> None:
+    warnings.warn(
+        "reduction='auto' means 'ordered', the default; leave it out.", FutureWarning, stacklevel=6
+    )
+
+
+def _true_or_false(name: str, value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}.")
+    return value
+
+
+def _integer(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+    return value
+
+
+def _positive_integer(name: str, value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+    return value
+
+
+def _positive_or_none(name: str, value: Any) -> Any:
+    if value is not None and not value > 0.0:
+        raise ValueError(f"{name} must be > 0 or None, got {value!r}.")
+    return value
+
+
+_STAGE = _one_of(
+    1, 2, hint="; for sharded parameters (stage 3) use AdaBelief with FSDP2 or DeepSpeed"
+)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How `ShardedAdaBelief` shards, stores and communicates; its docstring tells each meaning."""
+
+    stage: Literal[1, 2] = field(default=1, metadata={"check": _STAGE})
+    reduction: Reduction = field(default="ordered", metadata={"check": _reduction})
+    reduce_dtype: torch.dtype | None = field(
+        default=None, metadata={"check": _dtype(None, torch.float32, torch.bfloat16, torch.int8)}
+    )
+    master: Literal["fp32", "remainder"] = field(
+        default="fp32", metadata={"check": _one_of("fp32", "remainder")}
+    )
+    state_dtype: torch.dtype = field(
+        default=torch.float32,
+        metadata={"check": _dtype(torch.float32, torch.bfloat16, torch.uint8)},
+    )
+    seed: int = field(default=0, metadata={"check": _integer})
+    bucket_bytes: int = field(default=32 << 20, metadata={"check": _positive_integer})
+    max_grad_norm: float | None = field(default=None, metadata={"check": _positive_or_none})
+    overlap: bool = field(default=True, metadata={"check": _true_or_false})
+    offload: Literal["cpu"] | None = field(default=None, metadata={"check": _one_of(None, "cpu")})
+    check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any]) -> EngineOptions:
+        """Return the checked options among a constructor's arguments.
+
+        Raises:
+            TypeError: A value has the wrong type.
+            ValueError: A value is out of range, or two options exclude each other.
+        """
+        checked = {
+            option.name: option.metadata["check"](option.name, arguments[option.name])
+            for option in fields(cls)
+        }
+        options = cls(**checked)
+        if options.reduce_dtype == torch.int8 and options.reduction == "native":
+            raise ValueError(
+                "reduce_dtype=torch.int8 needs reduction='ordered': backends cannot add it."
+            )
+        return options
+
+    def check_param(self, dtype: torch.dtype, label: str) -> None:
+        """Refuse a parameter whose dtype does not go together with an option.
+
+        Args:
+            dtype: Of the parameter.
+            label: Names it in the error.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if dtype == torch.float64 and self.reduce_dtype is not None:
+            raise ValueError(
+                f"reduce_dtype={self.reduce_dtype} would narrow the gradient of float64 parameter "
+                f"{label}; leave it None, or use float32 parameters."
+            )
+        if dtype == torch.float64 and self.state_dtype != torch.float32:
+            raise ValueError(
+                f"state_dtype={self.state_dtype} would narrow the states of float64 parameter "
+                f"{label}; leave it out, or use float32 parameters."
+            )
+        if dtype == torch.float16 and self.master == "remainder":
+            raise ValueError(
+                f"master='remainder' cannot serve float16 parameter {label}, which is not the "
+                f"upper half of a float32 number; use bfloat16, or master='fp32'."
+            )
+
+    def by_name(self) -> dict[str, list[Any]]:
+        """Return what all ranks must have alike, in the form of `rank_checks.compare_ranks`."""
+        return {f"option {each.name}": [getattr(self, each.name)] for each in fields(self)}
+
+
+def _shown(value: Any) -> str:
+    return str(value) if isinstance(value, torch.dtype) else repr(value)

@@ -1,0 +1,43 @@
+"""What one step reads and writes: the tensors of a parameter, or of a part of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+# Elements of one parameter that share a stored exponent, with uint8 states.
+BLOCK = 256
+
+
+class Operands(NamedTuple):
+    """Everything that a step reads and writes of one parameter, or of a part of it.
+
+    All tensors have equally many elements, n, except that each `*_exponent` is (ceil(n / 256),).
+    """
+
+    param: Tensor  # float64, float32, bfloat16 or float16; in place
+    grad: Tensor  # any of these dtypes; read only
+    exp_avg: Tensor  # m: float32 (float64 for float64 parameters), bfloat16 or uint8; in place
+    exp_avg_sq: Tensor  # s, in the dtype of m; in place
+    max_exp_avg_sq: Tensor | None = None  # amsgrad: largest s so far, in the dtype of m; in place
+    param_out: Tensor | None = None  # 16 bits: receives the rounded new parameter
+    remainder: Tensor | None = None  # int16: lower half of the masters, param is bfloat16; in place
+    exp_avg_exponent: Tensor | None = None  # uint8, with uint8 states only; in place
+    exp_avg_sq_exponent: Tensor | None = None  # likewise
+    max_exp_avg_sq_exponent: Tensor | None = None  # likewise
+    key: int = 0  # of the parameter, see `noise_key`; used where rounding is stochastic
+    first: int = 0  # number of the first element in its parameter; with uint8, a multiple of 256
+
+
+def cut(operands: Operands, start: int, stop: int) -> Operands:
+    """Return the part with elements [start, stop) of 1-D operands, as views.
+
+    With uint8 states `start` must be a multiple of `BLOCK`.
+    """
+    parts: dict[str, Any] = {}
+    for name, value in operands._asdict().items():
+        if isinstance(value, Tensor):
+            scale = BLOCK if name.endswith("_exponent") else 1
+            parts[name] = value[start // scale : -(-stop // scale)]
+    return operands._replace(**parts, first=operands.first + start)

@@ -1,0 +1,385 @@
+"""The engine of `ShardedAdaBelief`, in the order of a step.
+
+    backward   a full bucket of gradients starts its reduction     grad_reducer.on_gradient
+                                                                   collectives.start_reduce
+    step       the reductions end; one small message is summed     step_consensus.decide
+               every shard is updated by one fused pass            shard_update.run, kernels.update_
+               and starts on its way to the other ranks            collectives.start_gather
+    forward    each layer waits for its own parameters             read_guard.ReadGuard
+
+The optimizer is the face that users see; it hands over its param groups and states, and the engine
+keeps no reference to it: in a reference cycle its hooks would live until the garbage collector
+runs, which every rank does at another time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from belief_dist.engine_options import EngineOptions
+from belief_dist.norm import norm_from_bins
+from belief_dist.operands import BLOCK
+from belief_dist.options import OPTION_NAMES
+from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.codec import codec_for
+from belief_dist.sharding.collectives import Collectives
+from belief_dist.sharding.cpu_offload import warn_of_one_thread
+from belief_dist.sharding.driver import Driver
+from belief_dist.sharding.dtensor import local_part, stands_for_part
+from belief_dist.sharding.grad_reducer import GradReducer
+from belief_dist.sharding.layout import Bucket, Layout, ParamSpec, plan_layout
+from belief_dist.sharding.param_specs import param_label, param_specs
+from belief_dist.sharding.process_groups import ModelParallel
+from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
+from belief_dist.sharding.read_guard import ReadGuard
+from belief_dist.sharding.shard_update import ShardUpdate
+from belief_dist.sharding.step_consensus import StepConsensus, Verdict
+from belief_dist.sharding.zero1 import Zero1Reducer
+from belief_dist.sharding.zero2 import Zero2Reducer
+
+logger = logging.getLogger("belief_dist")
+
+ParamGroups = Sequence[Mapping[str, Any]]
+
+
+class ShardEngine:
+    """Reduces, decides, updates and gathers for one optimizer.
+
+    Attributes:
+        options: How it does so.
+        comm: The ranks that share the states, or keep copies of them.
+        driver: Knows which backward pass is a step's last, and which norm to clip to.
+        params: All parameters, in the order of the param groups.
+        layout: Which shard has which elements of which parameter.
+        buckets: The tensors of every bucket of the layout.
+        update: The fused update of this rank's shards.
+        reducer: The way of the gradients.
+        consensus: What all ranks decide about each step.
+        read_guard: Waits for parameters that travel.
+        grad_norm: One element, float64: the L2 norm of the last step's mean gradient, unclipped.
+        skipped_steps: How many steps were skipped, among those whose verdict has been read.
+    """
+
+    # Made anew by `_build`, whenever parameters are added or replaced.
+    layout: Layout
+    buckets: list[BucketBuffers]
+    update: ShardUpdate
+    reducer: GradReducer
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        param_groups: ParamGroups,
+        state: dict[Tensor, dict[str, Any]],
+        *,
+        comm: Collectives,
+        model_parallel: ModelParallel,
+        options: EngineOptions,
+    ) -> None:
+        """Compare the ranks, and move all parameters into buckets; called by all ranks.
+
+        Args:
+            params: See the class.
+            param_groups: With the options of each; also in `build` and `step`.
+            state: Of the optimizer; receives the state of every parameter.
+            comm: See the class.
+            model_parallel: The ranks that hold other parts of a tensor-parallel model.
+            options: See the class.
+
+        Raises:
+            ValueError: On all ranks: they differ in the parameters or options.
+        """
+        if options.offload:
+            warn_of_one_thread(comm.world_size)
+        device = params[0].device
+        self.options = options
+        self.comm = comm
+        self._model_parallel = model_parallel
+        self.driver = Driver(options.max_grad_norm)
+        self.read_guard = ReadGuard()
+        self.consensus = StepConsensus(
+            comm,
+            model_parallel,
+            compare=options.check_replicas,
+            # An update on the host must know the verdict.
+            defers=device.type != "cpu" and options.offload is None,
+        )
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.skipped_steps = 0
+        self._build(params, param_groups, state, known=(), existing=())
+
+    # - Construction
+
+    def extend(
+        self,
+        params: Sequence[Tensor],
+        param_groups: ParamGroups,
+        state: dict[Tensor, dict[str, Any]],
+    ) -> None:
+        """Take in the parameters of new groups behind the old ones; called by all ranks.
+
+        Raises:
+            ValueError: As for the constructor. The engine is then as it was.
+        """
+        self.read_verdict(param_groups)
+        self.read_guard.wait_all()
+        self._build(params, param_groups, state, known=self.layout.params, existing=self.buckets)
+
+    def rebuild(
+        self,
+        params: Sequence[Tensor],
+        param_groups: ParamGroups,
+        state: dict[Tensor, dict[str, Any]],
+    ) -> None:
+        """Move all parameters as they are now into new buckets; called by all ranks."""
+        self.read_guard.wait_all()
+        self._build(params, param_groups, state, known=(), existing=())
+
+    def _build(
+        self,
+        params: Sequence[Tensor],
+        param_groups: ParamGroups,
+        state: dict[Tensor, dict[str, Any]],
+        *,
+        known: Sequence[ParamSpec],
+        existing: Sequence[BucketBuffers],
+    ) -> None:
+        """Lay out all parameters, compare the ranks, and make what a step needs.
+
+        `known` parameters are planned alike again, so that their `existing` buckets stay.
+        """
+        options, comm = self.options, self.comm
+        layout = plan_layout(
+            param_specs(param_groups, known),
+            comm.num_shards,
+            options.bucket_bytes,
+            num_replicas=comm.num_replicas,
+            block=max(
+                codec_for(options.reduce_dtype).block,
+                BLOCK if options.state_dtype == torch.uint8 else 1,
+            ),
+        )
+        self._compare_ranks(layout, param_groups)
+        self.params, self.layout = params, layout
+        kept = {buffers.bucket: buffers for buffers in existing}
+        self.buckets = [
+            kept.get(plan) or self._new_bucket(plan, param_groups) for plan in layout.buckets
+        ]
+        self.update = ShardUpdate(layout, self.buckets, comm.shard_index, options)
+        for index, param in enumerate(params):
+            if param not in state:
+                state[param] = self.update.new_state(index)
+        self.update.adopt([state[param] for param in params])
+        # What must not be read while a bucket's gather is on the way: its parameters, and the parts
+        # of DTensors, which `to_local` reads.
+        self._gathered_with = [
+            [params[slot.param] for slot in plan.slots] for plan in layout.buckets
+        ]
+        for tensors in self._gathered_with:
+            tensors += [part for p in list(tensors) if (part := local_part(p)) is not p]
+        self._note_versions()
+        self.consensus.forget_order()
+        if hasattr(self, "reducer"):
+            self.reducer.close()
+        kind = Zero1Reducer if options.stage == 1 else Zero2Reducer
+        self.reducer = kind(
+            params,
+            self.buckets,
+            comm,
+            options,
+            self.driver,
+            in_norm=[self._counts_in_norm(plan, param_groups) for plan in layout.buckets],
+            label=partial(param_label, param_groups),
+        )
+
+    def _compare_ranks(self, layout: Layout, param_groups: ParamGroups) -> None:
+        """Compare model and options over the ranks: a mismatch is an error and not a hang."""
+        options: dict[str, list[Any]] = {
+            "options of param group": _options_of(param_groups),
+            **self.options.by_name(),
+        }
+        model: dict[str, list[Any]] = {
+            "number of parameters": [len(layout.params)],
+            "parameter": list(layout.params),
+        }
+        compare_ranks(self.comm, {**model, **options})
+        compare_ranks(self._model_parallel.comm, options)
+
+    def _new_bucket(self, plan: Bucket, param_groups: ParamGroups) -> BucketBuffers:
+        bucket = BucketBuffers(
+            plan,
+            [local_part(self.params[slot.param]) for slot in plan.slots],
+            self.comm.shard_index,
+            self.options,
+            amsgrad=param_groups[plan.group]["amsgrad"],
+        )
+        self.comm.broadcast_(bucket.flat_param)
+        bucket.refresh_master()
+        return bucket
+
+    def _counts_in_norm(self, plan: Bucket, param_groups: ParamGroups) -> bool:
+        """Tell whether the gradients of a bucket count in the norm, on this rank."""
+        param = self.params[plan.slots[0].param]  # all others of the bucket are cut like it
+        clip: bool = param_groups[plan.group]["clip"]
+        return clip and stands_for_part(param, self._model_parallel.mesh)
+
+    # - One step
+
+    def step(self, param_groups: ParamGroups, loss_scale: Tensor | None) -> Tensor:
+        """Reduce what is left, update the shards and start to gather; called by all ranks.
+
+        Args:
+            param_groups: With the options of each.
+            loss_scale: By which gradients are too large; one element, or None.
+
+        Returns:
+            Whether the step is skipped: one element, bool, on the device of the parameters.
+
+        Raises:
+            RuntimeError: On all ranks: their parameters differ. Nothing was updated.
+            ValueError: On all ranks: they are at different steps, or have different options or loss
+                scales. Nothing was updated.
+        """
+        self.sync_masters_from_params()
+        reducer, consensus = self.reducer, self.consensus
+        reducer.finish()
+        decision = consensus.decide(reducer, self.buckets, _options_of(param_groups), loss_scale)
+        if not consensus.defers:
+            self._raise_if_apart(Verdict(int(decision.verdict)), param_groups)
+        skip = decision.skip
+        counted = self.update.count_steps(decision.used)
+        scales = self._grad_scales(decision.norm_bins, loss_scale)
+        # Forward needs first what backward has reached last.
+        order = reversed(reducer.schedule.order)
+        for number in self.update.run(order, decision.used, param_groups, scales, skip):
+            if self.comm.num_shards > 1:
+                gather = self.comm.start_gather(self.buckets[number].flat_param)
+                self.read_guard.expect(self._gathered_with[number], gather.wait)
+        if self.options.overlap:
+            self.read_guard.arm()
+        else:
+            self.read_guard.wait_all()
+        reducer.end_step()
+        if decision.order is not None:
+            reducer.schedule.set_order(decision.order)
+        consensus.unread = (decision.verdict, counted)
+        if not consensus.defers:
+            self.read_verdict(param_groups)
+        return skip
+
+    def _grad_scales(self, norm_bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
+        """Return the factor on summed gradients, float64, for groups with clip True and False."""
+        norm = norm_from_bins(norm_bins)
+        mean = torch.full_like(norm, 1.0 / self.comm.world_size)
+        if loss_scale is not None:
+            mean /= loss_scale
+        self.grad_norm = norm * mean
+        clipped, limit = mean, self.driver.max_grad_norm
+        if limit is not None:
+            # The same formula as torch.nn.utils.clip_grad_norm_.
+            clipped = mean * (limit / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        return {True: clipped, False: mean}
+
+    def read_verdict(self, param_groups: ParamGroups) -> None:
+        """Read whether the last step was skipped, and count it back if so.
+
+        Where a verdict is deferred, the next step reads it.
+
+        Raises:
+            RuntimeError: As for `step`.
+            ValueError: As for `step`.
+        """
+        if self.consensus.unread is None:
+            return
+        word, counted = self.consensus.unread
+        self.consensus.unread = None
+        verdict = Verdict(int(word))
+        if verdict == Verdict.UPDATE:
+            return
+        self.update.uncount_steps(counted)
+        self._raise_if_apart(verdict, param_groups)
+        self.skipped_steps += 1
+        self.reducer.forget_errors()
+        if self.comm.shard_index == 0:
+            logger.warning(
+                "a gradient is not finite: step skipped on all ranks (%d so far)",
+                self.skipped_steps,
+            )
+
+    def _raise_if_apart(self, verdict: Verdict, param_groups: ParamGroups) -> None:
+        if verdict == Verdict.STEPS_DIFFER:
+            mine: dict[str, list[Any]] = {
+                "number of the step": [self.consensus.calls],
+                "options of group": _options_of(param_groups),
+            }
+            compare_ranks(self.comm, mine)
+            raise ValueError("ranks disagree about the loss scale; use equal GradScalers.")
+        if verdict == Verdict.MODEL_PARALLEL_PEER_FAILED:
+            raise RuntimeError(
+                "ranks that hold another part of the tensor-parallel model have come apart, see "
+                "their error. Nothing was updated."
+            )
+        if verdict == Verdict.REPLICAS_DIFFER:
+            self.read_guard.wait_all()
+            labels = [param_label(param_groups, index) for index in range(len(self.params))]
+            copies = [
+                {labels[slot.param]: local_part(self.params[slot.param]) for slot in plan.slots}
+                for plan in self.layout.buckets
+            ]
+            sums = self.consensus.replica_sums.tolist()
+            raise RuntimeError(replica_fault(self.comm, sums, copies))
+
+    # - Masters and parameters
+
+    def _note_versions(self) -> None:
+        """Take the parameters as they are now for those of the masters."""
+        self._param_versions = [param._version for param in self.params]
+
+    def sync_masters_from_params(self) -> None:
+        """Copy parameters that were changed outside the optimizer into their masters."""
+        versions = [param._version for param in self.params]
+        if versions == self._param_versions:
+            return
+        pairs = zip(self._param_versions, versions, strict=True)
+        for index in (index for index, (old, new) in enumerate(pairs) if old != new):
+            part = self.layout.fragment(index, self.comm.shard_index)
+            self.buckets[part.bucket].refresh_master(part.in_shard, part.in_shard + part.numel)
+        self._param_versions = versions
+
+    def sync_params_from_masters(self) -> None:
+        """Make all parameters those of the masters; called by all ranks."""
+        for bucket in self.buckets:
+            if bucket.low_param is not None and bucket.remainder is None:
+                bucket.low_param.copy_(bucket.master)
+            bucket.send_back()
+            if self.comm.num_shards > 1:
+                self.comm.start_gather(bucket.flat_param).wait()
+        self._note_versions()
+
+    def keep_loaded_masters(self) -> None:
+        """Take masters that were written into the states for those of the parameters."""
+        for bucket in self.buckets:
+            bucket.refresh_upper_halves()
+        # Weights that were loaded before are not newer than the masters that were loaded now.
+        self._note_versions()
+
+    def nbytes(self) -> dict[str, int]:
+        """Return the bytes that this rank really holds, by kind."""
+        total: dict[str, int] = {}
+        for bucket in self.buckets:
+            for kind, nbytes in bucket.nbytes().items():
+                total[kind] = total.get(kind, 0) + nbytes
+        total["gradients"] += self.reducer.nbytes()
+        if self.update.host_gradients is not None:
+            total["gradients on the host"] = self.update.host_gradients.nbytes()
+        return total
+
+
+def _options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
+    return [{key: group[key] for key in (*OPTION_NAMES, "clip")} for group in param_groups]

@@ -1,0 +1,51 @@
+"""What the layout must know of parameters, and what errors call them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from belief_dist.sharding.dtensor import describe, local_part
+from belief_dist.sharding.layout import ParamSpec
+
+
+def param_specs(
+    param_groups: Sequence[Mapping[str, Any]], known: Sequence[ParamSpec]
+) -> list[ParamSpec]:
+    """Describe the parameters of all groups, in their order.
+
+    Args:
+        param_groups: Of the optimizer.
+        known: Descriptions of the first parameters, which are laid out already. They stay, although
+            such a parameter may have been unfrozen since.
+    """
+    specs = list(known)
+    count = 0
+    for number, group in enumerate(param_groups):
+        names = group.get("param_names")
+        for position, param in enumerate(group["params"]):
+            count += 1
+            if count <= len(known):
+                continue
+            specs.append(
+                ParamSpec(
+                    name=names[position] if names else str(len(specs)),
+                    shape=tuple(local_part(param).shape),
+                    dtype=str(param.dtype).removeprefix("torch."),
+                    itemsize=param.element_size(),
+                    group=number,
+                    kind=describe(param) + ("" if param.requires_grad else "frozen"),
+                )
+            )
+    return specs
+
+
+def param_label(param_groups: Sequence[Mapping[str, Any]], index: int) -> str:
+    """Return what an error calls parameter number `index`."""
+    for group in param_groups:
+        if index < len(group["params"]):
+            names = group.get("param_names")
+            shape = tuple(group["params"][index].shape)
+            return f"{names[index]!r}" if names else f"number {index} of shape {shape}"
+        index -= len(group["params"])
+    raise IndexError(index)

@@ -1,0 +1,92 @@
+"""Errors that all ranks raise together, and the sentences about how ranks differ."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from belief_dist.sharding.collectives import Collectives
+
+# Integers of an element's size, as which bits are summed.
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def raise_together(comm: Collectives, problem: Exception | None) -> None:
+    """Raise on every rank if any rank has a `problem`; called by all ranks.
+
+    Raises:
+        Exception: `problem` itself where there is one.
+        ValueError: Elsewhere, with the sentence of the first rank that has one.
+    """
+    sentences = comm.exchange(None if problem is None else str(problem))
+    if problem is not None:
+        raise problem
+    for rank, sentence in enumerate(sentences):
+        if sentence is not None:
+            raise ValueError(f"rank {rank} of the process group reports: {sentence}")
+
+
+def compare_ranks(comm: Collectives, mine: dict[str, list[Any]]) -> None:
+    """Check that all ranks hold equal values; called by all ranks.
+
+    Args:
+        comm: The process group.
+        mine: Lists of values by what they are, compared by their `repr`.
+
+    Raises:
+        ValueError: On every rank, naming the first difference.
+    """
+    digest = hashlib.sha256(repr(mine).encode()).hexdigest()
+    if len(set(comm.exchange(digest))) == 1:
+        return
+    everyone = comm.exchange({what: [repr(value) for value in mine[what]] for what in mine})
+    for rank, theirs in enumerate(everyone):
+        for what, values in everyone[0].items():
+            for first, other in zip(values, theirs[what], strict=False):
+                if first != other:
+                    raise ValueError(
+                        f"ranks disagree about the {what}: the group's rank 0 has {first}, rank "
+                        f"{rank} has {other}. Build the same model and optimizer on every rank."
+                    )
+    raise ValueError("ranks disagree about how many param groups there are.")
+
+
+def replica_fault(
+    comm: Collectives, sums: list[int], buckets: Sequence[Mapping[str, Tensor]]
+) -> str:
+    """Return a sentence that tells which ranks' copies of which parameter differ.
+
+    Called by all ranks.
+
+    Args:
+        comm: The process group.
+        sums: One checksum for each bucket.
+        buckets: Parameters by their label.
+    """
+    bucket, odd = _first_difference(comm.exchange(sums))
+    where = f"of one of the parameters {', '.join(buckets[bucket])}"
+    params = [int(p.contiguous().view(_WORDS[p.itemsize]).sum()) for p in buckets[bucket].values()]
+    everyone = comm.exchange(params)
+    if len(set(map(tuple, everyone))) > 1:  # else the gather has spread one copy since
+        param, odd = _first_difference(everyone)
+        where = f"of parameter {list(buckets[bucket])[param]}"
+    return (
+        f"the copies {where} (bucket {bucket}) differ between the {len(everyone)} ranks of the "
+        f"process group: rank {' and '.join(map(str, odd))} differs from the others. Code has "
+        f"changed it on some ranks only, or memory or the network is faulty. Nothing was updated; "
+        f"give all ranks equal weights, for example from a checkpoint."
+    )
+
+
+def _first_difference(everyone: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
+    """Return the first position at which ranks differ, and the ranks that are in the minority."""
+    for position, values in enumerate(zip(*everyone, strict=True)):
+        if len(set(values)) > 1:
+            most = Counter(values).most_common(1)[0][0]
+            return position, [rank for rank, value in enumerate(values) if value != most]
+    raise AssertionError("all ranks are equal")
