@@ -1,4 +1,4 @@
-"""Who may import whom: the import chain is straight, and the core stands on torch alone."""
+"""Who may import whom: every module has its place in one chain, and the core knows no adapter."""
 
 from __future__ import annotations
 
@@ -11,69 +11,146 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "belief_dist"
 
-# A module imports only from rows above its own.
-ROWS = [
-    {"rule", "layout", "options"},
-    {"norm", "storage"},
-    {"kernels", "params", "state", "buffers", "guard", "dtensors"},
-    {"wire", "offload"},
-    {"distributed"},
-    {"collectives"},
-    {"direct", "hybrid"},
-    {"connect"},
-    {"agreement"},
-    {"gradients"},
-    {"integrations"},
-    {"optimizer"},
-    {"sharded"},
-    {"checkpoint"},
-    {"in_deepspeed"},
-    {"running"},
-    {"cli", "hf", "run"},
-    {"__init__"},
-]
+# A module imports only from rows above its own. A folder stands for its `__init__`.
+CHAIN = """
+version rule operands options engine_options observers state_init_step
+device_scalars norm params state_dict state_formats
+
+kernels.build kernels.threads kernels.foreach kernels.triton_kernel
+kernels.cpp kernels.eager kernels.triton_launch
+kernels
+
+sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
+sharding.codec sharding.param_specs
+sharding.bucket sharding.collectives
+sharding.point_to_point sharding.hsdp sharding.rank_checks sharding.cpu_offload
+sharding.process_groups sharding.grad_reducer sharding.shard_update
+sharding.zero1 sharding.zero2 sharding.step_consensus
+sharding.engine
+
+optimizer sharded
+
+checkpoint.names checkpoint.chunks checkpoint.checksummed_files
+checkpoint.errors checkpoint.dcp_tensor checkpoint.run_directory
+checkpoint.local_shards checkpoint.metadata
+checkpoint.entries
+checkpoint.saving checkpoint.torch_api
+checkpoint.async_save checkpoint.loading
+checkpoint.formats checkpoint.formats.safetensors checkpoint.formats.full_state
+checkpoint.formats.torch checkpoint.formats.deepspeed
+checkpoint.formats.convert
+checkpoint
+
+deepspeed deepspeed.import_hook deepspeed.patching deepspeed.stage0
+deepspeed.fp16 deepspeed.offload deepspeed.checkpoint_loading
+deepspeed.stage0.loss_scale deepspeed.stage0.compatibility
+deepspeed.stage0.driver
+deepspeed.stage0.attach deepspeed.stage0.checkpoints
+deepspeed.stage0.engine
+deepspeed.patches
+
+replacement_warning verification
+
+distributed.errors
+distributed.handshake distributed.network distributed.rank_info distributed.slurm
+distributed.elastic_store distributed.mpi
+distributed.store
+distributed.init
+distributed
+
+mpi_backend.messages mpi_backend.watch
+mpi_backend.exchange mpi_backend.reductions mpi_backend.work
+mpi_backend.group
+mpi_backend
+
+integrations
+integrations.mpi
+__init__
+cli hf run
+"""
+ROWS = [line.split() for line in CHAIN.splitlines() if line]
+# Folders that could be packages of their own: they import nothing of this one but its version.
+STANDALONE = {"distributed", "mpi_backend"}
 THIRD_PARTY = {"torch"}
 OPTIONAL = {
-    "integrations": {"deepspeed", "mpi4py"},
-    "in_deepspeed": {"deepspeed"},
+    "mpi_backend": {"mpi4py"},
+    "deepspeed": {"deepspeed"},
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
     "checkpoint": {"safetensors"},
     "cli": {"rich"},
     "hf": {"transformers"},
 }
-# The only modules that may name an optional dependency at their top: nobody imports them at theirs.
+# The only modules that may name an optional dependency at their top: none imports them at its own.
 LAZY = {"triton_kernel"}
 
 
 def module_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    """Return the dotted name below the package; "__init__" for the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def imports_of(path: Path) -> set[str]:
-    names: set[str] = set()
+MODULES = {module_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def own_module(name: str) -> str:
+    """Return which module of the package provides `name`, such as "belief_dist.kernels.update_"."""
+    parts = name.split(".")[1:]
+    while parts and ".".join(parts) not in MODULES:
+        parts.pop()  # a name in the module in front of it
+    return ".".join(parts) or "__init__"
+
+
+def imports_of(path: Path) -> tuple[set[str], set[str]]:
+    """Return the modules of the package, and the names of others, that a file imports anywhere."""
+    own: set[str] = set()
+    other: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
+        names = []
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add(node.module or "")
-            if node.module == "belief_dist":
-                names |= {f"belief_dist.{alias.name}" for alias in node.names}
-    return names - {"belief_dist"}
+            module = node.module or ""
+            is_own = module.split(".")[0] == "belief_dist"
+            names = [f"{module}.{alias.name}" for alias in node.names] if is_own else [module]
+        for name in names:
+            if name.split(".")[0] == "belief_dist":
+                own.add(own_module(name))
+            else:
+                other.add(name)
+    return own, other
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.name))
-def test_imports_point_downward(path: Path) -> None:
-    own = module_of(path)
-    row = next(i for i, names in enumerate(ROWS) if own in names)
-    allowed = {name for names in ROWS[:row] for name in names} | {own}
-    for name in imports_of(path):
+def test_every_module_has_its_place() -> None:
+    placed = [name for row in ROWS for name in row]
+    assert sorted(placed) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_upward_in_the_chain(module: str) -> None:
+    row = next(i for i, names in enumerate(ROWS) if module in names)
+    above = {name for names in ROWS[:row] for name in names}
+    own, other = imports_of(MODULES[module])
+    room = module.split(".")[0]
+    assert own - {module} <= above, f"{module} may not import {sorted(own - above)}"
+    if room in STANDALONE:
+        assert {name.split(".")[0] for name in own} <= {room, "version"}
+    for name in other:
         top = name.split(".")[0]
-        if top == "belief_dist":
-            assert name.split(".")[1] in allowed, f"{own} may not import {name}"
-        elif top not in sys.stdlib_module_names and top != "_belief_dist_autoload":
-            assert top in THIRD_PARTY | OPTIONAL.get(own, set()), f"{own} imports {name}"
+        if top not in sys.stdlib_module_names and top != "_belief_dist_autoload":
+            assert top in THIRD_PARTY | OPTIONAL.get(room, set()), f"{module} imports {name}"
+
+
+def test_the_package_alone_registers_adapters() -> None:
+    """What observes the optimizers is imported by `__init__`, and by nothing that trains."""
+    for module, path in MODULES.items():
+        rooms = {name.split(".")[0] for name in imports_of(path)[0]}
+        if module.split(".")[0] not in ("deepspeed", "__init__"):
+            assert "deepspeed" not in rooms, module
+        if module != "__init__":
+            assert "replacement_warning" not in rooms, module
 
 
 def imports_at_the_top(path: Path) -> set[str]:
@@ -93,7 +170,7 @@ def test_triton_is_imported_where_it_serves(path: Path) -> None:
         return
     parts = {part for name in imports_at_the_top(path) for part in name.split(".")}
     assert not parts & {"triton", *LAZY}
-    mentions = any(name.split(".")[0] == "triton" for name in imports_of(path))
+    mentions = any(name.split(".")[0] == "triton" for name in imports_of(path)[1])
     assert not mentions or path.stem == "triton_launch"
 
 

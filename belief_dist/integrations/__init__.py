@@ -1,0 +1,1 @@
+"""Former places of modules, kept for scripts that import them."""
