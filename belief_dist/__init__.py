@@ -9,8 +9,8 @@ from belief_dist.kernels import backends
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.verification import NotAdaBelief, Running, verify
+from belief_dist.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AdaBelief",
     "NotAdaBelief",

@@ -16,10 +16,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-import belief_dist
 from belief_dist.distributed.errors import LaunchError
+from belief_dist.version import __version__
 
 _MAX_SKEW = 5.0  # seconds
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ def own_facts(world_size: int, backend: str) -> dict[str, str]:
         "world size": str(world_size),
         "backend": backend,
         "version of torch": torch.__version__,
-        "version of belief_dist": belief_dist.__version__,
-        "source code of belief_dist": source_hash(Path(belief_dist.__file__).parent),
+        "version of belief_dist": __version__,
+        "source code of belief_dist": source_hash(_PACKAGE),
     }
 
 
