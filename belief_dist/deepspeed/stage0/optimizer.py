@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from belief_dist import checkpoint
-from belief_dist.checkpoint.errors import together
+from belief_dist.checkpoint.errors import run_together
 from belief_dist.deepspeed.stage0.engine import ShardedEngine
 from belief_dist.sharded import ShardedAdaBelief
 
@@ -115,7 +115,7 @@ class EngineOptimizer(ShardedAdaBelief):
         Raises:
             CheckpointError: On every rank, before anything is changed.
         """
-        together(self.links, f"cannot load from {folder}", lambda: _check_folder(folder))
+        run_together(self.links, f"cannot load from {folder}", lambda: _check_folder(folder))
         loaded = checkpoint.load(folder / FOLDER, optimizer=self)
         self._loaded_as = loaded.extra["saved_as"]
 
