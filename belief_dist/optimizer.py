@@ -14,7 +14,7 @@ from belief_dist import kernels
 from belief_dist.deepspeed.patches import serve_zero
 from belief_dist.options import complete_options
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
-from belief_dist.replacement_warning import watch
+from belief_dist.replacement_warning import warn_if_replaced
 from belief_dist.rule import (
     DeviceScalars,
     StepScalars,
@@ -140,7 +140,7 @@ class AdaBelief(Optimizer):
         self._no_decay = no_decay
         super().__init__(as_groups(params, "AdaBelief"), defaults)
         serve_zero(type(self), AdaBelief)
-        watch(self)
+        warn_if_replaced(self)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; options that it leaves out are those of the constructor."""

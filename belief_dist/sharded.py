@@ -32,7 +32,7 @@ from belief_dist.deepspeed.patches import refuse_unknown_engine, watch_engines
 from belief_dist.norm import norm_from_bins
 from belief_dist.options import as_dtype, check_engine_options, complete_options
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
-from belief_dist.replacement_warning import watch
+from belief_dist.replacement_warning import warn_if_replaced
 from belief_dist.rule import step_scalars
 from belief_dist.sharding import codec as wire
 from belief_dist.sharding.bucket import BucketBuffers
@@ -218,7 +218,7 @@ class ShardedAdaBelief(Optimizer):
         self._build()
         self._built = True
         watch_engines()
-        watch(self)
+        warn_if_replaced(self)
 
     # - Construction
 

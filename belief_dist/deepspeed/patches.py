@@ -16,73 +16,71 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from belief_dist.deepspeed import checkpoint_loading as deepspeed_checkpoint
-from belief_dist.deepspeed import fp16 as deepspeed_fp16
-from belief_dist.deepspeed import offload as deepspeed_offload
+from belief_dist.deepspeed import checkpoint_loading, fp16, offload
 from belief_dist.deepspeed.import_hook import when_imported
-from belief_dist.deepspeed.patching import Around, extend_method
+from belief_dist.deepspeed.patching import Wrapper, wrap_method
 from belief_dist.state_init_step import is_called_by
 
 logger = logging.getLogger("belief_dist")
 
 _OLDEST = (0, 18)
 
-# Every method of DeepSpeed that a function of ours stands around: module, class, method, function.
-# In memory, for AdaBelief alone, which each function gets as its first argument.
-_HOOKS: tuple[tuple[str, str, str, Around], ...] = (
+# DeepSpeed methods we wrap, in memory: (module, class, method, wrapper). A wrapper's first argument
+# is the class AdaBelief; it passes calls for other optimizers on.
+_HOOKS: tuple[tuple[str, str, str, Wrapper], ...] = (
     (
         "runtime.engine",
         "DeepSpeedEngine",
         "zero_force_ds_cpu_optimizer",
-        deepspeed_offload.insists_on_its_own,
+        offload.insists_on_its_own,
     ),
     (
         "runtime.base_optimizer",
         "ZeROOptimizer",
         "_configure_master_weights",
-        deepspeed_offload.configure_master_weights,
+        offload.configure_master_weights,
     ),
     (
         "runtime.zero.stage_1_and_2",
         "DeepSpeedZeroOptimizer",
         "__init__",
-        deepspeed_offload.construct_stage12,
+        offload.construct_stage12,
     ),
     (
         "runtime.zero.stage3",
         "DeepSpeedZeroOptimizer_Stage3",
         "__init__",
-        deepspeed_offload.construct_stage3,
+        offload.construct_stage3,
     ),
     (
         "runtime.swap_tensor.optimizer_utils",
         "OptimizerSwapper",
         "_adjust_for_misaligned_lengths",
-        deepspeed_offload.align_gradients,
+        offload.align_gradients,
     ),
     (
         "runtime.engine",
         "DeepSpeedEngine",
         "_configure_fp16_optimizer",
-        deepspeed_fp16.refuse_scale_at_stage0,
+        fp16.refuse_scale_at_stage0,
     ),
     (
         "runtime.base_optimizer",
         "ZeROOptimizer",
         "load_hp_checkpoint_state_from_checkpoint_dir",
-        deepspeed_checkpoint.load_universal_stage12,
+        checkpoint_loading.load_universal_stage12,
     ),
     (
         "runtime.zero.stage3",
         "DeepSpeedZeroOptimizer_Stage3",
         "load_hp_checkpoint_state_from_checkpoint_dir_stage3",
-        deepspeed_checkpoint.load_universal_stage3,
+        checkpoint_loading.load_universal_stage3,
     ),
     (
         "runtime.engine",
         "DeepSpeedEngine",
         "load_checkpoint",
-        deepspeed_checkpoint.load_checkpoint,
+        checkpoint_loading.load_checkpoint,
     ),
 )
 # An engine looks at its optimizer once, whether it has constructed it or was given it, after it has
@@ -138,11 +136,11 @@ def _list_as_tested(cls: type[Optimizer]) -> None:
 def _extend(base: type[Optimizer]) -> None:
     # A DeepSpeed that is too old stays as it is: what has loaded it may have another use for it.
     if not _is_too_old():
-        for module, owner, name, around in _HOOKS:
-            _stand_around(module, owner, name, partial(around, base))
+        for module, owner, name, wrapper in _HOOKS:
+            _wrap(module, owner, name, partial(wrapper, base))
 
 
-def _stand_around(module: str, owner: str, name: str, around: Around) -> None:
+def _wrap(module: str, owner: str, name: str, wrapper: Wrapper) -> None:
     try:
         found = getattr(importlib.import_module(f"deepspeed.{module}"), owner, None)
     except ImportError:
@@ -157,7 +155,7 @@ def _stand_around(module: str, owner: str, name: str, around: Around) -> None:
             name,
         )
         return
-    extend_method(found, name, around)
+    wrap_method(found, name, wrapper)
 
 
 def on_engine(cls: type[Optimizer], enter: Callable[[Any, Any], None]) -> None:
@@ -170,10 +168,10 @@ def watch_engines() -> None:
 
     Our classes alone enter, and go unwrapped. Constructors call this.
     """
-    when_imported("deepspeed", _stand_around, *_SANITY_CHECK, _check_or_enter)
+    when_imported("deepspeed", _wrap, *_SANITY_CHECK, _check_or_enter)
 
 
-def _check_or_enter(original: Around, engine: Any, optimizer: Any) -> Any:
+def _check_or_enter(original: Wrapper, engine: Any, optimizer: Any) -> Any:
     for cls, enter in _entrances.items():
         if isinstance(optimizer, cls):
             enter(engine, optimizer)
