@@ -41,7 +41,7 @@ def _answer(agent: Store, port: int, stopped: threading.Event) -> None:
     answered = 0
     while not stopped.wait(_POLL_SECONDS):
         try:
-            asked = agent.add(_REQUESTS, 0)
+            asked = agent.add(_REQUESTS, 0)  # reads the counter; get() would wait for the key
             for number in range(answered + 1, asked + 1):
                 agent.set(f"{_REQUESTS}/{number}", str(port))
         except dist.DistError:

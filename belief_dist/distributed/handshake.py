@@ -100,6 +100,7 @@ def compare_ranks(
     Raises:
         LaunchError: On every rank, if any rank has a problem, differs from rank 0 or is missing.
     """
+    # The counter is 2 for the second process that claims this rank.
     if store.add(f"arrived/{rank}", 1) > 1:
         raise LaunchError(
             f"another process is rank {rank} of this job already: give every process its own rank, "

@@ -93,6 +93,7 @@ def _join_new(
 ) -> World:
     with ExitStack() as stack:
         store, address, port = open_store(info, environ, timeout, stack)
+        # A prefix for each call: after destroy_process_group the store may hold keys of the last.
         ours = PrefixStore(f"belief_dist/{_count}", store)
         local_rank = info.local_rank
         if local_rank is None:

@@ -70,7 +70,7 @@ def _serve(info: RankInfo, address: str, port: int, timeout: timedelta) -> Opene
             is_master=True,
             wait_for_workers=False,
             timeout=timeout,
-            multi_tenant=port != 0,
+            multi_tenant=port != 0,  # other stores in this process may use MASTER_PORT, too
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
