@@ -365,7 +365,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self._begin("scatter", outputs, start, opts)
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        """Wait until all ranks have called this."""
+        """Complete when all ranks have called this."""
         return self._begin("barrier", [], lambda staging: [self._comm.Ibarrier()], opts)
 
     # - Point-to-point
