@@ -7,8 +7,8 @@ from belief_dist.kernels import backends
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.verification import NotAdaBelief, Running, verify
+from belief_dist.version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AdaBelief",
     "NotAdaBelief",
@@ -24,5 +24,5 @@ __all__ = [
 _belief_dist_autoload.register()
 
 # The optimizers know no adapter; this is the only place where adapters come to know the optimizers.
-observers.on_built += [deepspeed_patches.observe_built, replacement_warning.watch]
+observers.on_built += [deepspeed_patches.observe_built, replacement_warning.warn_if_replaced]
 observers.on_first_step += [deepspeed_patches.observe_first_step]

@@ -1,4 +1,4 @@
-"""The command `belief-dist`: what one does with checkpoints from a shell."""
+"""The command `belief-dist`: inspect, verify, compare and convert checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from belief_dist.checkpoint import CheckpointError, verify
 from belief_dist.checkpoint.checksummed_files import read_manifest
 from belief_dist.checkpoint.formats import convert
-from belief_dist.checkpoint.loading import read_description
+from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.run_directory import find
 
 
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     def action(name: str, run: Any, what: str) -> argparse.ArgumentParser:
         made = tools.add_parser(name, help=what, description=what)
         made.set_defaults(run=run)
-        made.add_argument("--step", type=int, help="of a run's folder; default: the newest")
+        made.add_argument("--step", type=int, help="of a run directory; default: the newest")
         return made
 
     made = action("inspect", _inspect, "Show what a checkpoint holds.")
@@ -76,16 +76,16 @@ def _read(args: argparse.Namespace, path: Path, **more: Any) -> Any:
 
 def _inspect(args: argparse.Namespace) -> int:
     path = find(args.path, args.step)
-    step, sums = read_manifest(path)
-    metadata, description, extra = read_description(path)
-    nbytes = sum(checksum.nbytes for checksum in sums.values())
-    print(f"{path}: step {step}, {len(sums)} files, {nbytes / 1e6:.1f} MB")
-    print(f"saved by {description.get('ranks', 1)} ranks; extra: {sorted(extra)}")
-    for number, group in enumerate(description.get("groups", [])):
+    step, checksums = read_manifest(path)
+    dcp_metadata, metadata, extra = read_metadata(path)
+    nbytes = sum(checksum.nbytes for checksum in checksums.values())
+    print(f"{path}: step {step}, {len(checksums)} files, {nbytes / 1e6:.1f} MB")
+    print(f"saved by {metadata.get('ranks', 1)} ranks; extra: {sorted(extra)}")
+    for number, group in enumerate(metadata.get("groups", [])):
         options = ", ".join(f"{key}={value}" for key, value in group["options"].items())
         print(f"param group {number}: {len(group['params'])} parameters, {options}")
     rows = []
-    for key, entry in metadata.state_dict_metadata.items():
+    for key, entry in dcp_metadata.state_dict_metadata.items():
         size = getattr(entry, "size", None)
         if size is not None:
             properties = entry.properties  # type: ignore[union-attr]
@@ -111,9 +111,9 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    whole = _read(args, args.source, from_adam=args.from_adam, eps=args.eps)
-    written = convert.write(whole, args.target, args.to, template=args.template)
-    print(f"{written}: {len(whole.names)} optimized parameters, step {whole.step}")
+    full = _read(args, args.source, from_adam=args.from_adam, eps=args.eps)
+    written = convert.write(full, args.target, args.to, template=args.template)
+    print(f"{written}: {len(full.names)} optimized parameters, step {full.step}")
     return 0
 
 

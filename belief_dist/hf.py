@@ -1,4 +1,4 @@
-"""For the Trainer of Hugging Face transformers."""
+"""A callback for the Trainer of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from belief_dist.verification import verify
 
 
 class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # transformers may be absent
-    """Says on the main process which optimizer trains; stops all ranks if it is not AdaBelief.
+    """Prints which optimizer trains, on the main process; raises on all ranks if it is another.
 
-    ``Trainer(..., callbacks=[VerifyCallback()])``. It looks when training begins, after the
+    ``Trainer(..., callbacks=[VerifyCallback()])``. The check is made when training begins, after
     Trainer, Accelerate and DeepSpeed have built, wrapped or replaced the optimizer.
 
     Raises:
@@ -20,7 +20,7 @@ class VerifyCallback(TrainerCallback):  # type: ignore[misc]  # transformers may
     """
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Look at the optimizer that the Trainer is about to use."""
+        """Verify the optimizer that the Trainer is about to use."""
         running = verify(kwargs["optimizer"])
         if state.is_world_process_zero:
             print(running, flush=True)

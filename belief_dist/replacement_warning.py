@@ -1,8 +1,8 @@
-"""Notices that another optimizer trains the parameters that were given to one of ours.
+"""Warn if another optimizer trains the parameters that were given to AdaBelief.
 
-Accelerate and the Hugging Face Trainer put DeepSpeedCPUAdam or AdamW in the place of an optimizer
-that the script built, and say nothing. The replaced object never takes a step, so it is watched
-from its construction to its first one.
+Accelerate and the Hugging Face Trainer silently replace an optimizer that the script has built by
+DeepSpeedCPUAdam or AdamW. The replaced object never takes a step, so it is tracked from its
+construction to its first step.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from belief_dist.options import is_first_rank
 
 logger = logging.getLogger("belief_dist")
 
-# Steps of other optimizers to look at: one tells, unless a framework rehearses it (see rehearsal).
-_LOOKS = 10
+# Steps of other optimizers to examine. One is enough, unless a framework takes a step just to
+# create the states (see state_init_step).
+_MAX_EXAMINED = 10
 
 
 class _Watched:
-    """An optimizer that has not taken a step yet; holds neither it nor its parameters alive."""
+    """Weak references to an optimizer that has not taken a step yet, and to its parameters."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.name = type(optimizer).__name__
@@ -33,14 +34,14 @@ class _Watched:
         self.params = [
             weakref.ref(param) for group in optimizer.param_groups for param in group["params"]
         ]
-        self.looks = _LOOKS
+        self.remaining = _MAX_EXAMINED
 
     def is_trained_by(self, other: Optimizer) -> bool:
-        """Return whether `other` certainly trains a parameter of this one."""
+        """Return whether `other` trains a parameter of this optimizer for certain."""
         params = [param for ref in self.params if (param := ref()) is not None]
         stepped = [param for group in other.param_groups for param in group["params"]]
-        # Where this object is gone, a script may have thrown it away and gone on with another on
-        # purpose; under DeepSpeed, below, that is the silent replacement.
+        # If this optimizer has been deleted, the script may have replaced it on purpose. Under
+        # DeepSpeed (below), a deleted one has been replaced silently, too.
         if self.optimizer() is not None and {*map(id, params)} & {*map(id, stepped)}:
             return True
         if any(_is_zero_3_owner(param, other) for param in params):
@@ -52,10 +53,10 @@ class _Watched:
 _unstepped: list[_Watched] = []
 
 
-def watch(optimizer: Optimizer) -> None:
-    """Warn, once and on rank 0, if another optimizer steps what `optimizer` was given, and it not.
+def warn_if_replaced(optimizer: Optimizer) -> None:
+    """Warn, once and on rank 0, if another optimizer steps the parameters in place of `optimizer`.
 
-    Called at the end of a constructor. Costs nothing after the optimizer's own first step.
+    Called at the end of the constructor. Has no cost after the optimizer's own first step.
     """
     _install_hook()
     _unstepped.append(_Watched(optimizer))
@@ -81,13 +82,13 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
                     watched.name,
                 )
         else:
-            watched.looks -= 1
-            if not watched.looks:
+            watched.remaining -= 1
+            if not watched.remaining:
                 _unstepped.remove(watched)
 
 
 def _address(tensor: Tensor) -> object:
-    """Return where the memory begins that a tensor is a part of; unique if it has none."""
+    """Return the address of a tensor's storage; a unique object if it has none."""
     try:
         return tensor.untyped_storage().data_ptr() or object()
     except RuntimeError:  # a DTensor
@@ -95,11 +96,11 @@ def _address(tensor: Tensor) -> object:
 
 
 def _zero_fragment(param: Tensor) -> Tensor | None:
-    """Return this rank's part of the master copy that ZeRO-1 or 2 steps in place of `param`."""
+    """Return the fragment of the fp32 master that ZeRO-1 or 2 updates in place of `param`."""
     mapping = getattr(param, "_hp_mapping", None)
     return getattr(mapping, "hp_fragment", None)
 
 
 def _is_zero_3_owner(param: Tensor, other: Optimizer) -> bool:
-    """Return whether `other` is the optimizer inside the ZeRO-3 one that owns `param`."""
+    """Return whether `other` is the inner optimizer of the ZeRO-3 optimizer that owns `param`."""
     return getattr(getattr(param, "_z3_optimizer", None), "optimizer", None) is other

@@ -1,8 +1,8 @@
-"""Runs a script with AdaBelief registered, where that does not happen by itself.
+"""Run a script with AdaBelief registered, where torch does not do that by itself.
 
-`deepspeed --module belief_dist.run train.py ARGS` is `deepspeed train.py ARGS`, and likewise under
-torchrun or python, but for one thing: belief_dist is imported first. It serves where torch's
-autoload is off (TORCH_DEVICE_BACKEND_AUTOLOAD=0) or the package is on PYTHONPATH only.
+`deepspeed --module belief_dist.run train.py ARGS` does the same as `deepspeed train.py ARGS` (and
+likewise under torchrun or python), except that it imports belief_dist first. It is needed where
+torch's autoload is off (TORCH_DEVICE_BACKEND_AUTOLOAD=0) or the package is on PYTHONPATH only.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-import belief_dist  # noqa: F401  (makes the names resolvable)
+import belief_dist  # noqa: F401  (registers the names with torch.optim)
 
 _USAGE = "usage: python -m belief_dist.run [--local_rank=N] (SCRIPT | -m MODULE) [ARGS ...]"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run a script or module as `python` would: __main__, sys.argv and sys.path are its own.
+    """Run a script or module as `python` would, with its own __main__, sys.argv and sys.path.
 
     Args:
-        arguments: What to run and its arguments. The deepspeed launcher puts `--local_rank=N`
-            before the script; the script receives it first, as it does from the launcher itself.
+        arguments: The script and its arguments. The deepspeed launcher puts `--local_rank=N`
+            before the script, which then receives it as its first argument, as usual.
 
     Raises:
         SystemExit: There is nothing to run (status 2), or the script exits.

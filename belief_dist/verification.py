@@ -1,4 +1,4 @@
-"""Which optimizer really trains, whatever framework was asked to use AdaBelief."""
+"""Find out which optimizer actually trains under a framework that was asked for AdaBelief."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _JSON = '"optimizer": {"type": "AdaBelief", "params": {...}} in the DeepSpeed JS
 
 
 class NotAdaBelief(RuntimeError):
-    """Another optimizer than AdaBelief trains, or none that could be found."""
+    """An optimizer other than AdaBelief trains, or none was found."""
 
 
 @dataclass(frozen=True)
 class Running:
-    """The optimizer that really steps; as a string, one line that says so.
+    """The optimizer that actually steps; as a string, a one-line description.
 
     Attributes:
         optimizer: AdaBelief or ShardedAdaBelief.
-        wrappers: What stands around it, outermost first, such as "DeepSpeedEngine".
+        wrappers: Class names of its wrappers, outermost first, such as "DeepSpeedEngine".
         ranks: World size.
-        backend: What computes its update: "cpp", "triton", "foreach" or "eager".
+        backend: Backend of its update: "cpp", "triton", "foreach" or "eager".
     """
 
     optimizer: AdaBelief | ShardedAdaBelief
@@ -47,20 +47,20 @@ class Running:
 
 
 def verify(training: Any) -> Running:
-    """Tell which optimizer really trains; raise where it is not one of belief_dist's.
+    """Return which optimizer actually trains; raise if it is not one of belief_dist's.
 
-    Communicates nothing, so any rank may ask; frameworks decide alike on all of them.
+    Does not communicate, so a single rank may call it; frameworks choose the same on all ranks.
 
     Args:
         training: A DeepSpeed engine, an Accelerator after `prepare`, a Trainer of Hugging Face
             (once training has begun) or of Lightning, or an optimizer in any of their wrappers.
 
     Returns:
-        Optimizer, wrappers, ranks and kernel; print it for one line.
+        Optimizer, wrappers, ranks and kernel; printing it gives one line.
 
     Raises:
-        NotAdaBelief: Something else runs; names it, the cause if it is a known one, and the way
-            out.
+        NotAdaBelief: Another optimizer runs; the message names it, the cause if known, and what to
+            do.
     """
     chain = _chain(training)
     optimizer = chain[-1]
@@ -75,7 +75,7 @@ def verify(training: Any) -> Running:
 
 
 def _chain(training: Any) -> list[Any]:
-    """Return `training` and what it wraps, down to what has no optimizer inside."""
+    """Return `training` and the objects it wraps, down to one without an inner optimizer."""
     chain = [training]
     while not isinstance(chain[-1], (AdaBelief, ShardedAdaBelief)):
         inner = _inside(chain[-1])
@@ -86,8 +86,8 @@ def _chain(training: Any) -> list[Any]:
 
 
 def _inside(outer: Any) -> Any:
-    """Return the optimizer or engine that an object of some framework holds, or None."""
-    # Trainer and engine and every wrapper call it "optimizer"; Accelerate and Lightning have lists.
+    """Return the optimizer or engine that a framework's object wraps, or None."""
+    # Trainer, engine and all wrappers call it "optimizer"; Accelerate and Lightning have lists.
     for name in ("optimizer", "_optimizers", "optimizers"):
         inner = getattr(outer, name, None)
         if isinstance(inner, (list, tuple)):
@@ -114,7 +114,7 @@ def _backend(optimizer: AdaBelief | ShardedAdaBelief) -> str:
 
 
 def _explain(found: Any, chain: list[Any]) -> str:
-    """Return one sentence: what runs, why, and what to do."""
+    """Return a sentence that says what runs, why, and what to do."""
     name = type(found).__name__
     if name in ("DummyOptim", "DummyScheduler"):
         return (
@@ -151,7 +151,7 @@ def _explain(found: Any, chain: list[Any]) -> str:
 
 
 def _named_in_config(chain: list[Any]) -> str | None:
-    """Return the optimizer that an engine's JSON names, if there is an engine and it names one."""
+    """Return the name of the optimizer in the engine's JSON, or None without engine or name."""
     for outer in chain:
         config = getattr(outer, "_config", None)
         name = getattr(config, "optimizer_name", None)

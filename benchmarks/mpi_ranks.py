@@ -19,7 +19,7 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from belief_dist.distributed.rank_info import read_place
+from belief_dist.distributed.rank_info import read_rank_info
 from benchmarks import network
 from benchmarks.engines import Train, sharded
 from benchmarks.mpi import BACKENDS, COLLECTIVES, OVERLAPPED, Measured, Task
@@ -132,14 +132,14 @@ def measure_steps(groups: _Groups, work: Workload, rounds: int) -> Measured:
 
 
 def main(task: Task) -> None:
-    place = read_place(os.environ)
+    info = read_rank_info(os.environ)
     if task.namespaces:
-        network.enter(task.namespaces[place.rank])
+        network.enter(task.namespaces[info.rank])
     torch.set_num_threads(task.work.threads)
     warnings.simplefilter("ignore")
     dist.init_process_group(
-        "gloo", init_method=f"file://{task.folder}/store", rank=place.rank,
-        world_size=place.world_size, timeout=_TIMEOUT,
+        "gloo", init_method=f"file://{task.folder}/store", rank=info.rank,
+        world_size=info.world_size, timeout=_TIMEOUT,
     )  # fmt: skip
     import belief_dist.mpi_backend  # noqa: F401  # MPI starts in the namespace
 
@@ -149,7 +149,7 @@ def main(task: Task) -> None:
         "overlap": measure_overlap(groups, max(task.megabytes), task.rounds),
         "step": measure_steps(groups, task.work, task.rounds),
     }
-    if place.rank == 0:
+    if info.rank == 0:
         Path(task.folder, "found.json").write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()

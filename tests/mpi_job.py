@@ -25,12 +25,12 @@ from torch.nn.parallel import DistributedDataParallel
 import belief_dist.mpi_backend
 import test_checkpoint
 from belief_dist import AdaBelief, ShardedAdaBelief
-from belief_dist.distributed.rank_info import read_place
+from belief_dist.distributed.rank_info import read_rank_info
 from models import HYPER
 from test_checkpoint_torch import continues
 from test_sharded import combinations, main_comparison
 
-PLACE = read_place(os.environ)
+PLACE = read_rank_info(os.environ)
 RANK, SIZE = PLACE.rank, PLACE.world_size
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from belief_dist.checkpoint.chunks import boxes
-from belief_dist.checkpoint.dcp_tensor import pieces_of
+from belief_dist.checkpoint.chunks import chunks_of_range
+from belief_dist.checkpoint.dcp_tensor import make_dcp_tensor
 
 
 @settings(deadline=None, max_examples=150)
@@ -21,7 +21,7 @@ def test_boxes_hold_the_range(shape: list[int], data: st.DataObject) -> None:
     stop = data.draw(st.integers(start, numel))
     limit = data.draw(st.integers(1, 40))
     whole = torch.arange(numel).view(shape)
-    found = list(boxes(shape, start, stop, max_numel=limit))
+    found = list(chunks_of_range(shape, start, stop, max_numel=limit))
     for box in found:
         part = whole
         for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
@@ -37,9 +37,9 @@ def test_pieces_are_boxes_of_the_logical_tensor(strides: tuple[int, ...]) -> Non
     sizes = {(1, 8, 4): (4, 3, 2), (12, 4, 1): (2, 3, 4), (4, 1, 8): (2, 4, 3)}[strides]
     memory = torch.arange(24)
     logical = memory.as_strided(sizes, strides)
-    parts = pieces_of(memory[5:17], 5, 17, sizes, torch.int64, strides=strides)
+    parts = make_dcp_tensor(memory[5:17], 5, 17, sizes, torch.int64, strides=strides)
     seen = []
-    for offsets, piece in parts.pieces.items():
+    for offsets, piece in parts.chunks.items():
         part = logical
         for dim, (offset, size) in enumerate(zip(offsets, piece.sizes, strict=True)):
             part = part.narrow(dim, offset, size)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from belief_dist import AdaBelief, checkpoint
-from belief_dist.checkpoint import checksummed_files as files
+from belief_dist.checkpoint import checksummed_files
 from belief_dist.checkpoint.async_save import Staging
 from ranks import run_ranks
 from test_checkpoint import Odd, build, compare, everything, train
@@ -23,13 +23,13 @@ from test_checkpoint import Odd, build, compare, everything, train
 def trains_on(run: Path, options: dict[str, Any]) -> None:
     """What is saved is the state of the call, whatever training does meanwhile."""
     gate = threading.Event()
-    original = files._Summing.write
+    original = checksummed_files._ChecksumStream.write
 
     def slow(self: Any, data: Any) -> int:
         assert gate.wait(30)
         return original(self, data)
 
-    files._Summing.write = slow  # type: ignore[method-assign]
+    checksummed_files._ChecksumStream.write = slow  # type: ignore[method-assign]
     try:
         model, optimizer = build(**options)
         train(model, optimizer, range(3))
@@ -47,7 +47,7 @@ def trains_on(run: Path, options: dict[str, Any]) -> None:
             later = everything(model, optimizer)
             train(model, optimizer, range(6, 7))
     finally:
-        files._Summing.write = original  # type: ignore[method-assign]
+        checksummed_files._ChecksumStream.write = original  # type: ignore[method-assign]
     assert sorted(p.name for p in run.iterdir()) == ["latest", "step-00000006"]
     other, other_optimizer = build(seed=4, **options)
     checkpoint.load(run, model=other, optimizer=other_optimizer)

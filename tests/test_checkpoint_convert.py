@@ -16,7 +16,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from belief_dist import AdaBelief, checkpoint, cli
 from belief_dist.checkpoint.formats import convert
-from belief_dist.checkpoint.formats.full_state import read_whole, write_whole
+from belief_dist.checkpoint.formats.full_state import read_full_state, write_full_state
 from belief_dist.checkpoint.formats.safetensors import read_safetensors, write_safetensors
 from belief_dist.checkpoint.formats.torch import from_state_dict, to_official, to_state_dict
 from models import HYPER
@@ -56,8 +56,8 @@ def test_adabelief_and_its_checkpoint(tmp_path: Path) -> None:
     optimizer = AdaBelief(model.named_parameters(), **HYPER)
     steps(model, optimizer, range(3))
     whole = from_state_dict(optimizer.state_dict(), model.state_dict())
-    write_whole(whole, tmp_path)
-    again = read_whole(tmp_path)
+    write_full_state(whole, tmp_path)
+    again = read_full_state(tmp_path)
     assert not convert.differences(whole, again) and again.step == 3
     assert same(to_state_dict(again)["state"], optimizer.state_dict()["state"])
     other = small(1)
@@ -89,8 +89,8 @@ def test_the_official_package(tmp_path: Path, amsgrad: bool) -> None:
     whole = from_state_dict(
         theirs.state_dict(), model.state_dict(), names=names_of(model), options={"rectify": False}
     )
-    write_whole(whole, tmp_path)
-    again = to_official(read_whole(tmp_path))
+    write_full_state(whole, tmp_path)
+    again = to_official(read_full_state(tmp_path))
     assert same(again["state"], theirs.state_dict()["state"])
     assert same(again["param_groups"], theirs.state_dict()["param_groups"])
     other = small(1)
@@ -111,8 +111,8 @@ def consolidates(folder: Path) -> None:
         saved = optimizer.state_dict()
         assert len(saved["state"]) == len(names_of(model))  # of all ranks
         whole = from_state_dict(saved, model.state_dict(), names=names_of(model))
-        write_whole(whole, folder)
-        again = to_state_dict(read_whole(folder))
+        write_full_state(whole, folder)
+        again = to_state_dict(read_full_state(folder))
         assert same(again["state"], dict(saved["state"]))
         for group in again["param_groups"]:
             del group["param_names"]
@@ -200,7 +200,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert run("diff", ours, tmp_path / "back") == 1
     assert "weight of embed.weight: torch.float32 (33, 31) and" in capsys.readouterr().out
-    one, two = read_whole(ours), read_whole(tmp_path / "back")
+    one, two = read_full_state(ours), read_full_state(tmp_path / "back")
     assert same(one.states, two.states) and same(one.steps, two.steps)
 
     for arguments, sentence in [
@@ -223,7 +223,7 @@ def test_old_formats(folder: Path) -> None:
     loaded = checkpoint.load(folder, model=model, optimizer=optimizer)
     assert loaded.step == 3 and loaded.extra == {"epoch": 7}
     expected = torch.load(folder / "expected.pt", weights_only=True)
-    whole = read_whole(folder)
+    whole = read_full_state(folder)
     assert same(dict(model.state_dict()), expected["model"])
     assert same(whole.states, expected["states"]) and same(whole.steps, expected["steps"])
     assert [g["lr"] for g in optimizer.param_groups] == [0.04, 0.05]

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from belief_dist.checkpoint.formats import convert
-from belief_dist.checkpoint.formats.full_state import Whole, read_whole
+from belief_dist.checkpoint.formats.full_state import FullState, read_full_state
 from deepspeed_checkpoint_job import CASES, WORLD_SIZE
 from test_deepspeed import launch
 
 JOB = Path(__file__).with_name("deepspeed_checkpoint_job.py")
 
 
-def check_resumed(folder: Path, source: str, ranks: int, name: str, saved: Whole) -> None:
+def check_resumed(folder: Path, source: str, ranks: int, name: str, saved: FullState) -> None:
     """Compare what was loaded, bit for bit, and what was trained from there."""
     resumed = folder / f"resumed-{source}-{ranks}" / name
     loaded = convert.read(resumed / "at3", trust=True)
@@ -67,7 +67,7 @@ def test_zero_and_universal(tmp_path: Path) -> None:
             if isinstance(saved, dict) and "param" in saved:
                 torch.save({**saved, "param": torch.zeros_like(saved["param"])}, file)
         convert.write(whole, tmp_path / "ours" / name, "belief_dist")
-        ours = read_whole(tmp_path / "ours" / name)
+        ours = read_full_state(tmp_path / "ours" / name)
         assert convert.differences(whole, ours) == []
         again = tmp_path / "again" / name
         again.mkdir(parents=True)

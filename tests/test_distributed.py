@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 
-from belief_dist.distributed import LaunchError, slurm
-from belief_dist.distributed import handshake as peers
+from belief_dist.distributed import LaunchError, handshake, slurm
 from belief_dist.distributed.network import address_towards, interface_of
-from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, read_place
+from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, read_rank_info
 from benchmarks.jobs import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +61,7 @@ OUTER_SRUN = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LO
     ],
 )
 def test_every_launcher_tells_the_place(environ: dict[str, str], launcher: str) -> None:
-    place = read_place(environ)
+    place = read_rank_info(environ)
     assert (place.rank, place.world_size) == (3, 4)
     assert (place.local_rank, place.local_world_size) == (1, 2)
     assert place.launcher == launcher
@@ -79,7 +78,7 @@ def test_every_launcher_tells_the_place(environ: dict[str, str], launcher: str) 
     ],
 )
 def test_without_a_launcher_a_process_is_alone(environ: dict[str, str]) -> None:
-    place = read_place(environ)
+    place = read_rank_info(environ)
     assert (place.rank, place.world_size, place.local_rank) == (0, 1, 0)
 
 
@@ -108,7 +107,7 @@ BY_HAND = {"RANK": "1", "WORLD_SIZE": "4"}
 )
 def test_an_impossible_environment_is_named(environ: dict[str, str], said: str) -> None:
     with pytest.raises(LaunchError, match=said):
-        read_place(environ)
+        read_rank_info(environ)
 
 
 @pytest.mark.parametrize(
@@ -182,10 +181,10 @@ def test_interfaces_are_found_by_their_addresses() -> None:
 
 
 def test_the_hash_changes_with_any_source_file(tmp_path: Path) -> None:
-    hashes = [peers.source_hash(tmp_path)]
+    hashes = [handshake.source_hash(tmp_path)]
     for name, text in (("a.py", "1"), ("a.py", "2"), ("b.cpp", "2"), ("notes.txt", "2")):
         (tmp_path / name).write_text(text)
-        hashes.append(peers.source_hash(tmp_path))
+        hashes.append(handshake.source_hash(tmp_path))
     assert len(set(hashes)) == 4 and hashes[-1] == hashes[-2]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from belief_dist.deepspeed import import_hook as imported
+from belief_dist.deepspeed import import_hook
 
 NAME = "belief_dist_test_package"
 
@@ -26,7 +26,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (file.parent / "part.py").write_text("value = 3\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
-    monkeypatch.setattr(imported, "_finders", {})
+    monkeypatch.setattr(import_hook, "_finders", {})
     yield file
     for name in [NAME, f"{NAME}.part"]:
         sys.modules.pop(name, None)
@@ -46,13 +46,13 @@ def look() -> Callable[[], None]:
 
 def test_called_once_and_after_the_import(package, look):
     for _ in range(3):
-        imported.when_imported(NAME, look)
+        import_hook.when_imported(NAME, look)
     assert NAME not in sys.modules
     assert importlib.util.find_spec(NAME) is not None  # as frameworks ask what is installed
     assert look.seen == []
     importlib.import_module(f"{NAME}.part")
     assert look.seen == [3]
-    imported.when_imported(NAME, look)  # now
+    import_hook.when_imported(NAME, look)  # now
     assert look.seen == [3, 3]
     spec = sys.modules[NAME].__spec__
     assert spec.origin == str(package)
@@ -62,15 +62,15 @@ def test_called_once_and_after_the_import(package, look):
 
 def test_called_by_a_package_that_is_there(package, look):
     importlib.import_module(NAME)
-    imported.when_imported(NAME, look)
+    import_hook.when_imported(NAME, look)
     assert look.seen == [3]
-    assert not any(isinstance(finder, imported._Finder) for finder in sys.meta_path)
+    assert not any(isinstance(finder, import_hook._Finder) for finder in sys.meta_path)
 
 
 def test_an_import_that_fails_calls_nothing_and_the_next_one_does(package, look):
     good = package.read_text()
     package.write_text("raise OSError('no accelerator')\n")
-    imported.when_imported(NAME, look)
+    import_hook.when_imported(NAME, look)
     with pytest.raises(OSError, match="no accelerator"):
         importlib.import_module(NAME)
     assert look.seen == []
@@ -81,7 +81,7 @@ def test_an_import_that_fails_calls_nothing_and_the_next_one_does(package, look)
 
 
 def test_a_package_that_is_imported_anew_is_called_for_again(package, look):
-    imported.when_imported(NAME, look)
+    import_hook.when_imported(NAME, look)
     module = importlib.import_module(NAME)
     importlib.reload(module)
     assert look.seen == [3, 3]
@@ -91,11 +91,11 @@ def test_a_package_that_is_imported_anew_is_called_for_again(package, look):
 
 
 def test_a_package_that_is_absent_stays_so(package, monkeypatch):
-    imported.when_imported("belief_dist_no_such_package", print)
+    import_hook.when_imported("belief_dist_no_such_package", print)
     with pytest.raises(ModuleNotFoundError, match="No module named 'belief_dist_no_such_package'"):
         importlib.import_module("belief_dist_no_such_package")
     monkeypatch.setitem(sys.modules, NAME, None)  # the way to forbid one
-    imported.when_imported(NAME, print)
+    import_hook.when_imported(NAME, print)
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module(NAME)
 
@@ -103,7 +103,7 @@ def test_a_package_that_is_absent_stays_so(package, monkeypatch):
 def test_a_folder_without_code_is_left_alone(package):
     package.unlink()
     importlib.invalidate_caches()
-    imported.when_imported(NAME, print)
+    import_hook.when_imported(NAME, print)
     assert importlib.import_module(NAME).__file__ is None
 
 
@@ -123,7 +123,7 @@ def test_another_finder_of_this_kind(package, look):
                 self.asks = False
 
     sys.meta_path.insert(0, Nosy())
-    imported.when_imported(NAME, look)
+    import_hook.when_imported(NAME, look)
     sys.meta_path.insert(0, Nosy())
     importlib.import_module(NAME)
     assert look.seen == [3]
@@ -143,6 +143,6 @@ def test_while_another_thread_imports(package, look):
     del sys.belief_dist_test
     assert begun.wait(30)
     threading.Timer(0.1, go_on.set).start()
-    imported.when_imported(NAME, look)
+    import_hook.when_imported(NAME, look)
     importing.join()
     assert look.seen == [3]

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
 
 from belief_dist import ShardedAdaBelief, checkpoint
 from belief_dist.checkpoint.formats.convert import differences
-from belief_dist.checkpoint.formats.full_state import read_whole
+from belief_dist.checkpoint.formats.full_state import read_full_state
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.options import DEFAULTS
@@ -190,7 +190,7 @@ def checkpoints_reshard(folder: Path) -> None:
         again = folder / f"{dp}x{tp}"
         checkpoint.save(again, 3, model=other, optimizer=other_optimizer)
         if dist.get_rank() == 0:
-            one, two = read_whole(folder / "first"), read_whole(again)
+            one, two = read_full_state(folder / "first"), read_full_state(again)
             assert differences(one, two) == [], (dp, tp)
             assert one.states["1.weight"]["exp_avg_sq"].shape == (10, 6)
             assert one.steps["3.bias"] == 3

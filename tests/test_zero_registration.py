@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from belief_dist import AdaBelief
-from belief_dist.deepspeed import import_hook as imported
+from belief_dist.deepspeed import import_hook
 
 
 class Own(AdaBelief):
@@ -52,7 +52,7 @@ def test_an_old_engine_is_refused_and_an_old_bystander_is_not(deepspeed):
 def test_a_deepspeed_that_comes_later_is_told(tmp_path, monkeypatch, caplog):
     for name in [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setattr(imported, "_finders", {})
+    monkeypatch.setattr(import_hook, "_finders", {})
     monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
     monkeypatch.syspath_prepend(tmp_path)
     zero = tmp_path / "deepspeed" / "runtime" / "zero"

@@ -1,6 +1,6 @@
-"""Checkpoints that any number of ranks writes, and any number of ranks reads.
+"""Checkpoints that load at any world size, whatever world size saved them.
 
-They are checkpoints of `torch.distributed.checkpoint` (DCP): its tools read them.
+They have the format of `torch.distributed.checkpoint` (DCP), whose tools can read them.
 """
 
 from belief_dist.checkpoint.async_save import BackgroundSaver

@@ -1,4 +1,4 @@
-"""Saves that go on in the background: the caller waits for a copy in memory, and trains on."""
+"""Asynchronous saves: copy to host memory, then write in a thread while training goes on."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from belief_dist.checkpoint.dcp_tensor import Piece, Pieces
-from belief_dist.checkpoint.errors import CheckpointError, together
+from belief_dist.checkpoint.dcp_tensor import DcpChunk, DcpTensor
+from belief_dist.checkpoint.errors import CheckpointError, run_together
 from belief_dist.checkpoint.saving import Saved, check_arguments, contents, team_of, write
 from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
 
@@ -26,24 +26,24 @@ logger = logging.getLogger("belief_dist")
 
 
 class Staging:
-    """Copies of what is to be written, in host memory that later saves use again."""
+    """Copies of a checkpoint's entries in host memory, which later saves reuse."""
 
     def __init__(self) -> None:
-        """Start with no memory."""
+        """Start without buffers."""
         self._buffers: dict[tuple[str, torch.Size], Tensor] = {}
 
     def stage(self, entries: Mapping[str, Any], team: Collectives) -> dict[str, Any]:
-        """Return copies of this rank's share; what all ranks hold is copied by one of them."""
+        """Return copies of this rank's share; of replicated tensors every rank copies a part."""
         staged: dict[str, Any] = {}
-        turn = 0
+        turn = 0  # replicated tensors are dealt out to the ranks in turn
         for key, value in entries.items():
-            if isinstance(value, Pieces):
+            if isinstance(value, DcpTensor):
                 if value.replicated:
                     turn += 1
                     if turn % team.world_size != team.rank:
                         continue
-                pieces = [self._copy(key, piece) for piece in value.pieces.values()]
-                staged[key] = Pieces(value.shape, value.dtype, pieces)
+                chunks = [self._copy(key, chunk) for chunk in value.chunks.values()]
+                staged[key] = DcpTensor(value.shape, value.dtype, chunks)
             elif isinstance(value, Tensor):
                 turn += 1
                 if hasattr(value, "device_mesh") or turn % team.world_size == team.rank:
@@ -51,35 +51,36 @@ class Staging:
             else:
                 staged[key] = copy.deepcopy(value)
         if torch.cuda.is_available():
+            # The copies are non-blocking, and training may overwrite their sources next.
             torch.cuda.current_stream().synchronize()
         return staged
 
-    def _copy(self, key: str, piece: Piece) -> Piece:
-        tensor = piece.read()
-        buffer = self._buffers.get((key, piece.offsets))
+    def _copy(self, key: str, chunk: DcpChunk) -> DcpChunk:
+        tensor = chunk.read()
+        buffer = self._buffers.get((key, chunk.offsets))
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             pinned = tensor.device.type == "cuda"
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
-            self._buffers[key, piece.offsets] = buffer
-        held = buffer
-        held.copy_(tensor, non_blocking=True)
-        return Piece(piece.offsets, piece.sizes, lambda: held)
+            self._buffers[key, chunk.offsets] = buffer
+        staged = buffer  # bound here: `buffer` may be None for the type checker inside the lambda
+        staged.copy_(tensor, non_blocking=True)
+        return DcpChunk(chunk.offsets, chunk.sizes, lambda: staged)
 
     def nbytes(self) -> int:
-        """Return the bytes of all buffers."""
+        """Return the size of all buffers in bytes."""
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
 class BackgroundSaver:
     """Writes the checkpoints of a run while it trains; every method is called by all ranks.
 
-    A save that fails is raised by the next `save`, `wait` or `optimizer.step()`, on all ranks in
-    the same call; the previous checkpoint is untouched. At most one save is in flight: the next one
-    waits for it.
+    If a save fails, the next `save`, `wait` or `optimizer.step()` raises, on all ranks in the same
+    call; the previous checkpoint is unchanged. At most one save is in flight: the next one waits
+    for it.
 
     Args:
         run, model, optimizer, scaler, keep, process_group: As for `save`.
-        timeout: After which a rank that does not answer becomes an error.
+        timeout: How long to wait for a rank before that is an error.
     """
 
     def __init__(
@@ -97,7 +98,8 @@ class BackgroundSaver:
         self._run, self._keep = Path(run), keep
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._team = team_of(optimizer, process_group)
-        # One for the thread, one for us: messages of the two must not mix.
+        # Two groups, one for the writing thread and one for the caller: if they shared one, their
+        # collectives could interleave differently on different ranks.
         self._writers = _over_gloo(self._team, timeout)
         self._flags = _over_gloo(self._team, timeout)
         self._staging = Staging()
@@ -109,12 +111,12 @@ class BackgroundSaver:
             self._hook = optimizer.register_step_pre_hook(self._before_step)
 
     def save(self, step: int, *, extra: Mapping[str, Any] | None = None) -> float:
-        """Copy everything and begin to write it; return the seconds for which that has blocked.
+        """Copy everything and start to write it; return the seconds for which this has blocked.
 
-        What the optimizer has under way is settled first.
+        Waits for the optimizer's pending communication first.
 
         Raises:
-            CheckpointError: On every rank: this save cannot begin, or the one before it has failed.
+            CheckpointError: On every rank, if this save cannot start or the previous one failed.
         """
         begin = time.perf_counter()
         self.wait()
@@ -124,7 +126,7 @@ class BackgroundSaver:
             entries = contents(self._model, self._optimizer, self._scaler, extra)
             return self._staging.stage(entries, self._team)
 
-        staged = together(self._flags, f"cannot save step {step} to {self._run}", collect)
+        staged = run_together(self._flags, f"cannot save step {step} to {self._run}", collect)
         blocked = time.perf_counter() - begin
         self._thread = threading.Thread(
             target=self._write, args=(step, staged, begin, blocked), name="belief_dist save"
@@ -144,25 +146,26 @@ class BackgroundSaver:
             self._failure = error
 
     def wait(self) -> Saved | None:
-        """Wait for the save in flight; return what became of the last one.
+        """Wait for the save in flight, and return the result of the last save.
 
         Raises:
-            CheckpointError: On every rank: it has failed.
+            CheckpointError: On every rank, if that save failed on any.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
             failure, self._failure = self._failure, None
-            sentences = self._flags.exchange(None if failure is None else str(failure))
-            first = next((sentence for sentence in sentences if sentence is not None), None)
+            messages = self._flags.exchange(None if failure is None else str(failure))
+            first = next((message for message in messages if message is not None), None)
             if first is not None:
                 raise CheckpointError(first) from failure
         return self._result
 
     def _before_step(self, *_: Any) -> None:
-        """Raise what has failed, once all ranks know that the save is over: in the same step."""
+        """Raise the error of a failed save, in the first step at which all ranks have ended it."""
         if self._thread is None:
             return
+        # MIN: 1 only if the threads of all ranks have ended.
         done = torch.tensor(int(not self._thread.is_alive()))
         if self._flags.group is not None:
             dist.all_reduce(done, op=dist.ReduceOp.MIN, group=self._flags.group)
@@ -170,14 +173,14 @@ class BackgroundSaver:
             self.wait()
 
     def close(self) -> Saved | None:
-        """Wait as `wait` does, and let go of the optimizer."""
+        """Wait for the save in flight, and remove the hook from the optimizer."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
         return self.wait()
 
     def __enter__(self) -> BackgroundSaver:
-        """Return itself."""
+        """Return self."""
         return self
 
     def __exit__(
@@ -186,7 +189,7 @@ class BackgroundSaver:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close; after an error, without talking to the other ranks."""
+        """Close; after an error without collectives, as other ranks may not take part in them."""
         if error is None:
             self.close()
             return
@@ -199,6 +202,8 @@ class BackgroundSaver:
 def _over_gloo(team: Collectives, timeout: timedelta) -> Collectives:
     if team.world_size == 1:
         return SingleRank()
+    # gloo also beside NCCL: a thread must not queue collectives on the communicator of training.
+    # With use_local_synchronization only the members need to call this.
     group: dist.ProcessGroup = dist.new_group(
         team.members, timeout=timeout, backend="gloo", use_local_synchronization=True
     )

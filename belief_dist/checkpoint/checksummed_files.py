@@ -1,4 +1,4 @@
-"""DCP's files with checksums: made while they are written, compared before they are read."""
+"""Checksums of DCP's files: computed while they are written, compared before they are read."""
 
 from __future__ import annotations
 
@@ -24,36 +24,36 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 MANIFEST = "manifest.json"
-_AT_ONCE = 1 << 22
+_READ_BYTES = 1 << 22
 
 
 class Checksum(NamedTuple):
-    """Of a file's contents."""
+    """Size and CRC-32 of a file."""
 
     nbytes: int
     crc32: int
 
 
-class _Summing:
-    """A file that is written once, from front to back."""
+class _ChecksumStream:
+    """A file, written sequentially, whose checksum is updated with every write."""
 
-    def __init__(self, stream: Any, name: str, owner: _SummingFiles) -> None:
+    def __init__(self, stream: Any, name: str, owner: _ChecksumFileSystem) -> None:
         self._stream, self._name, self._owner = stream, name, owner
         self._nbytes = self._crc = 0
 
     def write(self, data: Any) -> int:
         try:
-            # Unbuffered: a buffer's late failure would have no one to tell.
+            # Unbuffered, so that a full disk fails here and not in a flush at close.
             view = memoryview(data).cast("B")
             while view:
                 view = view[self._stream.write(view) :]
         except OSError as error:
-            self._owner.failure = error  # torch tells of it as "file write failed"
+            self._owner.failure = error  # torch reports only "file write failed"
             raise
         self._crc = zlib.crc32(data, self._crc)
         count = memoryview(data).nbytes
         self._nbytes += count
-        self._owner.sums[self._name] = Checksum(self._nbytes, self._crc)
+        self._owner.checksums[self._name] = Checksum(self._nbytes, self._crc)
         return count
 
     def tell(self) -> int:
@@ -69,9 +69,9 @@ class _Summing:
         return cast(int, self._stream.fileno())
 
 
-class _SummingFiles(FileSystem):
+class _ChecksumFileSystem(FileSystem):
     def __init__(self) -> None:
-        self.sums: dict[str, Checksum] = {}
+        self.checksums: dict[str, Checksum] = {}
         self.failure: OSError | None = None
 
     @contextmanager
@@ -82,37 +82,40 @@ class _SummingFiles(FileSystem):
             return
         path = Path(path)
         with path.open("wb", buffering=0) as raw:
-            summing = _Summing(raw, path.name, self)
-            self.sums[path.name] = Checksum(0, 0)
-            yield summing
+            checksum_stream = _ChecksumStream(raw, path.name, self)
+            self.checksums[path.name] = Checksum(0, 0)
+            yield checksum_stream
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)
-        self.sums[Path(new_path).name] = self.sums.pop(Path(path).name)
+        self.checksums[Path(new_path).name] = self.checksums.pop(Path(path).name)
 
 
-class SummingWriter(FileSystemWriter):
-    """DCP's writer of one file for each rank, flushed to the disk, with checksums."""
+class ChecksumWriter(FileSystemWriter):
+    """DCP's writer of one file per rank, with checksums and fsync."""
 
     def __init__(self, path: Path, aliases: Mapping[str, str]) -> None:
-        """Write into an empty folder.
+        """Write into an empty directory.
 
         Args:
-            path: The folder.
-            aliases: More keys under which an entry shall be found, each with the entry's own.
+            path: The directory.
+            aliases: Further keys of an entry, each with the key under which the entry is written.
         """
         super().__init__(path, single_file_per_rank=True, sync_files=True)
         self._aliases = aliases
-        self._files = _SummingFiles()
+        self._files = _ChecksumFileSystem()
         self.fs = self._files
 
     @property
-    def sums(self) -> dict[str, Checksum]:
-        """Of the files that this process has written."""
-        return self._files.sums
+    def checksums(self) -> dict[str, Checksum]:
+        """Checksums of the files that this process has written."""
+        return self._files.checksums
 
     def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
-        """See `FileSystemWriter`, which keeps every tensor that it has copied until the end."""
+        """Write a plan's items to one file, one by one.
+
+        `FileSystemWriter` does the same, but keeps the copies of all tensors until the end.
+        """
         name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
         results: list[WriteResult] = []
         try:
@@ -121,8 +124,8 @@ class SummingWriter(FileSystemWriter):
                     begin = stream.tell()
                     _write_item(item, planner, stream)
                     length = stream.tell() - begin
-                    place = _StorageInfo(name, begin, length)
-                    results.append(WriteResult(item.index, length, place))
+                    location = _StorageInfo(name, begin, length)
+                    results.append(WriteResult(item.index, length, location))
                 os.fsync(stream.fileno())
         except Exception as error:
             raise self._files.failure or error from None
@@ -131,7 +134,7 @@ class SummingWriter(FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """See `FileSystemWriter`; entries get their other keys, which take no room."""
+        """Write DCP's metadata, in which aliases refer to the bytes of their entries."""
         for alias, key in self._aliases.items():
             metadata.state_dict_metadata[alias] = metadata.state_dict_metadata[key]
             if isinstance(metadata.planner_data, dict):
@@ -153,26 +156,26 @@ def _write_item(item: WriteItem, planner: Any, stream: Any) -> None:
         return
     tensor = data.detach().cpu()
     if tensor.untyped_storage().nbytes() != tensor.nbytes:
-        tensor = tensor.clone()  # torch.save writes all of the memory that a tensor is a part of
+        tensor = tensor.clone()  # torch.save writes a view's whole storage
     torch.save(tensor, stream)
 
 
-def write_manifest(folder: Path, sums: Mapping[str, Checksum], step: int) -> None:
-    """Write the list of all files of a checkpoint and their checksums, and flush it."""
-    files = {name: checksum._asdict() for name, checksum in sorted(sums.items())}
-    with open(folder / MANIFEST, "w") as file:
+def write_manifest(directory: Path, checksums: Mapping[str, Checksum], step: int) -> None:
+    """Write the manifest: all files of a checkpoint with their checksums; then fsync."""
+    files = {name: checksum._asdict() for name, checksum in sorted(checksums.items())}
+    with open(directory / MANIFEST, "w") as file:
         json.dump({"step": step, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read_manifest(folder: Path) -> tuple[int, dict[str, Checksum]]:
+def read_manifest(directory: Path) -> tuple[int, dict[str, Checksum]]:
     """Return the step and the checksums of all files.
 
     Raises:
         ValueError: The manifest is missing or damaged.
     """
-    path = folder / MANIFEST
+    path = directory / MANIFEST
     try:
         manifest = json.loads(path.read_text())
         return int(manifest["step"]), {
@@ -180,19 +183,19 @@ def read_manifest(folder: Path) -> tuple[int, dict[str, Checksum]]:
             for name, entry in manifest["files"].items()
         }
     except FileNotFoundError:
-        raise ValueError(f"{folder} is no complete checkpoint: it has no {MANIFEST}.") from None
+        raise ValueError(f"{directory} is no complete checkpoint: it has no {MANIFEST}.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
 
 
-def check_files(folder: Path, sums: Mapping[str, Checksum], names: Sequence[str]) -> None:
-    """Read files and compare them with their checksums, a few MiB at a time.
+def check_files(directory: Path, checksums: Mapping[str, Checksum], names: Sequence[str]) -> None:
+    """Compare files with their checksums, reading a few MiB at a time.
 
     Raises:
         ValueError: A file is missing, truncated or changed.
     """
     for name in names:
-        path, expected = folder / name, sums[name]
+        path, expected = directory / name, checksums[name]
         try:
             size = path.stat().st_size
         except FileNotFoundError:
@@ -201,7 +204,7 @@ def check_files(folder: Path, sums: Mapping[str, Checksum], names: Sequence[str]
             raise ValueError(f"file {path} has {size} bytes, and {expected.nbytes} were written.")
         crc = 0
         with open(path, "rb", buffering=0) as file:
-            while block := file.read(_AT_ONCE):
+            while block := file.read(_READ_BYTES):
                 crc = zlib.crc32(block, crc)
         if crc != expected.crc32:
             raise ValueError(

@@ -1,8 +1,8 @@
-"""A logical tensor of which this rank holds some boxes, as torch.distributed.checkpoint sees it.
+"""A tensor of which this rank holds some chunks, for torch.distributed.checkpoint (DCP).
 
-DCP asks three questions of a tensor that it does not know (its `_Checkpointable` protocol): which
-boxes are here, what to write for them, and where the elements of one are. `Pieces` answers them,
-so that DCP's own planners save and reshard it, beside plain tensors and DTensors.
+DCP's `_Checkpointable` protocol has three methods: which chunks this rank holds, what it writes for
+them, and where the elements of a chunk are. `DcpTensor` implements them, so that DCP's own planners
+save and reshard it, just as plain tensors and DTensors.
 """
 
 from __future__ import annotations
@@ -20,64 +20,68 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
-from belief_dist.checkpoint.chunks import boxes, inverse, memory_order, permuted
+from belief_dist.checkpoint.chunks import chunks_of_range, inverse, memory_order, permuted
 
-Source = Callable[[int, int], Tensor]  # elements [a, b) of the range that this rank holds
+# Returns elements [a, b), counted from the start of the range that this rank holds.
+ReadRange = Callable[[int, int], Tensor]
 
 
-class Piece:
-    """One box of a logical tensor, and its elements."""
+class DcpChunk:
+    """One chunk of a logical tensor, and how to get its elements."""
 
     def __init__(self, offsets: Sequence[int], sizes: Sequence[int], read: Callable[[], Tensor]):
-        """Describe; `read` returns the elements in the shape `sizes`."""
+        """Hold offsets and sizes; `read` returns the elements, in the shape `sizes`."""
         self.offsets = torch.Size(offsets)
         self.sizes = torch.Size(sizes)
         self.read = read
 
 
-class Pieces(Tensor):
-    """A tensor of which this process holds the elements of some boxes, and no other does.
+class DcpTensor(Tensor):
+    """A tensor of which this process holds some chunks.
 
-    It has a shape and a dtype, but no operation works on it except saving and loading by DCP.
+    It has a shape and a dtype, but no storage: every operation is refused, and only DCP's planners,
+    which use the protocol's methods, can save and load it.
     """
 
-    pieces: dict[torch.Size, Piece]
-    replicated: bool  # every process holds all of it
+    chunks: dict[torch.Size, DcpChunk]
+    replicated: bool  # whether every process holds all of the tensor; otherwise chunks are disjoint
 
     @staticmethod
-    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, pieces: Sequence[Piece]) -> Pieces:
-        """Describe a tensor of this shape and dtype, of which `pieces` are here."""
-        self: Pieces = torch.Tensor._make_wrapper_subclass(
+    def __new__(
+        cls, shape: Sequence[int], dtype: torch.dtype, chunks: Sequence[DcpChunk]
+    ) -> DcpTensor:
+        """Make a tensor of this shape and dtype, of which this process holds `chunks`."""
+        self: DcpTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=dtype, device=torch.device("cpu"), requires_grad=False
         )
-        self.pieces = {piece.offsets: piece for piece in pieces}
+        self.chunks = {chunk.offsets: chunk for chunk in chunks}
         self.replicated = False
         return self
 
     def __create_write_items__(self, name: str, tensor: Any) -> list[WriteItem]:
-        """Answer DCP: what this process writes."""
+        """Return what this process writes (DCP protocol)."""
         properties = TensorProperties(dtype=self.dtype)
         return [
             WriteItem(
-                index=MetadataIndex(name, piece.offsets),
+                index=MetadataIndex(name, chunk.offsets),
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(
-                    chunk=ChunkStorageMetadata(piece.offsets, piece.sizes),
+                    chunk=ChunkStorageMetadata(chunk.offsets, chunk.sizes),
                     properties=properties,
                     size=self.size(),
                 ),
             )
-            for piece in self.pieces.values()
+            for chunk in self.chunks.values()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """Answer DCP: what this process wants to read."""
-        return [ChunkStorageMetadata(p.offsets, p.sizes) for p in self.pieces.values()]
+        """Return the chunks that this process reads (DCP protocol)."""
+        return [ChunkStorageMetadata(c.offsets, c.sizes) for c in self.chunks.values()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        """Answer DCP: where the elements of a box are."""
+        """Return the elements of a chunk, to write or to fill (DCP protocol)."""
         assert index.offset is not None
-        return self.pieces[index.offset].read()
+        return self.chunks[index.offset].read()
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -88,11 +92,11 @@ class Pieces(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Return shape and dtype."""
-        return f"Pieces(shape={tuple(self.shape)}, dtype={self.dtype}, here={len(self.pieces)})"
+        return f"DcpTensor(shape={tuple(self.shape)}, dtype={self.dtype}, here={len(self.chunks)})"
 
 
-def pieces_of(
-    source: Tensor | Source,
+def make_dcp_tensor(
+    source: Tensor | ReadRange,
     start: int,
     stop: int,
     shape: Sequence[int],
@@ -100,44 +104,47 @@ def pieces_of(
     *,
     strides: Sequence[int] | None = None,
     within: tuple[Sequence[int], Sequence[int]] | None = None,
-) -> Pieces:
-    """Describe a tensor whose elements [start, stop), as they lie in memory, are here.
+) -> DcpTensor:
+    """Make a `DcpTensor` of which this rank holds elements [start, stop), counted in memory order.
 
     Args:
-        source: (stop - start,) elements, or a function that returns some of them.
-        start: The first that is here.
-        stop: The first that is not here any more.
-        shape: Of the tensor, or of the part of it that is stored in this order.
-        dtype: Of its elements in the checkpoint.
-        strides: If the tensor is dense in another order of its dimensions.
-        within: (shape, offsets) of the whole tensor and of this part of it.
+        source: The (stop - start,) elements, or a function that returns a range of them.
+        start: First element that this rank holds.
+        stop: End of the range (exclusive).
+        shape: Shape of the tensor, or with `within` of the local part of a larger one.
+        dtype: Dtype in the checkpoint.
+        strides: Strides of the dense tensor; None means contiguous.
+        within: For a local part: shape of the whole tensor, and offsets of the part in it.
     """
     shape = tuple(shape)
     order = tuple(range(len(shape))) if strides is None else memory_order(strides)
-    whole, origin = within if within is not None else (shape, (0,) * len(shape))
+    global_shape, origin = within if within is not None else (shape, (0,) * len(shape))
+    # Chunks are cut with the dimensions in memory order, and described in the tensor's own order.
     back = inverse(order)
-    found = []
-    for box in boxes(permuted(shape, order), start, stop):
-        found.append(
-            Piece(
-                [o + base for o, base in zip(permuted(box.offsets, back), origin, strict=True)],
-                permuted(box.sizes, back),
-                _reader(source, box.start - start, box.sizes, back),
+    chunks = []
+    for chunk in chunks_of_range(permuted(shape, order), start, stop):
+        offsets = permuted(chunk.offsets, back)
+        chunks.append(
+            DcpChunk(
+                [base + offset for base, offset in zip(origin, offsets, strict=True)],
+                permuted(chunk.sizes, back),
+                _chunk_reader(source, chunk.start - start, chunk.sizes, back),
             )
         )
-    if math.prod(shape) == 0:  # every rank has all of it, and DCP writes it once
+    if math.prod(shape) == 0:
+        # Every rank holds all of an empty tensor; DCP writes one of the equal chunks.
         empty = torch.empty(shape, dtype=dtype)
-        found.append(Piece(origin, shape, lambda: empty))
-    return Pieces(whole, dtype, found)
+        chunks.append(DcpChunk(origin, shape, lambda: empty))
+    return DcpTensor(global_shape, dtype, chunks)
 
 
-def _reader(
-    source: Tensor | Source, at: int, sizes: Sequence[int], back: Sequence[int]
+def _chunk_reader(
+    source: Tensor | ReadRange, start: int, sizes: Sequence[int], back: Sequence[int]
 ) -> Callable[[], Tensor]:
-    count = math.prod(sizes)
+    stop = start + math.prod(sizes)
 
     def read() -> Tensor:
-        flat = source[at : at + count] if isinstance(source, Tensor) else source(at, at + count)
+        flat = source[start:stop] if isinstance(source, Tensor) else source(start, stop)
         return flat.view(tuple(sizes)).permute(tuple(back))
 
     return read

@@ -1,4 +1,4 @@
-"""From an optimizer to what a checkpoint holds, and back: one entry for each logical tensor.
+"""The entries of a checkpoint, and how they are written from and read into an optimizer's shards.
 
 ======================================  =========================================================
 key                                     tensor
@@ -6,19 +6,19 @@ key                                     tensor
 ``model.<name>``                        a weight as it is trained: the float32 master, if there is
                                         one; a buffer or frozen weight as the model has it
 ``optim.state.<name>.exp_avg``          m; also exp_avg_sq (s) and max_exp_avg_sq
-``optim.state.<name>.exp_avg_exponent`` of the blocks of an 8-bit state, flat; also of the others
-``optim.wire_error.<rank>.<name>``      what a rank has yet to send with reduce_dtype=torch.int8
-``belief_dist``                         see `description`
-``extra``                               what the caller has added
+``optim.state.<name>.exp_avg_exponent`` exponents of the blocks of an 8-bit state, 1-D; also others
+``optim.wire_error.<rank>.<name>``      error feedback of a rank with reduce_dtype=torch.int8
+``belief_dist``                         plain values: see the module `metadata`
+``extra``                               plain values of the caller
 ======================================  =========================================================
 
-Wherever a master lies as two halves, it is joined when it is written and split when it is read, so
-that a checkpoint does not know of it. A state of another dtype is converted when it is read.
+A master that is kept as two halves is joined when it is written and split when it is read, so the
+checkpoint does not depend on that option. A state saved in another dtype is converted when it is
+read.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from belief_dist.checkpoint.dcp_tensor import Pieces
-from belief_dist.checkpoint.local_shards import Holding
+from belief_dist.checkpoint.dcp_tensor import DcpTensor
+from belief_dist.checkpoint.local_shards import LocalShard
 from belief_dist.operands import BLOCK
 from belief_dist.state_formats import (
     decode_m,
@@ -38,16 +38,13 @@ from belief_dist.state_formats import (
     split_master,
 )
 
-logger = logging.getLogger("belief_dist")
-
-DESCRIPTION = "belief_dist"
-EXTRA = "extra"
+METADATA_KEY = "belief_dist"
+EXTRA_KEY = "extra"
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-# Elements that are converted at once; a multiple of BLOCK.
-_AT_ONCE = 1 << 18
-_NEAREST = 1 << 15  # as "noise", it rounds to nearest
-
-Finish = Callable[[], object]
+# Elements converted at a time, so that temporary memory stays small; a multiple of BLOCK.
+_WINDOW = 1 << 18
+# The encoders add 16 bits of noise and truncate: with half of the range they round to nearest.
+_NEAREST = 1 << 15
 
 
 def weight_key(name: str) -> str:
@@ -60,40 +57,40 @@ def state_key(name: str, state: str) -> str:
     return f"optim.state.{name}.{state}"
 
 
-def error_key(name: str, rank: int) -> str:
-    """Return the key of what `rank` has yet to send of the gradient of `name`."""
+def wire_error_key(name: str, rank: int) -> str:
+    """Return the key of the error feedback that `rank` keeps for the parameter `name`."""
     return f"optim.wire_error.{rank}.{name}"
 
 
 # - Writing
 
 
-def entries_of(holding: Holding, rank: int) -> dict[str, Pieces]:
-    """Return what this rank writes of a parameter."""
-    held, name = holding.tensors, holding.name
-    found = {weight_key(name): _weight(holding)}
-    for key, tensor in held.items():
+def shard_entries(shard: LocalShard, rank: int) -> dict[str, DcpTensor]:
+    """Return the entries that this rank writes for a parameter."""
+    name = shard.name
+    found = {weight_key(name): _weight(shard)}
+    for key, tensor in shard.tensors.items():
         if key in STATES:
-            found[state_key(name, key)] = holding.pieces(tensor, tensor.dtype)
+            found[state_key(name, key)] = shard.dcp_tensor(tensor, tensor.dtype)
         elif key.endswith("_exponent"):
-            span = _block_span(holding.start, holding.stop)
-            found[state_key(name, key)] = holding.block_pieces(tensor, span=span)
+            span = _block_span(shard.start, shard.stop)
+            found[state_key(name, key)] = shard.exponent_tensor(tensor, span=span)
         elif key == "wire_error":
             whole = (0, tensor.numel())
-            found[error_key(name, rank)] = holding.pieces(tensor, tensor.dtype, span=whole)
+            found[wire_error_key(name, rank)] = shard.dcp_tensor(tensor, tensor.dtype, span=whole)
     return found
 
 
-def _weight(holding: Holding) -> Pieces:
-    param, remainder = holding.tensors["param"], holding.tensors.get("remainder")
+def _weight(shard: LocalShard) -> DcpTensor:
+    param, remainder = shard.tensors["param"], shard.tensors.get("remainder")
     if remainder is None:
-        return holding.pieces(param, param.dtype)
+        return shard.dcp_tensor(param, param.dtype)
     lower = remainder
-    return holding.pieces(lambda a, b: join_masters(param[a:b], lower[a:b]), torch.float32)
+    return shard.dcp_tensor(lambda a, b: join_masters(param[a:b], lower[a:b]), torch.float32)
 
 
 def join_masters(upper: Tensor, lower: Tensor) -> Tensor:
-    """Return the masters (n,) of these halves, with little memory besides."""
+    """Return the float32 masters (n,) of two halves, window by window."""
     joined = torch.empty(upper.numel(), dtype=torch.float32, device=upper.device)
     for a, b in _windows(0, joined.numel()):
         joined[a:b] = join_master(upper[a:b], lower[a:b])
@@ -101,13 +98,13 @@ def join_masters(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def split_masters(masters: Tensor, upper: Tensor, lower: Tensor) -> None:
-    """Write the halves of masters (n,), with little memory besides."""
+    """Split float32 masters (n,) into `upper` and `lower`, window by window."""
     for a, b in _windows(0, masters.numel()):
         upper[a:b], lower[a:b] = split_master(masters[a:b])
 
 
 def _windows(start: int, stop: int) -> Iterable[tuple[int, int]]:
-    return ((a, min(a + _AT_ONCE, stop)) for a in range(start, stop, _AT_ONCE))
+    return ((a, min(a + _WINDOW, stop)) for a in range(start, stop, _WINDOW))
 
 
 def _block_span(start: int, stop: int) -> tuple[int, int]:
@@ -117,112 +114,118 @@ def _block_span(start: int, stop: int) -> tuple[int, int]:
 # - Reading
 
 
-class Reading:
-    """What to read into an optimizer, and what to do with it then.
+class ShardLoadPlan:
+    """What DCP reads for an optimizer's shards, and how the result gets into them.
 
     Attributes:
-        entries: To be filled by DCP: in place where the dtype is the same or narrows and widens by
-            itself.
-        finish: To be called afterwards, in any order.
-        changes: Sentences about states that change precision.
+        entries: Filled by DCP: the shard itself where `copy_` converts the dtype, otherwise
+            temporary memory.
+        finish: Called when DCP has filled the entries, in any order.
+        changes: Sentences about weights and states that change precision.
     """
 
-    def __init__(self, metadata: Metadata, description: Mapping[str, Any]) -> None:
-        """Read a checkpoint with this `metadata` and `description`."""
-        self.entries: dict[str, Pieces] = {}
-        self.finish: list[Finish] = []
+    def __init__(self, dcp_metadata: Metadata, metadata: Mapping[str, Any]) -> None:
+        """Start an empty plan for a checkpoint with this metadata."""
+        self.entries: dict[str, DcpTensor] = {}
+        self.finish: list[Callable[[], object]] = []
         self.changes: set[str] = set()
-        self._saved = metadata.state_dict_metadata
-        self._description = description
+        self._saved = dcp_metadata.state_dict_metadata
+        self._metadata = metadata
 
-    def add(self, holding: Holding) -> None:
-        """Read all that is held of a parameter, wire errors excepted.
+    def add(self, shard: LocalShard) -> None:
+        """Plan to read the weight and the states of a parameter.
 
         Raises:
-            ValueError: The checkpoint's parameter is another one.
+            ValueError: The checkpoint has no such parameter, or one of another shape.
         """
-        self._add_weight(holding)
-        name, held = holding.name, holding.tensors
-        known = name in self._description.get("steps", {})
+        self._add_weight(shard)
+        tensors = shard.tensors
+        has_state = shard.name in self._metadata.get("steps", {})
         for key in STATES:
-            if key not in held:
+            if key not in tensors:
                 continue
-            if known:
-                self._add_state(holding, key)
+            if has_state:
+                self._add_state(shard, key)
             else:
+                # Saved before this parameter's first step: start from zero states again.
                 self.finish.extend(
-                    held[part].zero_ for part in (key, f"{key}_exponent") if part in held
+                    tensors[part].zero_ for part in (key, f"{key}_exponent") if part in tensors
                 )
 
-    def _dtype(self, holding: Holding, key: str) -> torch.dtype:
+    def _saved_dtype(self, shard: LocalShard, key: str) -> torch.dtype:
         """Return the dtype of a saved tensor after comparing its shape with the parameter's."""
         entry = self._saved.get(key)
         if not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"it has no {key!r}.")
-        if entry.size != holding.param.shape:
+        if entry.size != shard.param.shape:
             raise ValueError(
                 f"the shape of {key!r} is {tuple(entry.size)} in it, and parameter "
-                f"{holding.name!r} has {tuple(holding.param.shape)} here."
+                f"{shard.name!r} has {tuple(shard.param.shape)} here."
             )
         return entry.properties.dtype
 
-    def _add_weight(self, holding: Holding) -> None:
-        key = weight_key(holding.name)
-        saved = self._dtype(holding, key)
-        param, remainder = holding.tensors["param"], holding.tensors.get("remainder")
+    def _add_weight(self, shard: LocalShard) -> None:
+        key = weight_key(shard.name)
+        saved = self._saved_dtype(shard, key)
+        param, remainder = shard.tensors["param"], shard.tensors.get("remainder")
         own = param.dtype if remainder is None else torch.float32
-        self.note("weights", saved, own)
+        self.note_dtype_change("weights", saved, own)
         if remainder is None:
-            self.entries[key] = holding.pieces(param, own)
+            self.entries[key] = shard.dcp_tensor(param, own)
             return
         lower = remainder
         joined = torch.empty(param.numel(), dtype=torch.float32, device=param.device)
-        self.entries[key] = holding.pieces(joined, own)
+        self.entries[key] = shard.dcp_tensor(joined, own)
         self.finish.append(lambda: split_masters(joined, param, lower))
 
-    def _add_state(self, holding: Holding, key: str) -> None:
-        own = holding.tensors[key]
-        where = state_key(holding.name, key)
-        saved = self._dtype(holding, where)
-        self.note(key, saved, own.dtype)
+    def _add_state(self, shard: LocalShard, key: str) -> None:
+        own = shard.tensors[key]
+        where = state_key(shard.name, key)
+        saved = self._saved_dtype(shard, where)
+        self.note_dtype_change(key, saved, own.dtype)
         if saved == torch.uint8:
-            self._add_codes(holding, key, own)
+            self._add_codes(shard, key, own)
         elif own.dtype == torch.uint8:
             wide = torch.empty(own.numel(), dtype=torch.float32, device=own.device)
-            self.entries[where] = holding.pieces(wide, torch.float32)
-            exponent = holding.tensors[f"{key}_exponent"]
+            self.entries[where] = shard.dcp_tensor(wide, torch.float32)
+            exponent = shard.tensors[f"{key}_exponent"]
             self.finish.append(lambda: _encode_all(key, wide, own, exponent))
         else:
-            self.entries[where] = holding.pieces(own, own.dtype)
+            self.entries[where] = shard.dcp_tensor(own, own.dtype)
 
-    def _add_codes(self, holding: Holding, key: str, own: Tensor) -> None:
-        """Read 8-bit codes of whole blocks, which lie in memory as they did then."""
-        name = holding.name
-        order = self._description.get("memory_order", {}).get(name)
-        if order is not None and tuple(order) != holding.order:
+    def _add_codes(self, shard: LocalShard, key: str, own: Tensor) -> None:
+        """Plan to read the 8-bit codes of all blocks that this shard touches.
+
+        Blocks count elements in memory order, so that order must be the one they were saved with.
+        """
+        name = shard.name
+        order = self._metadata.get("memory_order", {}).get(name)
+        if order is not None and tuple(order) != shard.order:
             raise ValueError(
                 f"its 8-bit {key} of {name!r} has its dimensions in memory in the order "
-                f"{tuple(order)}, and the parameter has {holding.order} here; use the memory "
-                f"format of then."
+                f"{tuple(order)}, and the parameter has {shard.order} here; use the memory "
+                f"format it was saved with."
             )
-        blocks = _block_span(holding.start, holding.stop)
+        blocks = _block_span(shard.start, shard.stop)
         start = blocks[0] * BLOCK
-        stop = min(blocks[1] * BLOCK, holding.local.numel())
-        exponent = holding.tensors.get(f"{key}_exponent")
+        stop = min(blocks[1] * BLOCK, shard.local.numel())
+        exponent = shard.tensors.get(f"{key}_exponent")
         codes = own
         if own.dtype != torch.uint8:
             codes = torch.empty(stop - start, dtype=torch.uint8, device=own.device)
             exponent = torch.empty(blocks[1] - blocks[0], dtype=torch.uint8, device=own.device)
             wide = codes, exponent
-            self.finish.append(lambda: _decode_all(key, *wide, own, holding.start - start))
+            self.finish.append(lambda: _decode_all(key, *wide, own, shard.start - start))
         assert exponent is not None
-        self.entries[state_key(name, key)] = holding.pieces(codes, torch.uint8, span=(start, stop))
-        self.entries[state_key(name, f"{key}_exponent")] = holding.block_pieces(
+        self.entries[state_key(name, key)] = shard.dcp_tensor(
+            codes, torch.uint8, span=(start, stop)
+        )
+        self.entries[state_key(name, f"{key}_exponent")] = shard.exponent_tensor(
             exponent, span=blocks
         )
 
-    def note(self, what: str, saved: torch.dtype, own: torch.dtype) -> None:
-        """Keep a sentence in `changes` if the two differ."""
+    def note_dtype_change(self, what: str, saved: torch.dtype, own: torch.dtype) -> None:
+        """Add a sentence to `changes` if the two dtypes differ."""
         if saved == own:
             return
         names = [str(dtype).removeprefix("torch.") for dtype in (saved, own)]
@@ -230,36 +233,39 @@ class Reading:
         how = "rounded to nearest" if loses else "exactly"
         self.changes.add(f"{what} were saved as {names[0]} and are read as {names[1]}, {how}")
 
-    def add_errors(self, holding: Holding, rank: int, num_ranks: int) -> None:
-        """Read what this rank has yet to send, from as many ranks as there were.
+    def add_wire_errors(self, shard: LocalShard, rank: int, num_ranks: int) -> None:
+        """Plan to read this rank's error feedback.
 
-        With as many ranks as then, every rank has its own. With another number, rank r takes those
-        of ranks r, r + num_ranks, ..., scaled so that the mean gradient gets as much of them.
+        If the number of ranks is the one that saved it, every rank gets its own. Otherwise rank r
+        gets the sum over the old ranks r, r + num_ranks, ..., scaled so that the errors contribute
+        the same amount to the mean gradient.
         """
-        own = holding.tensors.get("wire_error")
+        own = shard.tensors.get("wire_error")
         if own is None:
             return
-        before = int(self._description.get("ranks", 0))
-        sources = [r for r in range(before) if error_key(holding.name, r) in self._saved]
+        old_ranks = int(self._metadata.get("ranks", 0))
+        sources = [r for r in range(old_ranks) if wire_error_key(shard.name, r) in self._saved]
         mine = [r for r in sources if r % num_ranks == rank]
         whole = (0, own.numel())
-        if before == num_ranks and mine == [rank]:
-            self.entries[error_key(holding.name, rank)] = holding.pieces(own, own.dtype, span=whole)
+        if old_ranks == num_ranks and mine == [rank]:
+            self.entries[wire_error_key(shard.name, rank)] = shard.dcp_tensor(
+                own, own.dtype, span=whole
+            )
             return
         parts = [torch.empty_like(own, dtype=torch.float32) for _ in mine]
         for source, part in zip(mine, parts, strict=True):
-            self.entries[error_key(holding.name, source)] = holding.pieces(
+            self.entries[wire_error_key(shard.name, source)] = shard.dcp_tensor(
                 part, torch.float32, span=whole
             )
         if sources:
             self.changes.add(
-                f"wire errors of {before} ranks are distributed over {num_ranks}, in their mean"
+                f"wire errors of {old_ranks} ranks are distributed over {num_ranks}, in their mean"
             )
 
         def add_up() -> None:
             own.zero_()
             if parts:
-                own.copy_(torch.stack(parts).sum(0) * (num_ranks / before))
+                own.copy_(torch.stack(parts).sum(0) * (num_ranks / old_ranks))
 
         self.finish.append(add_up)
 
@@ -274,7 +280,7 @@ def _encode_all(key: str, wide: Tensor, codes: Tensor, exponents: Tensor) -> Non
 
 
 def _decode_all(key: str, codes: Tensor, exponents: Tensor, own: Tensor, skip: int) -> None:
-    """Decode whole blocks and copy the part that is held, which begins at element `skip`."""
+    """Decode whole blocks, and copy to `own` the elements from `skip` on that this rank holds."""
     decode = decode_m if key == "exp_avg" else decode_s
     for a, b in _windows(0, codes.numel()):
         values = decode(codes[a:b], exponents[a // BLOCK : -(-b // BLOCK)])

@@ -1,4 +1,4 @@
-"""One sentence on every rank, whichever rank has met the problem."""
+"""Errors of one rank, raised with the same message on all ranks."""
 
 from __future__ import annotations
 
@@ -13,42 +13,43 @@ T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be written or read; the sentence names the file or the parameter."""
+    """A checkpoint cannot be written or read; the message names the file or the parameter."""
 
 
-def together(team: Collectives, what: str, action: Callable[[], T]) -> T:
+def run_together(team: Collectives, what: str, action: Callable[[], T]) -> T:
     """Run `action` and return its result, or raise on every rank if it fails on any.
 
     Called by all ranks. `action` must not communicate.
 
     Args:
         team: All ranks.
-        what: Is tried, for example "cannot save step 3 to folder".
+        what: Start of the message, such as "cannot save step 3 to run".
         action: Raises if it fails.
 
     Raises:
-        CheckpointError: On every rank, with the sentence of the first rank that has failed.
+        CheckpointError: On every rank, with the message of the lowest rank that failed.
     """
     problem: Exception | None = None
     try:
         result = action()
     except Exception as error:
         problem = error
-    sentences = team.exchange(None if problem is None else _sentence(problem))
-    for rank, sentence in enumerate(sentences):
-        if sentence is not None:
+    messages = team.exchange(None if problem is None else _message(problem))
+    for rank, message in enumerate(messages):
+        if message is not None:
             where = f"{what}: " if team.world_size == 1 else f"{what}: rank {rank}: "
-            raise CheckpointError(where + sentence) from problem
+            raise CheckpointError(where + message) from problem
     return result
 
 
-def of_dcp(what: str, failure: CheckpointException) -> CheckpointError:
-    """Return the error for a failure that DCP has gathered from all ranks, the same on each."""
+def from_dcp_failure(what: str, failure: CheckpointException) -> CheckpointError:
+    """Return an error, equal on all ranks, for a failure that DCP has gathered from them."""
     rank = min(failure.failures)
     problem = failure.failures[rank][0]
-    return CheckpointError(f"{what}: rank {rank}: {_sentence(problem)}")
+    return CheckpointError(f"{what}: rank {rank}: {_message(problem)}")
 
 
-def _sentence(problem: BaseException) -> str:
+def _message(problem: BaseException) -> str:
+    # These carry a whole sentence; for others, the type is needed to make sense of the text.
     known = isinstance(problem, (CheckpointError, ValueError, OSError))
     return str(problem) if known else f"{type(problem).__name__}: {problem}"

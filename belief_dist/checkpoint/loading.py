@@ -1,4 +1,4 @@
-"""Load: find, verify, compare, and only then read into the live tensors."""
+"""Load a checkpoint: find and verify it, check that it fits, then read it into the live tensors."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
-from belief_dist.checkpoint import run_directory as folders
+from belief_dist.checkpoint import run_directory
 from belief_dist.checkpoint.checksummed_files import check_files, read_manifest
 from belief_dist.checkpoint.entries import (
-    DESCRIPTION,
-    EXTRA,
-    Reading,
+    EXTRA_KEY,
+    METADATA_KEY,
+    ShardLoadPlan,
     weight_key,
 )
-from belief_dist.checkpoint.errors import of_dcp, together
-from belief_dist.checkpoint.local_shards import Holding, holdings
+from belief_dist.checkpoint.errors import from_dcp_failure, run_together
+from belief_dist.checkpoint.local_shards import LocalShard, local_shards
 from belief_dist.checkpoint.metadata import apply_options, check_format, match_groups
 from belief_dist.checkpoint.names import bare, model_tensors, parameter_names
-from belief_dist.checkpoint.saving import quiet_about_one_process, settle, team_of
+from belief_dist.checkpoint.saving import silence_single_process_warning, team_of, wait_pending
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.collectives import Collectives
@@ -44,9 +44,9 @@ class Loaded:
 
     Attributes:
         path: The checkpoint.
-        step: Its step.
-        extra: What was saved as `extra`.
-        changes: Sentences about what changed precision on the way.
+        step: Step of the checkpoint.
+        extra: The plain values that were passed to `save` as `extra`.
+        changes: Sentences about weights and states that were converted to another precision.
     """
 
     path: Path
@@ -56,24 +56,24 @@ class Loaded:
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """DCP's planner, but entries that are no tensors are plain values and run no code."""
+    """DCP's planner, except that entries other than tensors are unpickled without running code."""
 
     def __init__(self) -> None:
         super().__init__(flatten_state_dict=False)
 
     def load_bytes(self, read_item: Any, value: Any) -> None:
-        """Read one entry."""
+        """Read an entry that is not a tensor."""
         key = read_item.dest_index.fqn
         assert self.original_state_dict is not None
         self.original_state_dict[key] = torch.load(value, weights_only=True)
 
 
 def verify(checkpoint: str | Path, *, step: int | None = None) -> Path:
-    """Compare all files of a checkpoint with the checksums that were made when it was written.
+    """Compare all files of a checkpoint with the checksums made when they were written.
 
     Args:
-        checkpoint: A run's folder, or a checkpoint.
-        step: Of a run, which one; None means the newest.
+        checkpoint: A run directory, or a checkpoint in it.
+        step: Which checkpoint of the run; None means the newest.
 
     Returns:
         The checkpoint.
@@ -81,33 +81,31 @@ def verify(checkpoint: str | Path, *, step: int | None = None) -> Path:
     Raises:
         ValueError: Naming the first file that is missing, truncated or changed.
     """
-    path = folders.find(Path(checkpoint), step)
-    _, sums = read_manifest(path)
-    check_files(path, sums, sorted(sums))
+    path = run_directory.find(Path(checkpoint), step)
+    _, checksums = read_manifest(path)
+    check_files(path, checksums, sorted(checksums))
     return path
 
 
-def read_description(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, Any]]:
-    """Return (DCP's metadata, the description, what was saved as extra) of a checkpoint.
-
-    Reads on this process alone.
+def read_metadata(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, Any]]:
+    """Return (DCP's metadata, ours, `extra`) of a checkpoint, without communication.
 
     Raises:
-        ValueError: It is no checkpoint of ours.
+        ValueError: The checkpoint was not saved by belief_dist.
     """
-    quiet_about_one_process()
+    silence_single_process_warning()
     reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
-    if DESCRIPTION not in metadata.state_dict_metadata:
+    dcp_metadata = reader.read_metadata()
+    if METADATA_KEY not in dcp_metadata.state_dict_metadata:
         raise ValueError(f"{path} is a checkpoint of torch, but was not saved by belief_dist.")
-    plain: dict[str, Any] = {DESCRIPTION: None, EXTRA: None}
+    plain: dict[str, Any] = {METADATA_KEY: None, EXTRA_KEY: None}
     try:
         dcp.load(plain, storage_reader=reader, planner=SafePlanner(), no_dist=True)
     except CheckpointException as failure:
-        raise of_dcp(f"cannot read {path}", failure) from None
-    description = plain[DESCRIPTION][0]
-    check_format(description)
-    return metadata, description, plain[EXTRA][0]
+        raise from_dcp_failure(f"cannot read {path}", failure) from None
+    metadata = plain[METADATA_KEY][0]
+    check_format(metadata)
+    return dcp_metadata, metadata, plain[EXTRA_KEY][0]
 
 
 @torch.no_grad()
@@ -121,43 +119,46 @@ def load(
     verify: bool = True,
     process_group: dist.ProcessGroup | None = None,
 ) -> Loaded:
-    """Load a checkpoint, whatever world size, layout, stage or optimizer of ours has saved it.
+    """Load a checkpoint that any world size, layout, stage and optimizer of belief_dist has saved.
 
-    Called by all ranks; each reads what it owns. Nothing is changed before all files were verified
-    and everything was found to fit.
+    Called by all ranks; each reads what it owns. Nothing is changed before all files are verified
+    and model and optimizer are found to fit.
 
     Args:
-        run: The folder of a run, or a checkpoint in it.
+        run: A run directory, or a checkpoint in it.
         step: Which checkpoint of the run; None means the newest.
         model: As for `save`.
-        optimizer: As for `save`; None loads weights alone.
-        scaler: Takes the saved loss scale.
-        verify: Read all files once, each on one rank, to compare their checksums.
+        optimizer: As for `save`; None loads weights only.
+        scaler: Receives the saved loss scale.
+        verify: Whether to compare the files' checksums first; every file is read by one rank.
         process_group: As for `save`.
 
     Raises:
         CheckpointError: On every rank, naming the file or parameter that is missing, damaged or
-            does not fit.
+            does not match.
     """
     run = Path(run)
     what = f"cannot load from {run}"
     team = team_of(optimizer, process_group)
     first = team.rank == 0
-    path = team.exchange(together(team, what, lambda: folders.find(run, step) if first else None))[
-        0
-    ]
+    # Rank 0 chooses, as other ranks may already see a newer checkpoint.
+    path = team.exchange(
+        run_together(team, what, lambda: run_directory.find(run, step) if first else None)
+    )[0]
     assert path is not None
     what = f"cannot load {path}"
-    saved_step, sums = together(team, what, lambda: read_manifest(path))
+    saved_step, checksums = run_together(team, what, lambda: read_manifest(path))
     if verify:
-        largest_first = sorted(sums, key=lambda name: (-sums[name].nbytes, name))
+        # Dealt out from the largest to the smallest, so that all ranks read about as much.
+        largest_first = sorted(checksums, key=lambda name: (-checksums[name].nbytes, name))
         mine = largest_first[team.rank :: team.world_size]
-        together(team, what, lambda: check_files(path, sums, mine))
-    metadata, description, extra = together(team, what, lambda: read_description(path))
-    plan = together(
-        team, what, lambda: _Plan(model, optimizer, scaler, metadata, description, team)
+        run_together(team, what, lambda: check_files(path, checksums, mine))
+    dcp_metadata, metadata, extra = run_together(team, what, lambda: read_metadata(path))
+    plan = run_together(
+        team, what, lambda: _LoadPlan(model, optimizer, scaler, dcp_metadata, metadata, team)
     )
-    settle(optimizer)
+    # Everything fits. From here on live tensors are overwritten.
+    wait_pending(optimizer)
     try:
         dcp.load(
             plan.entries,
@@ -167,7 +168,7 @@ def load(
             no_dist=team.world_size == 1,
         )
     except CheckpointException as failure:
-        raise of_dcp(what, failure) from None
+        raise from_dcp_failure(what, failure) from None
     plan.finish()
     if team.rank == 0:
         for change in plan.changes:
@@ -175,76 +176,82 @@ def load(
     return Loaded(path, saved_step, extra, plan.changes)
 
 
-class _Plan:
-    """Everything that a load will do, checked before any of it is done."""
+class _LoadPlan:
+    """All that a load will do, checked before anything is changed."""
 
     def __init__(
         self,
         model: torch.nn.Module | None,
         optimizer: Optimizer | None,
         scaler: Any,
-        metadata: Metadata,
-        description: dict[str, Any],
+        dcp_metadata: Metadata,
+        metadata: dict[str, Any],
         team: Collectives,
     ) -> None:
         if model is None and optimizer is None:
             raise ValueError("there is nothing to load into: pass model, optimizer, or both.")
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
-        self._description = description
+        self._metadata = metadata
         self.entries: dict[str, Any] = {}
-        self._reading = Reading(metadata, description)
+        self._shard_plan = ShardLoadPlan(dcp_metadata, metadata)
         self._names: list[str] = []
         self._options: list[dict[str, Any]] = []
         self._new_states: dict[Tensor, dict[str, Any]] = {}
-        owned: set[int] = set()
-        if scaler is not None and description.get("scaler") is None:
+        owned: set[int] = set()  # ids of the optimizer's parameters
+        if scaler is not None and metadata.get("scaler") is None:
             raise ValueError("it holds no loss scale; leave out scaler.")
         if optimizer is not None:
             self._plan_optimizer(optimizer, model, team)
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if model is not None:
-            self._plan_model(model, owned, metadata)
-        self.entries |= self._reading.entries
-        self.changes = sorted(self._reading.changes)
+            self._plan_model(model, owned, dcp_metadata)
+        self.entries |= self._shard_plan.entries
+        self.changes = sorted(self._shard_plan.changes)
 
     def _plan_optimizer(
         self, optimizer: Optimizer, model: torch.nn.Module | None, team: Collectives
     ) -> None:
-        description = self._description
-        if "groups" not in description:
+        metadata = self._metadata
+        if "groups" not in metadata:
             raise ValueError("it holds weights alone, and no optimizer.")
         self._names = parameter_names(optimizer, model)
-        _compare_names(description["names"], self._names)
-        self._options = match_groups(optimizer, self._names, description)
+        _compare_names(metadata["names"], self._names)
+        self._options = match_groups(optimizer, self._names, metadata)
         if isinstance(optimizer, AdaBelief):
             self._make_states(optimizer)
-        for holding in self._held(optimizer):
-            self._reading.add(holding)
+        for shard in self._local_shards(optimizer):
+            self._shard_plan.add(shard)
             if isinstance(optimizer, ShardedAdaBelief):
-                self._reading.add_errors(holding, optimizer.comm.rank, optimizer.comm.world_size)
+                self._shard_plan.add_wire_errors(
+                    shard, optimizer.comm.rank, optimizer.comm.world_size
+                )
 
     def _make_states(self, optimizer: AdaBelief) -> None:
-        """Make states for what has one in the checkpoint; they are the optimizer's at the end."""
+        """Make states for the parameters that have one in the checkpoint.
+
+        They become the optimizer's in `finish` only, so that a failed load leaves it unchanged.
+        """
         remaining = iter(self._names)
         for group in optimizer.param_groups:
             for param in group["params"]:
-                if next(remaining) in self._description["steps"]:
+                if next(remaining) in self._metadata["steps"]:
                     self._new_states[param] = optimizer._new_state(
                         param, group["amsgrad"], param.device
                     )
 
-    def _held(self, optimizer: Optimizer) -> list[Holding]:
+    def _local_shards(self, optimizer: Optimizer) -> list[LocalShard]:
         if isinstance(optimizer, ShardedAdaBelief):
-            return list(holdings(optimizer, self._names))
-        return list(holdings(optimizer, self._names, states=self._new_states))
+            return list(local_shards(optimizer, self._names))
+        return list(local_shards(optimizer, self._names, states=self._new_states))
 
-    def _plan_model(self, model: torch.nn.Module, owned: set[int], metadata: Metadata) -> None:
-        saved = metadata.state_dict_metadata
-        aliases = self._description["aliases"]
+    def _plan_model(self, model: torch.nn.Module, owned: set[int], dcp_metadata: Metadata) -> None:
+        saved = dcp_metadata.state_dict_metadata
+        aliases = self._metadata["aliases"]
         own_keys, tied = set(), {weight_key(alias) for alias in aliases}
         for name, value in model_tensors(model):
             key = weight_key(aliases.get(name, name))
             own_keys.add(key)
+            # Read with the optimizer (from the master), or tied to a tensor that is read already.
             if id(value) in owned or key in self.entries:
                 continue
             entry = saved.get(key)
@@ -256,7 +263,7 @@ class _Plan:
                     raise ValueError(
                         f"the shape of {name!r} is {size} in it, and {tuple(value.shape)} here."
                     )
-                self._reading.note("weights", entry.properties.dtype, value.dtype)
+                self._shard_plan.note_dtype_change("weights", entry.properties.dtype, value.dtype)
                 value = value.detach()
             self.entries[key] = value
         for key in saved:
@@ -267,17 +274,18 @@ class _Plan:
                 )
 
     def finish(self) -> None:
-        """Do what is left when DCP has filled all entries."""
-        for finish in self._reading.finish:
-            finish()
-        description, optimizer = self._description, self._optimizer
+        """Move what DCP has read to where it belongs, and set options and counters."""
+        for action in self._shard_plan.finish:
+            action()
+        metadata, optimizer = self._metadata, self._optimizer
         if self._model is not None:
+            # Tensors were read in place; extra states are new objects, to be handed to the modules.
             for name, module in bare(self._model).named_modules():
                 key = weight_key(f"{name}._extra_state".lstrip("."))
                 if key in self.entries and not isinstance(self.entries[key], Tensor):
                     module.set_extra_state(self.entries[key])
         if self._scaler is not None:
-            self._scaler.load_state_dict(description["scaler"])
+            self._scaler.load_state_dict(metadata["scaler"])
         if optimizer is None:
             return
         apply_options(optimizer, self._options)
@@ -288,11 +296,11 @@ class _Plan:
         for name, param in zip(self._names, params, strict=True):
             state = optimizer.state.get(param)
             if state:
-                state["step"] = description["steps"].get(name, 0)
+                state["step"] = metadata["steps"].get(name, 0)
         if isinstance(optimizer, ShardedAdaBelief):
             optimizer.sync_params_from_masters(
-                skipped_steps=description.get("skipped_steps", 0),
-                seed=description.get("seed", optimizer.options.seed),
+                skipped_steps=metadata.get("skipped_steps", 0),
+                seed=metadata.get("seed", optimizer.options.seed),
             )
 
 

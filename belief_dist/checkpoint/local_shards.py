@@ -1,8 +1,8 @@
-"""What this rank holds of each parameter, for either optimizer, and where it lies in the whole.
+"""The part of each parameter and its states that this rank holds, for both optimizers.
 
-`ShardedAdaBelief` holds a range of a parameter's elements as they lie in memory, which its layout
-tells; `AdaBelief` holds all of it, or under FSDP2 all of this rank's part of a DTensor. Both are a
-range [start, stop) of a part of a logical tensor.
+`ShardedAdaBelief` holds a range of a parameter's elements in memory order, given by its layout.
+`AdaBelief` holds the whole parameter, or under FSDP2 the local part of a DTensor. Both are a range
+[start, stop) of the local part of a logical tensor.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from belief_dist.checkpoint.chunks import memory_order
-from belief_dist.checkpoint.dcp_tensor import Pieces, Source, pieces_of
+from belief_dist.checkpoint.dcp_tensor import DcpTensor, ReadRange, make_dcp_tensor
 from belief_dist.operands import BLOCK
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.dtensor import is_dtensor, local_part
 
 
 @dataclass
-class Holding:
-    """One parameter on this rank.
+class LocalShard:
+    """What this rank holds of one parameter.
 
     Attributes:
-        name: In the checkpoint.
+        name: Name in the checkpoint.
         param: The parameter.
-        start: The first element that is held, of `local` as it lies in memory.
-        stop: The first that is not held any more.
-        tensors: What is held of these elements, 1-D, by the name of the state; "param" is the
-            weight as it is trained, or with "remainder" its upper half. "wire_error" is of all.
-        replicated: Whether every rank holds the same.
+        start: First element held here, counted in `local` in memory order.
+        stop: End of that range (exclusive).
+        tensors: 1-D tensors of these elements, by name of the state. "param" is the weight as it is
+            trained, or, where there is a "remainder", its upper half. "wire_error" alone covers the
+            whole parameter.
+        replicated: Whether every rank holds the same elements.
     """
 
     name: str
@@ -45,87 +46,83 @@ class Holding:
 
     @property
     def local(self) -> Tensor:
-        """What this rank stores of the parameter."""
+        """The parameter, or the local part of a DTensor."""
         return local_part(self.param).detach()
 
     @property
     def order(self) -> tuple[int, ...]:
-        """The dimensions in the order in which they lie in memory."""
+        """The dimensions of `local`, from the slowest-varying in memory to the fastest."""
         return memory_order(self.local.stride())
 
-    @property
-    def is_part(self) -> bool:
-        """Whether this rank can hold a part of the logical tensor only."""
-        return is_dtensor(self.param)
-
-    def pieces(
-        self, source: Tensor | Source, dtype: torch.dtype, *, span: tuple[int, int] | None = None
-    ) -> Pieces:
-        """Describe a tensor of the parameter's shape with `source` as the elements held here.
+    def dcp_tensor(
+        self, source: Tensor | ReadRange, dtype: torch.dtype, *, span: tuple[int, int] | None = None
+    ) -> DcpTensor:
+        """Return a tensor of the parameter's shape for DCP, of which `source` is held here.
 
         Args:
             source: Elements [start, stop), or those of `span`.
-            dtype: In the checkpoint.
-            span: Another range than [start, stop).
+            dtype: Dtype in the checkpoint.
+            span: The range of `source`, if it is not [start, stop).
         """
         local = self.local
         start, stop = span or (self.start, self.stop)
         within = None
-        if is_dtensor(self.param):
+        if is_dtensor(self.param):  # `local` is a rectangular part of the global tensor
             within = (tuple(self.param.shape), _offset(self.param))
-        found = pieces_of(
+        tensor = make_dcp_tensor(
             source, start, stop, local.shape, dtype, strides=local.stride(), within=within
         )
-        found.replicated = self.replicated
-        return found
+        tensor.replicated = self.replicated
+        return tensor
 
-    def block_pieces(self, source: Tensor | Source, *, span: tuple[int, int]) -> Pieces:
-        """Describe the exponents of 8-bit blocks [a, b) = `span`: a flat tensor."""
-        if self.is_part:
+    def exponent_tensor(self, source: Tensor | ReadRange, *, span: tuple[int, int]) -> DcpTensor:
+        """Return the 1-D tensor of all blocks' exponents for DCP; blocks `span` are held here."""
+        if is_dtensor(self.param):
             raise ValueError(
                 f"8-bit states of {self.name!r} belong to blocks of its part on this rank of a "
                 f"tensor-parallel model, which no other layout has; use state_dtype=torch.bfloat16."
             )
         blocks = -(-self.local.numel() // BLOCK)
-        return pieces_of(source, *span, (blocks,), torch.uint8)
+        return make_dcp_tensor(source, *span, (blocks,), torch.uint8)
 
 
-def holdings(
+def local_shards(
     optimizer: Optimizer,
     names: Sequence[str],
     *,
     states: Mapping[Tensor, Mapping[str, Any]] | None = None,
-) -> Iterator[Holding]:
+) -> Iterator[LocalShard]:
     """Yield what this rank holds of each parameter, in the optimizer's order.
 
     Args:
         optimizer: `AdaBelief` or `ShardedAdaBelief`.
-        names: Of its parameters.
-        states: Of `AdaBelief`: those that shall be meant instead of its own.
+        names: Names of its parameters.
+        states: Used in place of the states of an `AdaBelief`.
     """
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, (name, param) in enumerate(zip(names, params, strict=True)):
         if isinstance(optimizer, ShardedAdaBelief):
             part = optimizer.layout.fragment(index, optimizer.comm.shard_index)
             start, stop = part.in_param, part.in_param + part.numel
-            yield Holding(name, param, start, stop, optimizer.fragment_tensors(index))
+            yield LocalShard(name, param, start, stop, optimizer.fragment_tensors(index))
             continue
         local = local_part(param).detach()
         state = (optimizer.state if states is None else states).get(param, {})
+        # "step" is a tensor with capturable=True; it is saved as a number, with the metadata.
         tensors = {
             key: _flat(local_part(value), local)
             for key, value in state.items()
             if isinstance(value, Tensor) and key != "step"
         }
         tensors["param"] = _flat(local, local)
-        yield Holding(name, param, 0, local.numel(), tensors, replicated=not is_dtensor(param))
+        yield LocalShard(name, param, 0, local.numel(), tensors, replicated=not is_dtensor(param))
 
 
 def _flat(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a dense tensor as it lies in memory, sharing it.
+    """Return a 1-D view of a dense tensor, in memory order.
 
     Raises:
-        ValueError: It does not lie there as `like` does.
+        ValueError: Its memory format is not that of `like`.
     """
     if like.numel() == 0:
         return tensor.reshape(-1)

@@ -1,7 +1,7 @@
-"""What a checkpoint says of an optimizer besides tensors: plain values, and how they fit another.
+"""The metadata entry of a checkpoint: options, step counts and dtypes, as plain values.
 
-The entry is written by DCP like any other. All of it is by name, so that neither the order of
-parameters nor the number and order of groups matters where it is read.
+Everything is keyed by parameter name, so that the optimizer that reads it may have its parameters
+in another order and in other groups.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from belief_dist.checkpoint.names import dtype_name
 from belief_dist.options import OPTION_NAMES
 from belief_dist.sharded import ShardedAdaBelief
 
-FORMAT = 1  # of checkpoints; a test loads one of every format that there ever was
+# Version of the checkpoint format. A test loads a checkpoint of every version so far.
+FORMAT = 1
 _NOT_OPTIONS = {"params", "param_names"}
 
 
-def describe(
+def make_metadata(
     optimizer: Optimizer | None, names: Sequence[str], aliases: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the description: of numbers, strings, lists and dicts alone.
+    """Return the metadata, which consists of numbers, strings, lists and dicts only.
 
     Args:
-        optimizer: None describes weights alone.
-        names: Of its parameters.
-        aliases: Other names of tied weights, with the name under which the weight is held.
+        optimizer: The optimizer; None if the checkpoint holds weights only.
+        names: Names of its parameters.
+        aliases: Further names of tied weights, each with the name under which the weight is saved.
     """
     found: dict[str, Any] = {"format": FORMAT, "aliases": dict(aliases), "names": list(names)}
     if optimizer is None:
@@ -62,13 +63,13 @@ def _plain(value: Any) -> Any:
     return copy.deepcopy(value)
 
 
-def check_format(description: Any) -> None:
-    """Refuse what this version cannot read.
+def check_format(metadata: Any) -> None:
+    """Check that this version of belief_dist can read the checkpoint.
 
     Raises:
-        ValueError: It is no description, or of a later format.
+        ValueError: There is no format version, or a later one.
     """
-    version = description.get("format") if isinstance(description, Mapping) else None
+    version = metadata.get("format") if isinstance(metadata, Mapping) else None
     if version is None:
         raise ValueError("this is no checkpoint of belief_dist: it has no description.")
     if version > FORMAT:
@@ -79,21 +80,21 @@ def check_format(description: Any) -> None:
 
 
 def match_groups(
-    optimizer: Optimizer, names: Sequence[str], description: Mapping[str, Any]
+    optimizer: Optimizer, names: Sequence[str], metadata: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     """Return the saved options for each of the optimizer's groups.
 
     Raises:
-        ValueError: Parameters of one group had different options when they were saved.
+        ValueError: The parameters of a group were saved with different options.
     """
-    saved: dict[str, dict[str, Any]] = {}
-    for group in description["groups"]:
+    saved: dict[str, dict[str, Any]] = {}  # options by parameter name
+    for group in metadata["groups"]:
         saved |= dict.fromkeys(group["params"], group["options"])
     remaining = iter(names)
     found: list[dict[str, Any]] = []
     for number, group in enumerate(optimizer.param_groups):
         members = [next(remaining) for _ in group["params"]]
-        if not members:
+        if not members:  # an empty group keeps its own options
             found.append({})
             continue
         first = saved[members[0]]
@@ -115,11 +116,11 @@ def match_groups(
 
 
 def apply_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
-    """Give every group its saved options; an lr that is a tensor stays the same tensor."""
+    """Set the saved options of every group; an lr that is a tensor is filled in place."""
     for group, saved in zip(optimizer.param_groups, options, strict=True):
         for key, value in saved.items():
             own = group.get(key)
-            if isinstance(own, Tensor):
+            if isinstance(own, Tensor):  # a captured CUDA graph reads the lr from this tensor
                 own.fill_(value)
             elif isinstance(own, tuple):
                 group[key] = tuple(value)
@@ -128,15 +129,15 @@ def apply_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) ->
 
 
 def check_plain(extra: Mapping[str, Any]) -> None:
-    """Refuse what could not be read again without running code from the checkpoint.
+    """Check that `extra` can be read without running code from the checkpoint.
 
     Raises:
-        ValueError: A value is of another kind.
+        ValueError: A value is of another type than those that `weights_only` loads.
     """
     for key, value in extra.items():
         if not isinstance(key, str):
             raise ValueError(f"the keys of extra must be strings, got {key!r}.")
-        odd = _odd(value)
+        odd = _first_not_plain(value)
         if odd is not None:
             raise ValueError(
                 f"extra[{key!r}] holds a {type(odd).__name__}; a checkpoint takes None, numbers, "
@@ -144,10 +145,10 @@ def check_plain(extra: Mapping[str, Any]) -> None:
             )
 
 
-def _odd(value: Any) -> Any:
+def _first_not_plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         value = [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple)):
-        return next((odd for item in value if (odd := _odd(item)) is not None), None)
+        return next((odd for item in value if (odd := _first_not_plain(item)) is not None), None)
     plain = (int, float, complex, str, bytes, Tensor, torch.dtype, torch.Size)
     return None if value is None or isinstance(value, plain) else value

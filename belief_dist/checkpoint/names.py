@@ -1,4 +1,4 @@
-"""The names under which a checkpoint holds parameters: those of the bare model."""
+"""Names of parameters in a checkpoint: those of the model without wrappers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-# What wrappers add to the names of what they wrap.
+# Prefixes that torch.compile and activation checkpointing add to names.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
@@ -22,14 +22,14 @@ def bare(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def clean(name: str) -> str:
-    """Return a name without what wrappers have added."""
+    """Return a name without the prefixes that wrappers have added."""
     for part in _WRAPPERS:
         name = name.replace(part, "")
     return name
 
 
 def model_tensors(model: torch.nn.Module) -> Iterator[tuple[str, object]]:
-    """Yield (name, value) of everything that the model saves; tied parameters under every name."""
+    """Yield (name, value) of the model's state_dict; tied parameters under each of their names."""
     for name, value in bare(model).state_dict(keep_vars=True).items():
         yield clean(name), value
 
@@ -38,11 +38,11 @@ def parameter_names(optimizer: Optimizer, model: torch.nn.Module | None) -> list
     """Return one name for each parameter, in the optimizer's order.
 
     Args:
-        optimizer: Whose parameters they are.
-        model: Where to look for them; None if the optimizer was built from named parameters.
+        optimizer: The optimizer.
+        model: The model that has the names; None if the optimizer was built from named parameters.
 
     Raises:
-        ValueError: A parameter has no name, or two have the same.
+        ValueError: A parameter has no name, or two have the same name.
     """
     known: dict[int, str] = {}
     if model is not None:
@@ -73,5 +73,5 @@ def parameter_names(optimizer: Optimizer, model: torch.nn.Module | None) -> list
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Return for example "bfloat16"."""
+    """Return the name of a tensor's dtype, such as "bfloat16"."""
     return str(tensor.dtype).removeprefix("torch.")

@@ -1,12 +1,12 @@
-"""Checkpoints of a run as folders that are there as a whole, or not at all.
+"""The run directory: every checkpoint in it is complete, or has a temporary name.
 
 ::
 
-    run/latest                 the name of the newest, moved there last
-    run/step-00000200/         complete: it got this name after all of it was on the disk
-    run/.saving-step-00000300  being written, or left by a process that was killed
+    run/latest                 the name of the newest checkpoint, replaced last
+    run/step-00000200/         complete: renamed to this when all of it was on the disk
+    run/.saving-step-00000300  being written, or left over from a killed process
 
-Everything here runs on one rank.
+All functions here are called by one rank only.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ _SAVING = ".saving-"
 _REPLACED = ".replaced-"
 
 
-def name_of(step: int) -> str:
-    """Return the name of a step's folder."""
+def directory_name(step: int) -> str:
+    """Return the name of a step's checkpoint directory."""
     return f"step-{step:08d}"
 
 
 def begin(run: Path, step: int) -> Path:
-    """Return a new, empty folder to write into; what killed processes have left is removed."""
+    """Return a new, empty directory to write to; leftovers of killed processes are removed."""
     run.mkdir(parents=True, exist_ok=True)
     for left in run.iterdir():
         if left.name.startswith((_SAVING, _REPLACED)) and left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
-    folder = run / f"{_SAVING}{name_of(step)}-{uuid.uuid4().hex[:8]}"
-    folder.mkdir()
-    return folder
+    temporary = run / f"{_SAVING}{directory_name(step)}-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir()
+    return temporary
 
 
 def publish(written: Path, step: int) -> Path:
-    """Give a written folder its name, and then move the pointer `latest` to it.
+    """Rename a written checkpoint to its final name, then point `latest` to it.
 
-    A folder of this name is replaced; until then it is complete.
+    An older checkpoint of this step is moved away just before, and removed at the end.
     """
     run = written.parent
-    final = run / name_of(step)
+    final = run / directory_name(step)
     _sync(written)
     old = None
     if final.exists():
@@ -67,19 +67,19 @@ def publish(written: Path, step: int) -> Path:
 
 
 def retain(run: Path, keep: int) -> None:
-    """Remove all but the `keep` checkpoints that were completed last, and never the newest."""
+    """Keep the `keep` checkpoints that were completed last, and always the one `latest` names."""
     found = sorted(complete(run), key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
     newest = latest(run)
     for path in found[: max(0, len(found) - keep)]:
         if path != newest:
-            # Renamed first: what is half removed must not look complete.
-            gone = run / f"{_REPLACED}{path.name}-{uuid.uuid4().hex[:8]}"
-            os.rename(path, gone)
-            shutil.rmtree(gone, ignore_errors=True)
+            # Renamed first, so that a partly removed checkpoint never looks complete.
+            removed = run / f"{_REPLACED}{path.name}-{uuid.uuid4().hex[:8]}"
+            os.rename(path, removed)
+            shutil.rmtree(removed, ignore_errors=True)
 
 
 def complete(run: Path) -> Iterator[Path]:
-    """Yield the complete checkpoints, by step."""
+    """Yield the complete checkpoints, in the order of their steps."""
     for path in sorted(run.glob("step-*")):
         if (path / MANIFEST).exists():
             yield path
@@ -93,33 +93,33 @@ def latest(run: Path) -> Path | None:
             return path
     except OSError:
         pass
-    # A process was killed between giving a name and moving the pointer.
+    # Without a valid pointer (a process was killed before it wrote one), take the last step.
     found = list(complete(run))
     return found[-1] if found else None
 
 
-def find(folder: Path, step: int | None) -> Path:
-    """Return the checkpoint to load: of a run's folder, or the folder itself if it is one.
+def find(path: Path, step: int | None) -> Path:
+    """Return the checkpoint to load: one of a run, or `path` itself if it is a checkpoint.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such checkpoint.
     """
-    if (folder / MANIFEST).exists() and step is None:
-        return folder
-    there = [path.name for path in complete(folder)] if folder.is_dir() else []
-    if step is not None:
-        path = folder / name_of(step)
-        if path.name not in there:
-            raise ValueError(f"{folder} has no checkpoint of step {step}; it has {there}.")
+    if (path / MANIFEST).exists() and step is None:
         return path
-    found = latest(folder) if folder.is_dir() else None
-    if found is None:
-        raise ValueError(f"there is no checkpoint in {folder}.")
-    return found
+    names = [found.name for found in complete(path)] if path.is_dir() else []
+    if step is not None:
+        name = directory_name(step)
+        if name not in names:
+            raise ValueError(f"{path} has no checkpoint of step {step}; it has {names}.")
+        return path / name
+    newest = latest(path) if path.is_dir() else None
+    if newest is None:
+        raise ValueError(f"there is no checkpoint in {path}.")
+    return newest
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,4 +1,4 @@
-"""Save: what there is to write, and writing it so that it is there as a whole or not at all."""
+"""Save a checkpoint, atomically: it appears under its name when all of it is on the disk."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
-from belief_dist.checkpoint import run_directory as folders
-from belief_dist.checkpoint.checksummed_files import SummingWriter, write_manifest
-from belief_dist.checkpoint.entries import DESCRIPTION, EXTRA, entries_of, weight_key
-from belief_dist.checkpoint.errors import CheckpointError, of_dcp, together
-from belief_dist.checkpoint.local_shards import holdings
-from belief_dist.checkpoint.metadata import check_plain, describe
+from belief_dist.checkpoint import run_directory
+from belief_dist.checkpoint.checksummed_files import ChecksumWriter, write_manifest
+from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, shard_entries, weight_key
+from belief_dist.checkpoint.errors import CheckpointError, from_dcp_failure, run_together
+from belief_dist.checkpoint.local_shards import local_shards
+from belief_dist.checkpoint.metadata import check_plain, make_metadata
 from belief_dist.checkpoint.names import model_tensors, parameter_names
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
@@ -30,14 +30,14 @@ from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, 
 
 @dataclass(frozen=True)
 class Saved:
-    """What became of a save.
+    """The result of a save.
 
     Attributes:
         path: The checkpoint.
-        step: Its step.
-        blocked: Seconds for which the caller waited.
-        seconds: Seconds from the call until it was complete.
-        nbytes: Written by this rank.
+        step: Step of the checkpoint.
+        blocked: Seconds for which the caller was blocked.
+        seconds: Seconds from the call until the checkpoint was complete.
+        nbytes: Bytes written by this rank.
     """
 
     path: Path
@@ -51,15 +51,12 @@ def team_of(optimizer: Optimizer | None, group: dist.ProcessGroup | None) -> Col
     """Return the ranks that save or load together.
 
     Args:
-        optimizer: Whose ranks they are, if it is a `ShardedAdaBelief` and `group` is None.
-        group: These ranks; None without such an optimizer means all.
+        optimizer: Without `group`, a `ShardedAdaBelief` determines the ranks.
+        group: The ranks; None means the optimizer's, or all.
     """
-    if (
-        group is None
-        and isinstance(optimizer, ShardedAdaBelief)
-        and not optimizer.is_model_parallel
-    ):
-        return optimizer.comm
+    if group is None and isinstance(optimizer, ShardedAdaBelief):
+        if not optimizer.is_model_parallel:
+            return optimizer.comm
     if not (dist.is_available() and dist.is_initialized()):
         return SingleRank()
     if dist.get_world_size(group) == 1:
@@ -67,8 +64,8 @@ def team_of(optimizer: Optimizer | None, group: dist.ProcessGroup | None) -> Col
     return BackendReduceScatter(group if group is not None else dist.group.WORLD)
 
 
-def settle(optimizer: Optimizer | None) -> None:
-    """Wait for what the optimizer has under way."""
+def wait_pending(optimizer: Optimizer | None) -> None:
+    """Wait until the optimizer's pending communication is complete."""
     if isinstance(optimizer, ShardedAdaBelief):
         optimizer.wait_pending()
 
@@ -80,15 +77,15 @@ def contents(
     scaler: Any = None,
     extra: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return everything that this rank writes, as a state_dict for `torch.distributed.checkpoint`.
+    """Return all entries that this rank writes, as a state_dict for `torch.distributed.checkpoint`.
 
-    What travels is settled first. Tensors share the live memory.
+    Waits for pending communication first. Tensors share the live memory.
 
     Args:
-        model: Its weights and buffers; None for the optimizer's parameters alone.
-        optimizer: `AdaBelief` or `ShardedAdaBelief`, or None for weights alone.
+        model: The model, for weights and buffers; None saves the optimizer's parameters only.
+        optimizer: `AdaBelief` or `ShardedAdaBelief`; None saves weights only.
         scaler: A `torch.amp.GradScaler`, or None.
-        extra: More plain values to keep.
+        extra: Further plain values.
 
     Raises:
         ValueError: A parameter has no name, or something cannot be saved.
@@ -96,20 +93,21 @@ def contents(
     if model is None and optimizer is None:
         raise ValueError("there is nothing to save: pass model, optimizer, or both.")
     check_plain(extra or {})
-    settle(optimizer)
+    wait_pending(optimizer)
     found: dict[str, Any] = {}
     names: list[str] = []
     aliases: dict[str, str] = {}
     memory_order: dict[str, list[int]] = {}
-    owned: dict[int, str] = {}
+    owned: dict[int, str] = {}  # by id of a tensor, the name it is saved under
     if optimizer is not None:
         names = parameter_names(optimizer, model)
         rank = optimizer.comm.rank if isinstance(optimizer, ShardedAdaBelief) else 0
-        for holding in holdings(optimizer, names):
-            found |= entries_of(holding, rank)
-            owned[id(holding.param)] = holding.name
-            if any(key.endswith("_exponent") for key in holding.tensors):
-                memory_order[holding.name] = list(holding.order)
+        for shard in local_shards(optimizer, names):
+            found |= shard_entries(shard, rank)
+            owned[id(shard.param)] = shard.name
+            # Blocks of 8-bit states count elements in memory order, which the reader must know.
+            if any(key.endswith("_exponent") for key in shard.tensors):
+                memory_order[shard.name] = list(shard.order)
     if model is not None:
         for name, value in model_tensors(model):
             held_as = owned.get(id(value))
@@ -118,12 +116,13 @@ def contents(
                 value = value.detach()
             if held_as is None:
                 found[weight_key(name)] = value
-            elif held_as != name:
+            elif held_as != name:  # a tied weight, saved once
                 aliases[name] = held_as
-    description = describe(optimizer, names, aliases)
-    description["memory_order"] = memory_order
-    description["scaler"] = None if scaler is None else scaler.state_dict()
-    return {**found, DESCRIPTION: (description,), EXTRA: (dict(extra or {}),)}
+    metadata = make_metadata(optimizer, names, aliases)
+    metadata["memory_order"] = memory_order
+    metadata["scaler"] = None if scaler is None else scaler.state_dict()
+    # In tuples, because DCP would flatten dicts into one entry for each key.
+    return {**found, METADATA_KEY: (metadata,), EXTRA_KEY: (dict(extra or {}),)}
 
 
 def write(
@@ -137,45 +136,50 @@ def write(
     """Write a checkpoint; called by all ranks.
 
     Returns:
-        Where it is, and how many bytes this rank has written.
+        Its path, and the number of bytes that this rank has written.
 
     Raises:
-        CheckpointError: On every rank. What was there before is as it was.
+        CheckpointError: On every rank; earlier checkpoints are unchanged.
     """
     what = f"cannot save step {step} to {run}"
     is_first = team.rank == 0
-    begun = together(team, what, lambda: folders.begin(run, step) if is_first else None)
+    # Only rank 0 works on directories; the others need the temporary name that it has chosen.
+    begun = run_together(team, what, lambda: run_directory.begin(run, step) if is_first else None)
     temporary = team.exchange(begun)[0]
     assert temporary is not None
     try:
-        aliases = entries[DESCRIPTION][0]["aliases"]
-        writer = SummingWriter(
+        aliases = entries[METADATA_KEY][0]["aliases"]
+        writer = ChecksumWriter(
             temporary, {weight_key(alias): weight_key(name) for alias, name in aliases.items()}
         )
         alone = team.world_size == 1
-        quiet_about_one_process()
+        silence_single_process_warning()
         try:
             dcp.save(entries, storage_writer=writer, process_group=group, no_dist=alone)
         except CheckpointException as failure:
-            raise of_dcp(what, failure) from None
-        sums = {name: s for theirs in team.exchange(writer.sums) for name, s in theirs.items()}
+            raise from_dcp_failure(what, failure) from None
+        checksums = {
+            name: s for theirs in team.exchange(writer.checksums) for name, s in theirs.items()
+        }
 
+        # Every rank's file has been flushed to the disk when `exchange` has returned.
         def publish() -> Path | None:
             if not is_first:
                 return None
-            write_manifest(temporary, sums, step)
-            final = folders.publish(temporary, step)
+            write_manifest(temporary, checksums, step)
+            final = run_directory.publish(temporary, step)
             if keep is not None:
-                folders.retain(run, keep)
+                run_directory.retain(run, keep)
             return final
 
-        published = team.exchange(together(team, what, publish))[0]
+        published = team.exchange(run_together(team, what, publish))[0]
         assert published is not None
     except CheckpointError:
+        # Raised on all ranks, so no rank still writes there.
         if is_first:
             shutil.rmtree(temporary, ignore_errors=True)
         raise
-    return published, sum(s.nbytes for s in writer.sums.values())
+    return published, sum(s.nbytes for s in writer.checksums.values())
 
 
 def save(
@@ -191,17 +195,17 @@ def save(
 ) -> Saved:
     """Write a checkpoint of a run; called by all ranks.
 
-    Every rank writes what it owns into one file. The checkpoint appears under its name when all of
-    it is on the disk; a process that is killed, or a full disk, leaves what was there before.
+    Every rank writes one file, with what it owns. The checkpoint appears under its name when all of
+    it is on the disk; if a process is killed or the disk is full, earlier checkpoints remain.
 
     Args:
-        run: The folder of the run, which all ranks see; made if need be.
-        step: Names the checkpoint; one of the same step is replaced.
-        model: Whose weights and buffers are saved; None for the optimizer's parameters alone.
+        run: The run directory, on a file system that all ranks share; created if it is missing.
+        step: Names the checkpoint; an existing one of the same step is replaced.
+        model: Its weights and buffers are saved; None saves the optimizer's parameters only.
         optimizer: `AdaBelief` (alone, under DDP or FSDP2) or `ShardedAdaBelief`.
         scaler: The `torch.amp.GradScaler` of the run.
-        extra: More plain values to keep: numbers, strings, tensors, lists and dicts of them.
-        keep: Remove all but so many of the newest checkpoints.
+        extra: Further plain values: numbers, strings, tensors, lists and dicts of them.
+        keep: Keep this many of the newest checkpoints and remove the others; None keeps all.
         process_group: The ranks; None means the optimizer's, or all.
 
     Raises:
@@ -215,17 +219,17 @@ def save(
         check_arguments(step, keep)
         return contents(model, optimizer, scaler, extra)
 
-    entries = together(team, f"cannot save step {step} to {run}", collect)
+    entries = run_together(team, f"cannot save step {step} to {run}", collect)
     path, nbytes = write(team, team.group, run, step, entries, keep)
     seconds = time.perf_counter() - begin
     return Saved(path, step, seconds, seconds, nbytes)
 
 
 def check_arguments(step: int, keep: int | None) -> None:
-    """Check what every save takes.
+    """Check the arguments that every save takes.
 
     Raises:
-        ValueError: It is out of range.
+        ValueError: One is out of range.
     """
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step must be an integer >= 0, got {step!r}.")
@@ -233,6 +237,6 @@ def check_arguments(step: int, keep: int | None) -> None:
         raise ValueError(f"keep must be an integer >= 1 or None, got {keep!r}.")
 
 
-def quiet_about_one_process() -> None:
-    """Let DCP not warn that there is one process only: that is meant."""
+def silence_single_process_warning() -> None:
+    """Silence DCP's warning about running without torch.distributed, which is intended here."""
     warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or")

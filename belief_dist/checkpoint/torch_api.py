@@ -1,7 +1,7 @@
-"""`ShardedAdaBelief` behind torch's own get_optimizer_state_dict and set_optimizer_state_dict.
+"""`ShardedAdaBelief` under torch's own get_optimizer_state_dict and set_optimizer_state_dict.
 
-They ask an optimizer for its state_dict, and hand one back. Inside `logical_states` it is one of
-logical tensors, which DCP saves and reshards, instead of this rank's shard.
+These call the optimizer's `state_dict` and `load_state_dict`. Inside `logical_states` the
+state_dict holds logical tensors, which DCP saves and reshards, instead of this rank's shard.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.checkpoint.dcp_tensor import Pieces
+from belief_dist.checkpoint.dcp_tensor import DcpTensor
 from belief_dist.checkpoint.entries import STATES, join_masters, split_masters
-from belief_dist.checkpoint.local_shards import Holding, holdings
+from belief_dist.checkpoint.local_shards import LocalShard, local_shards
 from belief_dist.checkpoint.metadata import apply_options
 from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.state_dict import answered_by
 
 MASTER = "master"
 
 
 @contextmanager
 def logical_states(optimizer: ShardedAdaBelief) -> Iterator[None]:
-    """Let `optimizer.state_dict` and `load_state_dict` speak of whole parameters in this context.
+    """In this context, `optimizer.state_dict` and `load_state_dict` work on logical tensors.
 
-    Then ``get_optimizer_state_dict`` returns tensors of the parameters' shapes that
-    `torch.distributed.checkpoint` saves, and loads in place; ``set_optimizer_state_dict`` takes
-    these, or plain whole tensors. What travels is, for each parameter, step, exp_avg, exp_avg_sq
-    and, where it is kept apart from the parameter, the float32 master; and the options of groups.
+    ``get_optimizer_state_dict`` then returns tensors of the parameters' shapes, which
+    `torch.distributed.checkpoint` saves and loads in place; ``set_optimizer_state_dict`` takes
+    these, or plain tensors of the same shapes. They are, for each parameter, step, exp_avg,
+    exp_avg_sq and, if it is separate from the parameter, the float32 master; and the options of the
+    groups.
 
     Raises:
-        ValueError: States have 8 bits, whose blocks have no place in a tensor of that shape; use
-            `belief_dist.checkpoint.save`.
+        ValueError: States have 8 bits, whose block exponents do not fit into a tensor of the
+            parameter's shape; use `belief_dist.checkpoint.save`.
     """
     if optimizer.options.state_dtype == torch.uint8:
         raise ValueError(
@@ -41,34 +43,34 @@ def logical_states(optimizer: ShardedAdaBelief) -> Iterator[None]:
             "belief_dist.checkpoint.save and load."
         )
     form = _LogicalForm(optimizer)
-    changed: Any = optimizer
-    changed.state_dict, changed.load_state_dict = form.state_dict, form.load_state_dict
-    try:
+    with answered_by(optimizer, state_dict=form.state_dict, load_state_dict=form.load_state_dict):
         yield
-    finally:
-        del changed.state_dict, changed.load_state_dict
 
 
 class _LogicalForm:
     def __init__(self, optimizer: ShardedAdaBelief) -> None:
         self._optimizer = optimizer
 
-    def _targets(self) -> Iterator[tuple[Holding, dict[str, Pieces], Tensor | None]]:
-        """Yield what is held of each parameter, by name of the state, and masters if joined."""
+    def _targets(self) -> Iterator[tuple[LocalShard, dict[str, DcpTensor], Tensor | None]]:
+        """Yield (shard, its tensors for DCP, copy of the masters or None) for each parameter."""
         count = sum(len(group["params"]) for group in self._optimizer.param_groups)
         names = list(map(str, range(count)))
-        for holding in holdings(self._optimizer, names):
-            held = holding.tensors
-            joined = None
-            found = {k: holding.pieces(held[k], held[k].dtype) for k in STATES if k in held}
-            # Copies: weights that are loaded in between would replace the masters themselves.
-            if "remainder" in held:
-                joined = join_masters(held["param"], held["remainder"])
-            elif held["param"].dtype != holding.param.dtype:
-                joined = held["param"].clone()
-            if joined is not None:
-                found[MASTER] = holding.pieces(joined, joined.dtype)
-            yield holding, found, joined
+        for shard in local_shards(self._optimizer, names):
+            tensors = shard.tensors
+            masters = None
+            targets = {
+                key: shard.dcp_tensor(tensors[key], tensors[key].dtype)
+                for key in STATES
+                if key in tensors
+            }
+            # Copies: setting the model's weights in between would overwrite the masters themselves.
+            if "remainder" in tensors:
+                masters = join_masters(tensors["param"], tensors["remainder"])
+            elif tensors["param"].dtype != shard.param.dtype:
+                masters = tensors["param"].clone()
+            if masters is not None:
+                targets[MASTER] = shard.dcp_tensor(masters, masters.dtype)
+            yield shard, targets, masters
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
@@ -81,8 +83,8 @@ class _LogicalForm:
             groups.append({**group, "params": indices})
             count += len(indices)
         params = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, (_, found, _) in enumerate(self._targets()):
-            states[index] = {"step": optimizer.state[params[index]]["step"], **found}
+        for index, (_, targets, _) in enumerate(self._targets()):
+            states[index] = {"step": optimizer.state[params[index]]["step"], **targets}
         return {"state": states, "param_groups": groups}
 
     @torch.no_grad()
@@ -91,36 +93,36 @@ class _LogicalForm:
         optimizer.wait_pending()
         params = [p for group in optimizer.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for index, (holding, found, joined) in enumerate(self._targets()):
+        for index, (shard, targets, masters) in enumerate(self._targets()):
             entry = state_dict["state"].get(saved[index])
             if entry is None:
                 continue
-            for key, target in found.items():
+            for key, target in targets.items():
                 if key in entry:
                     _copy(entry[key], target)
-            if MASTER in entry and joined is not None:
-                param, remainder = holding.tensors["param"], holding.tensors.get("remainder")
+            if MASTER in entry and masters is not None:
+                param, remainder = shard.tensors["param"], shard.tensors.get("remainder")
                 if remainder is None:
-                    param.copy_(joined)
+                    param.copy_(masters)
                 else:
-                    split_masters(joined, param, remainder)
+                    split_masters(masters, param, remainder)
             optimizer.state[params[index]]["step"] = int(entry["step"])
-        without = [
+        options = [
             {k: v for k, v in group.items() if k not in ("params", "param_names")}
             for group in state_dict["param_groups"]
         ]
-        apply_options(optimizer, without)
+        apply_options(optimizer, options)
         optimizer.sync_params_from_masters(
             skipped_steps=optimizer.skipped_steps, seed=optimizer.options.seed
         )
 
 
-def _copy(source: Tensor, target: Pieces) -> None:
-    for offsets, piece in target.pieces.items():
-        if isinstance(source, Pieces):
-            own = source.pieces[offsets].read()
+def _copy(source: Tensor, target: DcpTensor) -> None:
+    for offsets, chunk in target.chunks.items():
+        if isinstance(source, DcpTensor):
+            part = source.chunks[offsets].read()
         else:
-            own = source
-            for dim, (offset, size) in enumerate(zip(offsets, piece.sizes, strict=True)):
-                own = own.narrow(dim, offset, size)
-        piece.read().copy_(own)
+            part = source
+            for dim, (offset, size) in enumerate(zip(offsets, chunk.sizes, strict=True)):
+                part = part.narrow(dim, offset, size)
+        chunk.read().copy_(part)

@@ -1,7 +1,7 @@
-"""What DeepSpeed's loaders lack for an optimizer.
+"""Complete what DeepSpeed's checkpoint loaders leave out.
 
-Hyperparameters of param groups at stage 3, ranks that hold no part of a group at stages 1 and 2,
-and everything on NVMe.
+These are the hyperparameters of all param groups but the first at stage 3, ranks that hold no part
+of a group at stages 1 and 2, and optimizer states on NVMe.
 """
 
 from __future__ import annotations
@@ -16,35 +16,39 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from belief_dist.deepspeed.patching import Around, answer_once
+from belief_dist.deepspeed.patching import Wrapper, answer_once
 
 _SUFFIX = ".tensor.swp"
 
 
 def _restore_groups(groups: Sequence[dict[str, Any]], saved: Sequence[Mapping[str, Any]]) -> None:
-    """Give each param group what the same group had when it was saved."""
-    for group, then in zip(groups, saved, strict=True):
-        group.update({key: value for key, value in then.items() if key != "params"})
+    """Set each param group's options to those of the saved group at the same position."""
+    for group, saved_group in zip(groups, saved, strict=True):
+        group.update({key: value for key, value in saved_group.items() if key != "params"})
 
 
 def _check_groups(zero: Any, saved: Sequence[Mapping[str, Any]], source: Path) -> None:
     if len(saved) != len(zero.optimizer.param_groups):
         raise ValueError(
             f"{source} holds {len(saved)} param groups, this optimizer has "
-            f"{len(zero.optimizer.param_groups)}; build it with the groups of then."
+            f"{len(zero.optimizer.param_groups)}; build it with the groups it was saved with."
         )
 
 
 def load_universal_stage12(
-    served: type[Optimizer], original: Around, zero: Any, groups_name: str, checkpoint_dir: str
+    optimizer_cls: type[Optimizer],
+    original: Wrapper,
+    zero: Any,
+    groups_name: str,
+    checkpoint_dir: str,
 ) -> None:
-    """Load a universal checkpoint, on ranks that hold no part of a param group, too.
+    """Load a universal checkpoint, also on ranks that hold no part of a param group.
 
-    A group of few elements ends before the partitions of the last ranks begin; what these hold of
-    it is padding. DeepSpeed then looks for a step in an empty list.
+    A group with few elements ends before the last ranks' partitions begin, which are padding only.
+    DeepSpeed fails there, looking for a step in an empty list, so it gets the other groups only.
     """
     optimizer, params = zero.optimizer, getattr(zero, groups_name)
-    if not isinstance(optimizer, served):
+    if not isinstance(optimizer, optimizer_cls):
         original(zero, groups_name, checkpoint_dir)
         return
     folder = Path(checkpoint_dir, "zero")
@@ -72,10 +76,10 @@ def load_universal_stage12(
 
 
 def load_universal_stage3(
-    served: type[Optimizer], original: Around, zero: Any, checkpoint_dir: str
+    optimizer_cls: type[Optimizer], original: Wrapper, zero: Any, checkpoint_dir: str
 ) -> None:
-    """Restore every group's own hyperparameters; DeepSpeed copies those of the first into all."""
-    if not isinstance(zero.optimizer, served):
+    """Restore every group's own options; DeepSpeed copies those of the first group into all."""
+    if not isinstance(zero.optimizer, optimizer_cls):
         original(zero, checkpoint_dir)
         return
     file = Path(checkpoint_dir, "zero", "optimizer_state.pt")
@@ -86,24 +90,24 @@ def load_universal_stage3(
 
 
 def load_checkpoint(
-    served: type[Optimizer], original: Around, engine: Any, *args: Any, **kwargs: Any
+    optimizer_cls: type[Optimizer], original: Wrapper, engine: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Load a checkpoint, also into an optimizer whose states lie on NVMe.
+    """Load a checkpoint, also into an optimizer whose states are on NVMe.
 
-    DeepSpeed copies the saved swap files and reads the masters from them, but restores no step, no
-    hyperparameters, no moments, and of sub-groups too small to be swapped nothing at all. Those are
-    set up first; the moments that lie in files are then read with the masters.
+    DeepSpeed copies the saved swap files and reads the masters from them, but it restores neither
+    steps nor options nor moments, and nothing of sub-groups too small to be swapped. These are
+    restored first; the moments in swap files are then read along with the masters.
     """
     zero = engine.optimizer
-    on_nvme = getattr(zero, "swap_optimizer", False) and isinstance(zero.optimizer, served)
+    on_nvme = getattr(zero, "swap_optimizer", False) and isinstance(zero.optimizer, optimizer_cls)
     if not on_nvme:
         return original(engine, *args, **kwargs)
-    asked = inspect.signature(original).bind(engine, *args, **kwargs)
-    asked.apply_defaults()
-    folder = _tag_folder(engine, asked.arguments["load_dir"], asked.arguments["tag"])
+    call = inspect.signature(original).bind(engine, *args, **kwargs)
+    call.apply_defaults()
+    folder = _tag_folder(engine, call.arguments["load_dir"], call.arguments["tag"])
     if folder is None:
-        return original(engine, *args, **kwargs)  # warns that there is nothing
-    if asked.arguments["load_module_only"] or not asked.arguments["load_optimizer_states"]:
+        return original(engine, *args, **kwargs)  # which warns that there is no checkpoint
+    if call.arguments["load_module_only"] or not call.arguments["load_optimizer_states"]:
         raise ValueError(
             "DeepSpeed cannot load weights without optimizer states into an engine with "
             "offload_optimizer's device nvme: load them with device cpu or none."
@@ -115,13 +119,13 @@ def load_checkpoint(
 
     def reset_swap_buffers() -> None:
         swap_folder = Path(zero.optimizer_swapper.swap_folder)
-        for saved, now in names.items():
-            shutil.copyfile(saved, swap_folder / now)
+        for saved, name in names.items():
+            shutil.copyfile(saved, swap_folder / name)
         for file in {saved.name for saved in names} - set(names.values()):
             (swap_folder / file).unlink()
         reset()
 
-    # The engine calls it when it has copied the files.
+    # The engine calls this after it has copied the files, under the names they were saved with.
     answer_once(zero, "reset_swap_buffers", reset_swap_buffers)
     return original(engine, *args, **kwargs)
 
@@ -141,7 +145,7 @@ def _tag_folder(engine: Any, load_dir: str, tag: str | None) -> Path | None:
 
 
 def _own_shard(engine: Any, folder: Path) -> dict[str, Any]:
-    """Return what this rank saved of its optimizer; check it against the present one."""
+    """Return this rank's part of the saved optimizer, after checking that it fits this one."""
     zero = engine.optimizer
     file = Path(engine._get_zero_ckpt_name(str(folder.parent), folder.name))
     ranks = len(list(folder.glob("*zero_pp_rank_*_optim_states.pt")))
@@ -161,36 +165,36 @@ def _own_shard(engine: Any, folder: Path) -> dict[str, Any]:
     if saved != [0 if away else size for size, away in zip(sizes, swapped, strict=True)]:
         raise ValueError(
             f"{folder} was saved with other sub-groups on NVMe ({saved} elements of each are in "
-            f"its files, here each has {sizes}): load it with the model, sub_group_size and aio "
-            f"block of then, and with offload_optimizer's device nvme if it was saved with that."
+            f"its files, here each has {sizes}): load it with the model, sub_group_size, aio block "
+            f"and offload_optimizer device that it was saved with."
         )
     return shard
 
 
 def _swap_names(engine: Any, folder: Path) -> dict[Path, str]:
-    """Return the saved swap files of this rank with the names that they have in this process.
+    """Return this rank's saved swap files, each with its name in this process.
 
-    DeepSpeed names them after numbers that it gives to parameters as they come, all models of a
-    process counted together; their order is what stays.
+    DeepSpeed names them by ids that count the parameters of all models in a process. So the ids may
+    differ between processes, but their order does not.
     """
     zero = engine.optimizer
     rank = engine.local_rank if engine.use_node_local_storage() else engine.global_rank
     files = folder / "offloaded_tensors" / f"rank{rank:02d}"
-    then = sorted(
+    saved_ids = sorted(
         {file.name.removesuffix(_SUFFIX).split("-")[-1] for file in files.glob(f"*{_SUFFIX}")},
         key=_numbers,
     )
     masters = enumerate(zero.fp32_partitioned_groups_flat)
-    now = sorted(
+    own_ids = sorted(
         (master.ds_id for i, master in masters if zero._swappable_optimizer_subgroup(i)),
         key=_numbers,
     )
-    if len(then) != len(now):
+    if len(saved_ids) != len(own_ids):
         raise ValueError(
-            f"{files} holds the files of {len(then)} sub-groups, {len(now)} are on NVMe: files of "
-            f"the checkpoint are missing."
+            f"{files} holds the files of {len(saved_ids)} sub-groups, {len(own_ids)} are on NVMe: "
+            f"files of the checkpoint are missing."
         )
-    names = dict(zip(then, now, strict=True))
+    names = dict(zip(saved_ids, own_ids, strict=True))
     found = {}
     for file in files.glob(f"*{_SUFFIX}"):
         *state, name = file.name.removesuffix(_SUFFIX).split("-")
@@ -203,10 +207,10 @@ def _numbers(name: str) -> list[int]:
 
 
 def _prepare_swapped(zero: Any, shard: Mapping[str, Any]) -> None:
-    """Restore what is in the shard; make place for what DeepSpeed will read from swap files."""
+    """Restore what the shard holds; prepare the states that DeepSpeed will read from swap files."""
     saved = shard["optimizer_state_dict"]
     state = zero.optimizer.state
-    zero.optimizer_swapper.purge_state()  # forgets the moments' files of steps before this load
+    zero.optimizer_swapper.purge_state()  # drops the files of moments from before this load
     for number, master in enumerate(zero.fp32_partitioned_groups_flat):
         swapped = zero._swappable_optimizer_subgroup(number)
         if not swapped:
@@ -216,7 +220,7 @@ def _prepare_swapped(zero: Any, shard: Mapping[str, Any]) -> None:
             continue
         entry = dict(saved["state"][number])
         for key in ("exp_avg", "exp_avg_sq"):
-            if swapped:  # as large as it claims to be only once it is swapped in
+            if swapped:  # a placeholder of one element, replaced when it is swapped in
                 size = int(zero.fp16_partitioned_groups_flat_numel[number])
                 entry[key] = torch.empty(1, dtype=torch.float32).expand(size)
         state[master] = entry

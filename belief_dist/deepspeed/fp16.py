@@ -1,4 +1,4 @@
-"""float16 by DeepSpeed's own loss scale."""
+"""float16 with DeepSpeed's own loss scale."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from belief_dist.deepspeed.patching import Around
+from belief_dist.deepspeed.patching import Wrapper
 
 
 def refuse_scale_at_stage0(
-    served: type[Optimizer], original: Around, engine: Any, optimizer: Any, *args: Any
+    optimizer_cls: type[Optimizer], original: Wrapper, engine: Any, optimizer: Any, *args: Any
 ) -> Any:
-    """Refuse a loss scale at stage 0: DeepSpeed divides gradients by it, and scales no loss.
+    """Refuse a loss scale at stage 0, where DeepSpeed divides gradients by it but scales no loss.
 
-    (Its pull request 8393.) Adam does not notice, whose update does not depend on the gradients'
-    scale; in AdaBelief eps would weigh as much more as the scale's square.
+    See DeepSpeed's pull request 8393. Adam hides the error, as its update does not depend on the
+    scale of the gradients; in AdaBelief, eps would in effect grow by the square of the loss scale.
     """
-    if isinstance(optimizer, served) and engine.fp16_enabled():
+    if isinstance(optimizer, optimizer_cls) and engine.fp16_enabled():
         if engine.dynamic_loss_scale() or engine.loss_scale() != 1.0:
             raise ValueError(
                 'AdaBelief is wrong with "fp16" at ZeRO stage 0, where DeepSpeed divides gradients '

@@ -1,4 +1,4 @@
-"""Calls functions once another package has been imported, and imports it never itself."""
+"""Call functions when another package has been imported, without importing it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from typing import Any
 def when_imported(package: str, function: Callable[..., None], *args: Any) -> None:
     """Call `function(*args)` now if `package` has been imported, and else as soon as it has.
 
-    Whoever imports it, and whenever; again, should it be imported anew. The same call is made once,
-    however often it is asked for. Where the package never comes, nothing happens.
+    The call is repeated if the package is imported again. Requesting the same call several times
+    has no effect. If the package is never imported, nothing happens.
 
     Args:
-        package: A top-level one. The call follows its `__init__`, before any code of the importer.
-        function: Must not raise: that would be an error of the import.
+        package: A top-level package. The call is made after its `__init__` has run, before the
+            importing code goes on.
+        function: Must not raise, as the import would fail.
         args: Its arguments; hashable.
     """
     if sys.modules.get(package) is not None:
-        importlib.import_module(package)  # waits where another thread is still at it
+        importlib.import_module(package)  # waits if another thread is still importing it
         function(*args)
         return
     finder = _finders.get(package)
@@ -35,23 +36,23 @@ def when_imported(package: str, function: Callable[..., None], *args: Any) -> No
 
 
 class _Finder:
-    """Finds nothing itself, but lets the loader that another one found say when it has loaded."""
+    """Wraps the loader that another finder returns, to be called when it has loaded."""
 
     def __init__(self, package: str) -> None:
         self._package = package
-        self._asks_others = False
+        self._delegating = False
         self.calls: dict[tuple[Callable[..., None], tuple[Any, ...]], None] = {}
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Be a finder of `sys.meta_path`; None leaves a module to the next one."""
-        if name != self._package or self._asks_others:
+        """Implement a finder of `sys.meta_path`; None leaves a module to the next finder."""
+        if name != self._package or self._delegating:
             return None
-        self._asks_others = True
+        self._delegating = True
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self._asks_others = False
-        if spec is not None and spec.loader is not None:  # else a folder without code
+            self._delegating = False
+        if spec is not None and spec.loader is not None:  # None for a namespace package
             spec.loader = _Loader(spec.loader, self._call)
         return spec
 
@@ -64,21 +65,22 @@ _finders: dict[str, _Finder] = {}
 
 
 class _Loader(importlib.abc.Loader):
-    """Does what another loader does, and then makes a call."""
+    """Delegates to another loader, and makes a call when the module has been executed."""
 
     def __init__(self, loader: importlib.abc.Loader, call: Callable[[], None]) -> None:
         self._loader = loader
         self._call = call
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)  # what there is beside the two methods below
+        return getattr(self._loader, name)  # optional methods, such as get_source
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         if module.__spec__ is not None:
-            module.__spec__.loader = self._loader  # nobody needs to know
+            # Later users of the module's spec get the original loader.
+            module.__spec__.loader = self._loader
         module.__loader__ = self._loader
         self._loader.exec_module(module)
         self._call()

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from belief_dist.deepspeed import checkpoint_loading, fp16, offload
 from belief_dist.deepspeed.import_hook import when_imported
-from belief_dist.deepspeed.patching import Around, extend_method
+from belief_dist.deepspeed.patching import Wrapper, wrap_method
 from belief_dist.deepspeed.stage0 import engine as stage0
 from belief_dist.deepspeed.stage0.driver import EngineDriver
 from belief_dist.optimizer import AdaBelief
@@ -28,7 +28,7 @@ logger = logging.getLogger("belief_dist")
 
 _OLDEST = (0, 18)
 # Module, class, method, wrapper.
-_Wrapped = tuple[str, str, str, Around]
+_Wrapped = tuple[str, str, str, Wrapper]
 
 # DeepSpeed methods we wrap, in memory, for AdaBelief. A wrapper gets the class AdaBelief, the
 # method as it was, and its arguments; what concerns other optimizers it hands on.
@@ -173,8 +173,8 @@ def _wrap_for_adabelief() -> None:
 
 
 @cache  # so that a wrapper is recognized where it stands already
-def _of_adabelief(around: Around) -> Around:
-    return partial(around, AdaBelief)
+def _of_adabelief(wrapper: Wrapper) -> Wrapper:
+    return partial(wrapper, AdaBelief)
 
 
 def _wrap_for_sharded() -> None:
@@ -182,7 +182,7 @@ def _wrap_for_sharded() -> None:
 
 
 def _wrap(methods: Sequence[_Wrapped]) -> None:
-    for module, owner, name, around in methods:
+    for module, owner, name, wrapper in methods:
         try:
             found = getattr(importlib.import_module(f"deepspeed.{module}"), owner, None)
         except ImportError:
@@ -197,4 +197,4 @@ def _wrap(methods: Sequence[_Wrapped]) -> None:
                 name,
             )
             continue
-        extend_method(found, name, around)
+        wrap_method(found, name, wrapper)

@@ -1,4 +1,4 @@
-"""Puts functions around a method of another package, in memory and each at most once."""
+"""Wrap methods of another package in memory, at most once."""
 
 from __future__ import annotations
 
@@ -6,39 +6,39 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-# Takes the method as it was and all arguments, the instance first.
-Around = Callable[..., Any]
+# Called with the original method and then its arguments, the instance first.
+Wrapper = Callable[..., Any]
 
 
 def answer_once(instance: object, name: str, answer: Callable[..., Any]) -> None:
-    """Have `answer` stand in for a method of one object in its next call, and only in that."""
+    """Replace a method of one object by `answer` for its next call only."""
 
     def once(*args: Any, **kwargs: Any) -> Any:
-        delattr(instance, name)  # the instance's, so that the class's is back
+        delattr(instance, name)  # uncovers the method of the class
         return answer(*args, **kwargs)
 
     setattr(instance, name, once)
 
 
-def extend_method(owner: type, name: str, around: Around) -> None:
-    """Have `around(original, instance, ...)` answer calls of `owner.name`.
+def wrap_method(owner: type, name: str, wrapper: Wrapper) -> None:
+    """Replace `owner.name`, so that calls go to `wrapper(original, instance, ...)`.
 
-    Everything that does not concern this package is for `around` to hand on to `original`. Where
-    another wrapper stands already, this one goes around it; the same one does so once.
+    The wrapper must pass calls that do not concern this package on to `original`. Where another
+    wrapper stands already, this one goes around it; the same one does so once.
 
     Args:
         owner: The class that defines the method.
-        name: Of the method.
-        around: What answers instead.
+        name: Name of the method.
+        wrapper: Called in place of the method.
     """
     original = vars(owner)[name]
     standing = getattr(original, "belief_dist_wrappers", ())
-    if around in standing:
-        return
+    if wrapper in standing:
+        return  # an earlier optimizer has asked for it
 
     @functools.wraps(original)
-    def extended(*args: Any, **kwargs: Any) -> Any:
-        return around(original, *args, **kwargs)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
 
-    extended.belief_dist_wrappers = (*standing, around)  # type: ignore[attr-defined]
-    setattr(owner, name, extended)
+    wrapped.belief_dist_wrappers = (*standing, wrapper)  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)

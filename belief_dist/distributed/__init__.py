@@ -1,4 +1,4 @@
-"""Join the ranks of a job, whatever started them: `belief_dist.distributed.init()`."""
+"""Initialize torch.distributed under any launcher: `belief_dist.distributed.init()`."""
 
 from belief_dist.distributed.errors import LaunchError
 from belief_dist.distributed.init import TIMEOUT, World, init

@@ -1,5 +1,5 @@
-"""The error of a job that cannot start."""
+"""The error raised when a job cannot start."""
 
 
 class LaunchError(RuntimeError):
-    """The environment does not tell one place among the ranks, or the ranks do not fit together."""
+    """The environment does not determine this process's rank, or the ranks do not match."""

@@ -1,4 +1,4 @@
-"""What the ranks of a job compare before they train: that they run the same code, and the time."""
+"""Before training, the ranks check that all run the same code with the same settings."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
-import belief_dist
 from belief_dist.distributed.errors import LaunchError
+from belief_dist.version import __version__
 
 _MAX_SKEW = 5.0  # seconds
+_PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
-class Card:
-    """What a rank shows to rank 0.
+class RankReport:
+    """What each rank reports to rank 0.
 
     Attributes:
-        host: Its host.
-        facts: What must be equal on all ranks, by what it is.
+        host: Its host name.
+        facts: Values that must be equal on all ranks, by description.
         problem: Why this rank cannot take part; empty if it can.
     """
 
@@ -38,18 +39,18 @@ class Card:
 
 
 def own_facts(world_size: int, backend: str) -> dict[str, str]:
-    """Return what must be equal on all ranks, by what it is."""
+    """Return the values that must be equal on all ranks, by description."""
     return {
         "world size": str(world_size),
         "backend": backend,
         "version of torch": torch.__version__,
-        "version of belief_dist": belief_dist.__version__,
-        "source code of belief_dist": source_hash(Path(belief_dist.__file__).parent),
+        "version of belief_dist": __version__,
+        "source code of belief_dist": source_hash(_PACKAGE),
     }
 
 
 def source_hash(folder: Path) -> str:
-    """Return a short hash of all source files in a folder, by their names and contents."""
+    """Return a short hash of the names and contents of all source files in a folder."""
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         if path.suffix in {".py", ".cpp"}:
@@ -58,21 +59,21 @@ def source_hash(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def difference(first: Card, card: Card, rank: int) -> str:
-    """Return a sentence about the first difference between rank 0 and another; empty if none."""
-    if card.problem:
-        return f"rank {rank} on {card.host} reports: {card.problem}"
+def difference(first: RankReport, report: RankReport, rank: int) -> str:
+    """Describe the first difference between rank 0's report and another; empty if there is none."""
+    if report.problem:
+        return f"rank {rank} on {report.host} reports: {report.problem}"
     for what, here in first.facts.items():
-        there = card.facts.get(what)
+        there = report.facts.get(what)
         if there != here:
             return (
                 f"the {what} differs: {here} on rank 0 ({first.host}), {there} on rank {rank} "
-                f"({card.host}). Start every rank with the same environment and the same code."
+                f"({report.host}). Start every rank with the same environment and the same code."
             )
     return ""
 
 
-def meet(
+def compare_ranks(
     store: Store,
     rank: int,
     world_size: int,
@@ -82,49 +83,50 @@ def meet(
     timeout: timedelta,
     warn: bool,
 ) -> list[str]:
-    """Wait until all ranks are here, and compare them; called by all ranks.
+    """Wait until all ranks have reported, and compare the reports; called by all ranks.
 
     Args:
-        store: Where nobody else writes.
-        rank: This process's.
+        store: Used for nothing else.
+        rank: Of this process.
         world_size: Number of processes.
         facts: See `own_facts`.
         problem: Why this rank cannot take part; empty if it can.
-        timeout: After which a missing rank becomes an error.
+        timeout: How long to wait for a rank before its absence is an error.
         warn: Whether this rank warns if its clock differs from rank 0's.
 
     Returns:
-        The host of every rank on rank 0, nothing on others.
+        The host of every rank on rank 0, an empty list on the others.
 
     Raises:
-        LaunchError: A rank has a problem, differs from rank 0, or is missing; on every rank.
+        LaunchError: On every rank, if any rank has a problem, differs from rank 0 or is missing.
     """
+    # The counter is 2 for the second process that claims this rank.
     if store.add(f"arrived/{rank}", 1) > 1:
         raise LaunchError(
             f"another process is rank {rank} of this job already: give every process its own rank, "
             f"and every job its own MASTER_PORT."
         )
-    card = Card(socket.gethostname(), facts, problem)
-    store.set(f"card/{rank}", json.dumps([card.host, card.facts, card.problem]))
+    report = RankReport(socket.gethostname(), facts, problem)
+    store.set(f"report/{rank}", json.dumps([report.host, report.facts, report.problem]))
     hosts: list[str] = []
     if rank == 0:
-        sentence = difference(card, card, 0)
+        sentence = difference(report, report, 0)
         if not sentence:
-            sentence, hosts = _inspect(store, card, world_size, timeout)
+            sentence, hosts = _first_difference(store, report, world_size, timeout)
         store.set("verdict", json.dumps([sentence, time.time()]))
-    # Rank 0 waits as long for others, and answers then.
+    # Twice the timeout: rank 0 itself may wait that long for the last rank before it answers.
     sentence, clock = json.loads(_get(store, "verdict", timeout * 2, "rank 0 has not answered"))
     skew = time.time() - clock
     if sentence:
         if rank == 0:
-            # Its process holds the server: the others read first.
+            # The store's server lives in this process: exit only when the others have read.
             _wait_for_readers(store, world_size)
         else:
             store.add("read", 1)
         raise LaunchError(sentence)
     if warn and abs(skew) > _MAX_SKEW:
         warnings.warn(
-            f"the clock of {card.host} (rank {rank}) is {abs(skew):.0f} s "
+            f"the clock of {report.host} (rank {rank}) is {abs(skew):.0f} s "
             f"{'ahead of' if skew > 0 else 'behind'} that of rank 0: logs and file times will "
             f"mislead; synchronize the hosts.",
             stacklevel=3,
@@ -132,24 +134,24 @@ def meet(
     return hosts
 
 
-def _inspect(
-    store: Store, first: Card, world_size: int, timeout: timedelta
+def _first_difference(
+    store: Store, first: RankReport, world_size: int, timeout: timedelta
 ) -> tuple[str, list[str]]:
-    deadline = time.monotonic() + timeout.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()  # one for all ranks together
     hosts = [first.host]
     for rank in range(1, world_size):
         left = timedelta(seconds=max(0.01, deadline - time.monotonic()))
         try:
-            store.wait([f"card/{rank}"], left)
+            store.wait([f"report/{rank}"], left)
         except dist.DistStoreError:
-            missing = [r for r in range(1, world_size) if not store.check([f"card/{r}"])]
+            missing = [r for r in range(1, world_size) if not store.check([f"report/{r}"])]
             return (
                 f"{_ranks(missing)} of {world_size} did not join within "
                 f"{timeout.total_seconds():g} s.",
                 hosts,
             )
-        host, facts, problem = json.loads(store.get(f"card/{rank}"))
-        sentence = difference(first, Card(host, facts, problem), rank)
+        host, facts, problem = json.loads(store.get(f"report/{rank}"))
+        sentence = difference(first, RankReport(host, facts, problem), rank)
         if sentence:
             return sentence, hosts
         hosts.append(host)
@@ -172,16 +174,16 @@ def _get(store: Store, key: str, timeout: timedelta, failure: str) -> str:
 
 def _wait_for_readers(store: Store, world_size: int) -> None:
     deadline = time.monotonic() + 2
-    present = sum(store.check([f"card/{rank}"]) for rank in range(1, world_size))
+    present = sum(store.check([f"report/{rank}"]) for rank in range(1, world_size))
     while store.add("read", 0) < present and time.monotonic() < deadline:
         time.sleep(0.02)
 
 
 def count_local_rank(store: Store, rank: int) -> int:
-    """Return how many lower ranks are on this host; called by all ranks.
+    """Return the number of lower ranks on this host; called by all ranks.
 
     Raises:
-        LaunchError: A lower rank does not come.
+        LaunchError: A lower rank does not join in time.
     """
     here = socket.gethostname()
     store.set(f"host/{rank}", here)

@@ -1,4 +1,4 @@
-"""Which of this host's addresses and interfaces lead to the other ranks."""
+"""Find the address and the interface by which this host reaches the other ranks."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ import time
 from belief_dist.distributed.errors import LaunchError
 
 _SIOCGIFADDR = 0x8915
-_DOCUMENTATION = "192.0.2.1"  # an address that nobody has: whatever leads to it leads outside
+# Reserved for documentation (RFC 5737), so the route to it is the route to other networks.
+_DOCUMENTATION = "192.0.2.1"
 
 
 def address_towards(host: str) -> str:
-    """Return this host's address on the way to another; nothing is sent.
+    """Return the local address from which this host reaches another; nothing is sent.
 
     Raises:
-        OSError: The name is unknown, or no way leads there.
+        OSError: The name is unknown, or there is no route.
     """
     family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(target)
+        probe.connect(target)  # UDP: this only selects the route
         address: str = probe.getsockname()[0]
     return address
 
 
 def outward_address() -> str:
-    """Return the address that this host has towards others, or the loopback's if it has none."""
+    """Return this host's address towards other networks, or the loopback's if there is no route."""
     try:
         return address_towards(_DOCUMENTATION)
     except OSError:
@@ -37,12 +38,12 @@ def outward_address() -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Tell whether an address reaches this host only."""
+    """Return whether an address reaches this host only."""
     return ipaddress.ip_address(address.split("%")[0]).is_loopback
 
 
 def interface_of(address: str) -> str | None:
-    """Return the name of the interface that has an address, or None if none is known to."""
+    """Return the name of the interface with this address, or None if there is none."""
     wanted = ipaddress.ip_address(address.split("%")[0])
     if wanted.is_loopback:
         return "lo"
@@ -72,15 +73,15 @@ def _ipv6_interfaces() -> dict[ipaddress.IPv4Address | ipaddress.IPv6Address, st
 
 
 def wait_for_name(host: str, source: str, patience: float = 30.0) -> None:
-    """Return when a host's name is known; a new container's may take a while.
+    """Wait until a host name resolves; that of a new container may take a while.
 
     Args:
         host: A name or an address.
-        source: The environment variable that it is from, for the message.
-        patience: Seconds.
+        source: The environment variable it comes from, for the message.
+        patience: Seconds to wait.
 
     Raises:
-        LaunchError: It is still unknown.
+        LaunchError: The name still does not resolve.
     """
     deadline = time.monotonic() + patience
     while True:

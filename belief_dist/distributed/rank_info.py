@@ -1,4 +1,4 @@
-"""Which rank this process is, read from what launchers leave in the environment."""
+"""Read rank and world size from the environment variables of the known launchers."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from belief_dist.distributed.errors import LaunchError
 
 
 @dataclass(frozen=True)
-class Place:
-    """One process among those of its job.
+class RankInfo:
+    """What the environment says about this process.
 
     Attributes:
-        launcher: What started it, in words.
+        launcher: What started it, for messages.
         rank: In 0..world_size-1.
         world_size: Number of processes.
-        local_rank: Among the processes of this host; None if the launcher does not tell.
-        local_world_size: Number of processes on this host; None if the launcher does not tell.
+        local_rank: Index among the processes on this host; None if the launcher does not set it.
+        local_world_size: Number of processes on this host; None if the launcher does not set it.
         names: The environment variables of rank, world size and local rank, for messages.
     """
 
@@ -34,17 +34,18 @@ class Place:
         return f"{rank}={self.rank} and {size}={self.world_size} ({self.launcher})"
 
 
-ALONE = Place("nobody: alone", 0, 1, 0, 1, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+ALONE = RankInfo("nobody: alone", 0, 1, 0, 1, ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 OPEN_MPI = "mpirun of Open MPI"
 HYDRA = "mpirun of MPICH or Intel MPI"
 SLURM = "srun"
 
 
-def read_place(environ: Mapping[str, str]) -> Place:
-    """Return this process's place.
+def read_rank_info(environ: Mapping[str, str]) -> RankInfo:
+    """Return this process's rank, world size and launcher.
 
-    Launchers may be nested (mpirun inside a Slurm job, torchrun inside srun): the innermost counts.
+    Launchers may be nested (mpirun inside a Slurm job, torchrun inside srun); the innermost one
+    decides.
 
     Args:
         environ: The process's environment.
@@ -54,16 +55,14 @@ def read_place(environ: Mapping[str, str]) -> Place:
     """
     by_variables = _torch_variables(environ)
     others = [
-        place
-        for place in (_open_mpi(environ), _hydra(environ), _slurm(environ))
-        if place is not None
+        info for info in (_open_mpi(environ), _hydra(environ), _slurm(environ)) if info is not None
     ]
     if by_variables is not None:
         if by_variables.launcher == _BY_HAND:
             for other in others:
-                _must_fit(by_variables, other)
+                _check_nested(by_variables, other)
         return by_variables
-    mpi = [place for place in others if place.launcher != SLURM]
+    mpi = [info for info in others if info.launcher != SLURM]
     if len(mpi) == 2:
         raise LaunchError(
             f"two launchers claim this process: {mpi[0]} and {mpi[1]}; unset the variables that an "
@@ -75,10 +74,10 @@ def read_place(environ: Mapping[str, str]) -> Place:
 _BY_HAND = "RANK and WORLD_SIZE"
 
 
-def _torch_variables(environ: Mapping[str, str]) -> Place | None:
-    """Read what torchrun and the deepspeed launcher set, and what one sets by hand."""
+def _torch_variables(environ: Mapping[str, str]) -> RankInfo | None:
+    """Read the variables that torchrun or the deepspeed launcher set, or that were set by hand."""
     if "RANK" not in environ:
-        if "WORLD_SIZE" in environ and not _others_tell(environ):
+        if "WORLD_SIZE" in environ and not _is_set_by_another(environ):
             size = _integer(environ, "WORLD_SIZE")
             if size > 1:
                 raise LaunchError(
@@ -91,7 +90,7 @@ def _torch_variables(environ: Mapping[str, str]) -> Place | None:
         launcher = "torchrun"
     elif "CROSS_SIZE" in environ and "LOCAL_SIZE" in environ:
         launcher = "the deepspeed launcher"
-    return _place(
+    return _from_variables(
         environ,
         launcher,
         ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -99,14 +98,14 @@ def _torch_variables(environ: Mapping[str, str]) -> Place | None:
     )
 
 
-def _others_tell(environ: Mapping[str, str]) -> bool:
+def _is_set_by_another(environ: Mapping[str, str]) -> bool:
     return any(name in environ for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_STEP_ID"))
 
 
-def _open_mpi(environ: Mapping[str, str]) -> Place | None:
+def _open_mpi(environ: Mapping[str, str]) -> RankInfo | None:
     if "OMPI_COMM_WORLD_RANK" not in environ and "OMPI_COMM_WORLD_SIZE" not in environ:
         return None
-    return _place(
+    return _from_variables(
         environ,
         OPEN_MPI,
         ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -114,17 +113,17 @@ def _open_mpi(environ: Mapping[str, str]) -> Place | None:
     )
 
 
-def _hydra(environ: Mapping[str, str]) -> Place | None:
+def _hydra(environ: Mapping[str, str]) -> RankInfo | None:
     if "PMI_RANK" not in environ and "PMI_SIZE" not in environ:
         return None
     if "MPI_LOCALRANKID" not in environ and "SLURM_STEP_ID" in environ:
-        return None  # srun --mpi=pmi2: Slurm tells the same, and needs no MPI to agree on a port
+        return None  # srun --mpi=pmi2: _slurm reads the same ranks, and needs no MPI for the port
     names = ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID")
-    return _place(environ, HYDRA, names, "MPI_LOCALNRANKS")
+    return _from_variables(environ, HYDRA, names, "MPI_LOCALNRANKS")
 
 
-def _slurm(environ: Mapping[str, str]) -> Place | None:
-    # A batch script has SLURM_PROCID=0, too: only a step's processes are ranks.
+def _slurm(environ: Mapping[str, str]) -> RankInfo | None:
+    # A batch script, too, has SLURM_PROCID=0, but only the processes of a step are ranks.
     in_script = "SLURM_STEP_ID" not in environ and environ.get("SLURM_PROCID", "0") == "0"
     if "SLURM_PROCID" not in environ or in_script:
         return None
@@ -137,15 +136,15 @@ def _slurm(environ: Mapping[str, str]) -> Place | None:
         # "2(x3)": two tasks on each of three nodes.
         environ = {**environ, "SLURM_STEP_TASKS_PER_NODE": tasks.split("(")[0]}
         here = "SLURM_STEP_TASKS_PER_NODE"
-    return _place(environ, SLURM, ("SLURM_PROCID", size, "SLURM_LOCALID"), here)
+    return _from_variables(environ, SLURM, ("SLURM_PROCID", size, "SLURM_LOCALID"), here)
 
 
-def _place(
+def _from_variables(
     environ: Mapping[str, str],
     launcher: str,
     names: tuple[str, str, str],
     local_world_size: str | None,
-) -> Place:
+) -> RankInfo:
     rank_name, size_name, local_name = names
     for present, absent in ((rank_name, size_name), (size_name, rank_name)):
         if present in environ and absent not in environ:
@@ -168,11 +167,11 @@ def _place(
             f"{local_name} is {local} and {limit} is {here or size}: a local rank is in "
             f"0..{limit}-1."
         )
-    return Place(launcher, rank, size, local, here, names)
+    return RankInfo(launcher, rank, size, local, here, names)
 
 
-def _must_fit(inner: Place, outer: Place) -> None:
-    """Check ranks set by hand against the launcher around them, which may start fewer processes."""
+def _check_nested(inner: RankInfo, outer: RankInfo) -> None:
+    """Check ranks set by hand against the launcher around them, which may have started fewer."""
     same_size_other_rank = inner.world_size == outer.world_size and inner.rank != outer.rank
     if inner.world_size < outer.world_size or same_size_other_rank:
         raise LaunchError(

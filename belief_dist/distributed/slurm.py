@@ -1,7 +1,7 @@
-"""How the tasks of srun find rank 0 without being told a port.
+"""Rendezvous under srun, which does not set a port.
 
-Rank 0 answers at one of a few ports that the job's id determines; a port that another program has
-is passed over by both sides, as an answer must name the job.
+Rank 0 listens on one of a few ports that are derived from the job's id. A port that another
+program uses is skipped by both sides, because an answer must repeat the job's token.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from datetime import timedelta
 
 from belief_dist.distributed.errors import LaunchError
 
-# Below the range from which systems take the ports of outgoing connections (32768 and up).
+# Below 32768, where the range begins from which Linux takes ports for outgoing connections.
 _PORTS = range(20000, 30000)
 _NUM_CANDIDATES = 8
-_PATIENCE = 2.0  # seconds until a port that does not answer is somebody else's
+_PATIENCE = 2.0  # seconds after which a port that does not answer is another program's
 
 
 def first_host(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return the host of rank 0, and the name of the variable that tells it.
+    """Return the host of rank 0, and the variable from which it is known.
 
     Raises:
-        LaunchError: There is no node list, or it cannot be read.
+        LaunchError: There is no node list, or it cannot be parsed.
     """
     for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST"):
         if environ.get(name):
@@ -48,19 +48,19 @@ def _first(nodes: str, name: str) -> str:
 
 
 def job_token(environ: Mapping[str, str]) -> str:
-    """Return what tells this step of this job from all others, also after a requeue."""
+    """Return a string that is unique to this step of this job and this run after a requeue."""
     names = ("SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
     return "belief_dist " + ".".join(environ.get(name, "-") for name in names)
 
 
 def candidate_ports(token: str) -> list[int]:
-    """Return the ports at which rank 0 of a job may answer, in order."""
+    """Return the ports on which rank 0 of a job may listen, in the order they are tried."""
     return random.Random(token).sample(_PORTS, _NUM_CANDIDATES)
 
 
 @contextmanager
 def answering(token: str, store_port: int) -> Iterator[None]:
-    """Tell everyone who asks with the job's token the port of the store; called by rank 0.
+    """Answer requests that carry the job's token with the store's port; called by rank 0.
 
     Raises:
         LaunchError: All candidate ports are taken.
@@ -72,7 +72,7 @@ def answering(token: str, store_port: int) -> Iterator[None]:
         try:
             yield
         finally:
-            server.shutdown(socket.SHUT_RDWR)  # wakes the thread
+            server.shutdown(socket.SHUT_RDWR)  # ends the thread's accept()
 
 
 def _listen(ports: list[int]) -> socket.socket:
@@ -109,7 +109,7 @@ def ask_for_port(host: str, token: str, timeout: timedelta) -> int:
     """Return the port of rank 0's store; called by the other ranks.
 
     Raises:
-        LaunchError: Nobody has answered in time.
+        LaunchError: Rank 0 did not answer in time.
     """
     ports = candidate_ports(token)
     deadline = time.monotonic() + timeout.total_seconds()

@@ -1,4 +1,4 @@
-"""Open the store at which all ranks meet: one server in rank 0, found by all."""
+"""Open the store for rendezvous: rank 0 serves it, and all ranks connect."""
 
 from __future__ import annotations
 
@@ -10,46 +10,45 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store, TCPStore
 
-from belief_dist.distributed import elastic_store as agent
-from belief_dist.distributed import mpi, slurm
+from belief_dist.distributed import elastic_store, mpi, slurm
 from belief_dist.distributed.errors import LaunchError
 from belief_dist.distributed.network import address_towards, outward_address, wait_for_name
-from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, Place
+from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, RankInfo
 
-Opened = tuple[Store, str, int]  # with the address and port of its server
+Opened = tuple[Store, str, int]  # the store, and the address and port of its server
 
 
 def open_store(
-    place: Place, environ: Mapping[str, str], timeout: timedelta, stack: ExitStack
+    info: RankInfo, environ: Mapping[str, str], timeout: timedelta, stack: ExitStack
 ) -> Opened:
     """Return the store of a job; called by all ranks.
 
     Args:
-        place: This process's.
-        environ: Its environment, of which MASTER_ADDR and MASTER_PORT count where they are set.
-        timeout: After which a rank that does not come becomes an error.
-        stack: Keeps open what others need until they have come, too.
+        info: Of this process.
+        environ: Its environment; MASTER_ADDR and MASTER_PORT are used where they are set.
+        timeout: How long to wait for a rank before its absence is an error.
+        stack: Keeps rank 0's answering thread alive until the other ranks have connected.
 
     Raises:
         LaunchError: Rank 0 cannot be found, or its port is taken.
     """
     master = _master(environ)
-    if place.world_size == 1:
-        return _serve(place, "127.0.0.1", 0, timeout)
-    if place.launcher in (OPEN_MPI, HYDRA):
-        return _open_by_mpi(place, master, timeout)
-    if place.launcher == SLURM and None in master:
-        return _open_by_slurm(place, environ, master, timeout, stack)
+    if info.world_size == 1:
+        return _serve(info, "127.0.0.1", 0, timeout)
+    if info.launcher in (OPEN_MPI, HYDRA):
+        return _open_by_mpi(info, master, timeout)
+    if info.launcher == SLURM and None in master:
+        return _open_by_slurm(info, environ, master, timeout, stack)
     address, port = master
     if address is None or port is None:
         missing = "MASTER_ADDR" if address is None else "MASTER_PORT"
         raise LaunchError(
-            f"{missing} is not set, but {place} says that there are other ranks: set MASTER_ADDR "
+            f"{missing} is not set, but {info} says that there are other ranks: set MASTER_ADDR "
             f"to rank 0's host and MASTER_PORT to a port that is free there."
         )
     if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        return _open_by_agent(place, address, port, timeout, stack)
-    return _open_by_variables(place, address, port, timeout)
+        return _open_by_agent(info, address, port, timeout, stack)
+    return _open_by_variables(info, address, port, timeout)
 
 
 def _master(environ: Mapping[str, str]) -> tuple[str | None, int | None]:
@@ -61,17 +60,17 @@ def _master(environ: Mapping[str, str]) -> tuple[str | None, int | None]:
     return environ.get("MASTER_ADDR") or None, int(text)
 
 
-def _serve(place: Place, address: str, port: int, timeout: timedelta) -> Opened:
+def _serve(info: RankInfo, address: str, port: int, timeout: timedelta) -> Opened:
     try:
-        # Port 0 lets the system choose: no other program can take it in between.
+        # With port 0 the system chooses a free port and binds it, so there is no race for it.
         store = TCPStore(
             address,
             port,
-            place.world_size,
+            info.world_size,
             is_master=True,
             wait_for_workers=False,
             timeout=timeout,
-            multi_tenant=port != 0,
+            multi_tenant=port != 0,  # other stores in this process may use MASTER_PORT, too
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
@@ -83,12 +82,12 @@ def _serve(place: Place, address: str, port: int, timeout: timedelta) -> Opened:
     return store, address, store.port
 
 
-def _connect(place: Place, address: str, port: int, timeout: timedelta) -> Opened:
+def _connect(info: RankInfo, address: str, port: int, timeout: timedelta) -> Opened:
     try:
-        store = TCPStore(address, port, place.world_size, is_master=False, timeout=timeout)
+        store = TCPStore(address, port, info.world_size, is_master=False, timeout=timeout)
     except (dist.DistNetworkError, dist.DistStoreError):
         raise LaunchError(
-            f"rank {place.rank} on {socket.gethostname()} could not reach rank 0 at {address}:"
+            f"rank {info.rank} on {socket.gethostname()} could not reach rank 0 at {address}:"
             f"{port} within {timeout.total_seconds():g} s: is it running, are MASTER_ADDR and "
             f"MASTER_PORT its own, and does a firewall let the port through?"
         ) from None
@@ -96,58 +95,60 @@ def _connect(place: Place, address: str, port: int, timeout: timedelta) -> Opene
 
 
 def _open_by_agent(
-    place: Place, address: str, port: int, timeout: timedelta, stack: ExitStack
+    info: RankInfo, address: str, port: int, timeout: timedelta, stack: ExitStack
 ) -> Opened:
     wait_for_name(address, "MASTER_ADDR")
-    agents, _, _ = _connect(place, address, port, timeout)
-    if place.rank == 0:
-        store, _, own_port = _serve(place, address, 0, timeout)
-        stack.enter_context(agent.answering(agents, own_port))
+    agents, _, _ = _connect(info, address, port, timeout)
+    if info.rank == 0:
+        store, _, own_port = _serve(info, address, 0, timeout)
+        stack.enter_context(elastic_store.answering(agents, own_port))
     else:
-        store, _, _ = _connect(place, address, agent.ask_for_port(agents, place), timeout)
+        store, _, _ = _connect(info, address, elastic_store.ask_for_port(agents, info), timeout)
     return store, address, port
 
 
-def _open_by_variables(place: Place, address: str, port: int, timeout: timedelta) -> Opened:
+def _open_by_variables(info: RankInfo, address: str, port: int, timeout: timedelta) -> Opened:
     wait_for_name(address, "MASTER_ADDR")
-    if place.rank == 0:
-        return _serve(place, address, port, timeout)
-    return _connect(place, address, port, timeout)
+    if info.rank == 0:
+        return _serve(info, address, port, timeout)
+    return _connect(info, address, port, timeout)
 
 
-def _open_by_mpi(place: Place, master: tuple[str | None, int | None], timeout: timedelta) -> Opened:
+def _open_by_mpi(
+    info: RankInfo, master: tuple[str | None, int | None], timeout: timedelta
+) -> Opened:
     address, port = master
     try:
-        world = mpi.communicator(place)
+        world = mpi.communicator(info)
     except LaunchError:
         if address is None or port is None:
             raise
-        return _open_by_variables(place, address, port, timeout)
+        return _open_by_variables(info, address, port, timeout)
     hosts = mpi.hosts(world)
     opened: Opened | None = None
     problem: LaunchError | None = None
-    if place.rank == 0:
+    if info.rank == 0:
         try:
-            opened = _serve(place, address or _own_address(hosts), port or 0, timeout)
+            opened = _serve(info, address or _own_address(hosts), port or 0, timeout)
         except LaunchError as error:
             problem = error
-    address, port = mpi.tell(world, problem or (opened and opened[1:]))
-    return opened or _connect(place, address, port, timeout)
+    address, port = mpi.broadcast_endpoint(world, problem or (opened and opened[1:]))
+    return opened or _connect(info, address, port, timeout)
 
 
 def _own_address(hosts: list[str]) -> str:
-    """Return the address of this host that the others reach."""
+    """Return the address of this host at which the others reach it."""
     others = [host for host in hosts if host != socket.gethostname()]
     if not others:
         return "127.0.0.1"
     try:
         return address_towards(others[0])
-    except OSError:  # their names mean nothing here
+    except OSError:  # their names do not resolve here
         return outward_address()
 
 
 def _open_by_slurm(
-    place: Place,
+    info: RankInfo,
     environ: Mapping[str, str],
     master: tuple[str | None, int | None],
     timeout: timedelta,
@@ -159,10 +160,10 @@ def _open_by_slurm(
         address, source = slurm.first_host(environ)
     wait_for_name(address, source)
     if port is not None:
-        return _open_by_variables(place, address, port, timeout)
+        return _open_by_variables(info, address, port, timeout)
     token = slurm.job_token(environ)
-    if place.rank == 0:
-        opened = _serve(place, address, 0, timeout)
+    if info.rank == 0:
+        opened = _serve(info, address, 0, timeout)
         stack.enter_context(slurm.answering(token, opened[2]))
         return opened
-    return _connect(place, address, slurm.ask_for_port(address, token, timeout), timeout)
+    return _connect(info, address, slurm.ask_for_port(address, token, timeout), timeout)

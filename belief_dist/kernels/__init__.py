@@ -1,10 +1,10 @@
-"""The fused updates, and which of them serves which tensors.
+"""The fused updates, and the choice between them.
 
-The compiled C++ kernel serves CPU tensors where it is usable, and Triton's those of GPUs; plain
-torch serves the rest. All give the same bits as `state_formats.update_stored_reference_`. One log
-line for each kind of device says which is used. The environment variable BELIEF_DIST_BACKEND
-("auto", "cpp", "triton" or "eager") forces one; "triton" leaves CPU tensors to C++ unless
-TRITON_INTERPRET=1 has Triton work on them.
+CPU tensors are updated by the compiled C++ kernel and GPU tensors by Triton, where these are
+usable, and all others by plain torch. The results are bitwise those of
+`state_formats.update_stored_reference_`. One log line for each kind of device names the backend.
+The environment variable BELIEF_DIST_BACKEND ("auto", "cpp", "triton" or "eager") forces one;
+"triton" leaves CPU tensors to C++ unless TRITON_INTERPRET=1 makes Triton work on them.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _choice() -> str:
 
 @lru_cache(maxsize=1)
 def _cpp() -> CppKernel | Unavailable:
-    """Return the compiled kernel or the reason why there is none; say once which it is."""
+    """Return the compiled kernel or the reason why there is none; log the choice once."""
     choice = _choice()
     if choice == "eager":
         logger.info("CPU updates run in chunked plain torch, as BELIEF_DIST_BACKEND asks")
@@ -74,6 +74,7 @@ def _cpp() -> CppKernel | Unavailable:
         )
         return reason
     logger.info("CPU updates run in %s", kernel.description)
+    # Without a launcher's variable the number of ranks on this host is not known here.
     share = idle_cores(1) if "LOCAL_WORLD_SIZE" in os.environ else 0
     if share:
         logger.warning("AdaBelief %s", one_thread_sentence(share))
@@ -82,7 +83,7 @@ def _cpp() -> CppKernel | Unavailable:
 
 @lru_cache(maxsize=1)
 def _triton() -> TritonKernel | Unavailable:
-    """Return the GPU kernels or the reason why there are none; say once which it is."""
+    """Return the GPU kernels or the reason why there are none; log the choice once."""
     choice = _choice()
     if choice in ("cpp", "eager"):
         return Unavailable(f"BELIEF_DIST_BACKEND={choice} forbids it")
@@ -103,7 +104,7 @@ def _triton() -> TritonKernel | Unavailable:
 
 
 def _kernel(device: torch.device) -> CppKernel | TritonKernel | Unavailable:
-    """Return what serves tensors on `device`, or the reason why only plain torch does."""
+    """Return the kernel for tensors on `device`, or the reason why only plain torch is left."""
     if device.type != "cpu" or _choice() == "triton":
         kernel = _triton()
         if isinstance(kernel, Unavailable) or kernel.serves(device):
@@ -123,7 +124,7 @@ def backends() -> list[tuple[str, bool, str]]:
 
 
 def serving(device: torch.device) -> str:
-    """Return which backend updates tensors on `device`: "cpp", "triton" or "eager"."""
+    """Return the name of the backend for tensors on `device`: "cpp", "triton" or "eager"."""
     kernel = _kernel(device)
     if isinstance(kernel, TritonKernel):
         return "triton"
@@ -131,10 +132,10 @@ def serving(device: torch.device) -> str:
 
 
 def require_fused() -> None:
-    """Check that a compiled kernel is usable, for CPU tensors or for those of a GPU.
+    """Check that a compiled kernel is usable, for CPU tensors or for GPU tensors.
 
     Raises:
-        RuntimeError: None is; says why.
+        RuntimeError: None is usable; the message gives the reason.
     """
     kernel = _cpp()
     if isinstance(kernel, Unavailable) and isinstance(_triton(), Unavailable):
@@ -142,7 +143,7 @@ def require_fused() -> None:
 
 
 def prefers_foreach(param: Tensor, foreach: bool | None, fused: bool | None) -> bool:
-    """Tell whether tensors like `param` are best updated together by multi-tensor operations."""
+    """Return whether tensors like `param` are best updated by multi-tensor operations."""
     if foreach is not None:
         return foreach
     if fused or param.device.type == "cpu":
@@ -158,18 +159,18 @@ def update_(
     skip: Tensor | None = None,
     fused: bool | None = None,
 ) -> None:
-    """Apply one step in place by the fastest usable backend: one call for many tensors.
+    """Apply one step in place with the fastest usable backend, in one call for many tensors.
 
     Args:
-        work: With contiguous tensors. All entries have the same dtypes and the same optional
-            tensors, on one device.
+        work: Contiguous tensors on one device. All entries have the same dtypes and the same
+            optional tensors.
         scalars: From `rule.step_scalars` or `rule.device_scalars`.
         grad_scale: As for `rule.update_reference_`.
-        skip: One element on the tensors' device; unless it is zero, everything stays as it is.
-        fused: True insists on a compiled kernel, False refuses it, None takes it if it is usable.
+        skip: One element on the tensors' device; if it is not zero, nothing is changed.
+        fused: True requires a compiled kernel, False excludes it, None takes it if it is usable.
 
     Raises:
-        RuntimeError: `fused` is True and no compiled kernel serves these tensors.
+        RuntimeError: `fused` is True and no compiled kernel supports these tensors.
     """
     if not work:
         return
@@ -179,6 +180,7 @@ def update_(
         return
     if isinstance(scalars, DeviceScalars):
         scalars = scalars.on_host()
+    # The C++ kernel returns False, having done nothing, for dtypes that it does not support.
     if isinstance(kernel, CppKernel) and kernel.update_(work, scalars, grad_scale, skip):
         return
     if fused:
@@ -193,13 +195,13 @@ def update_(
 def ordered_sum_(
     out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None = None, *, accumulate: bool = False
 ) -> None:
-    """Add tensors in their order, every addition rounded on its own.
+    """Add tensors in the given order, rounding after every addition.
 
     Args:
         out: (n,), float32 or float64; may be one of `pieces`.
         pieces: Tensors (n,) of one dtype, widened to that of `out` before they are added.
         bins: Receives the squares of the sums, as from `squared_norm_bins_`, or None.
-        accumulate: Start from what is in `out`, as if it were the first piece.
+        accumulate: Add to the present values of `out`, as if it were the first piece.
     """
     kernel = _cpp()
     if (

@@ -1,9 +1,9 @@
-"""Finds the compiled CPU kernel, or compiles it: about a second, once for each user and machine.
+"""Find the compiled CPU kernel, or compile it: about a second, once for each user and machine.
 
-A library that came with the installation is taken if it was built from this very source. Otherwise
-the compiler writes to a temporary file that is renamed into a cache folder, so that a killed job
-leaves nothing behind that others could trip over; ranks that start together take turns by a file
-lock, which the kernel releases when its holder dies. Nothing here waits without a deadline.
+A library that was installed with the package is used if it was built from the present source.
+Otherwise the compiler writes a temporary file that is renamed into a cache directory, so that a
+killed job leaves no broken library behind. Ranks that start together take turns by a file lock,
+which the operating system releases when its holder dies. Every wait has a deadline.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-INSTALLED = SOURCE.parent  # where an installation puts the library that it has built
+INSTALLED = SOURCE.parent  # where setup.py puts the library
 FLAGS = (
     "-O3 -std=c++17 -shared -fPIC -fopenmp "
-    # The bits: see the head of the source. The last two let loops with roots and divisions
-    # vectorize; they change no result.
+    # -ffp-contract=off: no fused multiply-adds, for reproducible bits (see the source's head). The
+    # other two let loops with roots and divisions vectorize; they do not change results.
     "-ffp-contract=off -fno-math-errno -fno-trapping-math"
 ).split()
 _COMPILE_SECONDS = 120
@@ -36,11 +36,11 @@ _LOCK_SECONDS = 60
 
 
 class Unavailable(Exception):
-    """There is no compiled kernel here; the message says why."""
+    """The compiled kernel cannot be used here; the message says why."""
 
 
 def source_hash() -> str:
-    """Return what identifies the source and the way in which it is compiled."""
+    """Return a hash of the source and the compiler flags."""
     return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
 
 
@@ -68,7 +68,7 @@ def _from_cache(command: list[str]) -> tuple[ctypes.CDLL, str]:
         if library is not None:
             return library, "compiled before"
         with _lock(folder / f"{stem}.lock"):
-            library = _load_cached(folder, stem)  # by another rank, in the meantime
+            library = _load_cached(folder, stem)  # another rank may have compiled it meanwhile
             if library is None:
                 fresh = folder / f"{stem}.{os.getpid()}.tmp"
                 compile_library(command, fresh)
@@ -80,10 +80,10 @@ def _from_cache(command: list[str]) -> tuple[ctypes.CDLL, str]:
 
 
 def _load_cached(folder: Path, stem: str) -> ctypes.CDLL | None:
-    """Load a library from the cache if it is whole.
+    """Load a library from the cache if it is intact.
 
-    Its name ends in a digest of its content: what a crash has truncated must not be loaded, since
-    that ends the process with a bus error.
+    Its name ends in a digest of its content. Loading a truncated file, which a crash can leave,
+    would end the process with a bus error.
     """
     for path in folder.glob(f"{stem}-*.so"):
         with contextlib.suppress(FileNotFoundError):
@@ -110,10 +110,10 @@ def compiler() -> list[str]:
 
 
 def compile_library(command: list[str], path: Path) -> None:
-    """Compile the source to `path`; either all of it is there afterwards or nothing.
+    """Compile the source to `path`, atomically.
 
     Raises:
-        Unavailable: The compiler fails; with the first line of what it says.
+        Unavailable: The compiler failed; the message has its first error.
     """
     descriptor, temporary = tempfile.mkstemp(suffix=".so.tmp", dir=path.parent)
     os.close(descriptor)
@@ -125,9 +125,9 @@ def compile_library(command: list[str], path: Path) -> None:
         )
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
-            said = (errors or done.stderr.splitlines() or ["no message"])[0]
-            raise Unavailable(f"{command[0]} failed: {said}")
-        os.chmod(temporary, 0o755)  # an installation serves all users
+            first = (errors or done.stderr.splitlines() or ["no message"])[0]
+            raise Unavailable(f"{command[0]} failed: {first}")
+        os.chmod(temporary, 0o755)  # mkstemp's mode is for one user, an installation is for all
         os.replace(temporary, path)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"{command[0]} failed: {error}") from error
@@ -148,7 +148,7 @@ def _open(path: Path) -> ctypes.CDLL | None:
 
 
 def _fingerprint(command: list[str]) -> str:
-    """Return what tells compilers and machines apart that share a home folder."""
+    """Return a hash of compiler version and machine type, as hosts may share a home directory."""
     try:
         version = subprocess.run(
             [*command, "--version"], capture_output=True, timeout=_COMPILE_SECONDS
@@ -160,14 +160,14 @@ def _fingerprint(command: list[str]) -> str:
 
 @contextlib.contextmanager
 def _cache_folder() -> Iterator[Path]:
-    """Yield a folder that only this user writes to: the cache, or a temporary one."""
+    """Yield a directory that only this user can write to: the cache, or a temporary one."""
     chosen = os.environ.get("BELIEF_DIST_CACHE")
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(chosen) if chosen else Path(home) / "belief_dist"
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
-        # A library that somebody else could have put there is not to be loaded.
+        # Never load a library that another user could have put there.
         private = about.st_uid == os.getuid() and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         usable = private and os.access(folder, os.W_OK | os.X_OK)
     except OSError:
@@ -182,9 +182,9 @@ def _cache_folder() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold a lock that vanishes with its holder; go on without it after a deadline.
+    """Hold a lock that is released if the process dies; after a deadline go on without it.
 
-    Without it two processes would merely compile the same thing.
+    Without the lock, two processes would only compile the same library twice.
     """
     deadline = time.monotonic() + _LOCK_SECONDS
     with path.open("w") as file:

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel, called on the memory of tensors."""
+"""Call the compiled CPU kernel on the memory of tensors."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ _Dtypes = tuple[torch.dtype | None, ...]
 class CppKernel:
     """The functions of `cpu_kernel.cpp`, on contiguous CPU tensors.
 
-    They run on torch's own OpenMP threads and so obey `torch.set_num_threads`.
+    They run on torch's OpenMP threads and respect `torch.set_num_threads`.
 
     Raises:
-        Unavailable: From the constructor: there is no compiled library here.
+        Unavailable: There is no compiled library, and it cannot be compiled.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class CppKernel:
 
     @staticmethod
     def supports(*tensors: Tensor | None) -> bool:
-        """Tell whether the library can work on these tensors."""
+        """Return whether the library supports these tensors."""
         return all(
             tensor is None
             or (tensor.is_cpu and tensor.dtype in _NUMBERS and tensor.is_contiguous())
@@ -71,7 +71,7 @@ class CppKernel:
         """Apply one step to all tensors in one call, unless `skip` is given and not zero.
 
         Returns:
-            Whether the library serves these tensors; otherwise nothing is done or read.
+            Whether the library supports these tensors; if not, nothing is changed.
         """
         dtypes = tuple(getattr(t, "dtype", None) for t in work[0][: len(_TENSORS)])
         codes = _codes(dtypes)
@@ -132,15 +132,15 @@ class CppKernel:
 
 @lru_cache(maxsize=256)
 def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int] | None:
-    """Return the codes of parameter, gradient, states and copy if the library knows this form.
+    """Return the codes of parameter, gradient, states and copy, or None if they are unsupported.
 
     Args:
-        dtypes: Of the tensors of `Operands`, None for those that are None.
+        dtypes: Dtypes of the tensors in `Operands`, None for those that are None.
     """
     param, grad, m, s, largest, out, remainder, *exponents = dtypes
     if param == torch.float64:
         served = grad == m == param and out is remainder is None
-    else:  # one arithmetic, that of float32
+    else:  # all computed in float32
         served = (
             {param, grad} <= {torch.float32, torch.bfloat16, torch.float16}
             and m in (torch.float32, torch.bfloat16, torch.uint8)
@@ -157,8 +157,9 @@ def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int] | None:
 def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:
     """Return the rows (elements, *addresses, key, first) of `Segment`, or None.
 
-    What the library is told of the first entry must hold for all, or it would write to foreign
-    memory. Checked one field at a time, since loops in C over thousands of tensors are cheap.
+    The library is told dtypes and optional tensors of the first entry only. They must be those of
+    all entries, or it would write outside of the tensors. The checks go field by field through
+    `map`, whose loops in C are cheap for thousands of tensors.
     """
     columns = list(zip(*work, strict=True))
     sizes = list(map(Tensor.numel, columns[0]))

@@ -1,4 +1,4 @@
-"""Plain torch in pieces that stay in cache: several times faster than whole tensors."""
+"""The update in plain torch, on pieces that stay in cache, which is several times faster."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from belief_dist.operands import Operands, cut
 from belief_dist.rule import Direction, StepScalars
 from belief_dist.state_formats import update_stored_reference_
 
-# Elements per piece, as measured: what a piece touches stays in cache and its temporary tensors
-# below the size that the C library returns to the system. Accelerators have neither concern.
+# Elements per piece, as measured: operands stay in cache, and temporary tensors below the size at
+# which the C library returns memory to the system. Neither matters on accelerators.
 _PIECE = 1 << 15
 _LEAN_PIECE = 1 << 17
 _ACCELERATOR_PIECE = 1 << 26
@@ -28,7 +28,7 @@ def update_(
     grad_scale: Tensor | float = 1.0,
     skip: Tensor | None = None,
 ) -> None:
-    """Apply one step piece by piece; bit for bit `storage.update_stored_reference_`."""
+    """Apply one step piece by piece; same bits as `state_formats.update_stored_reference_`."""
     on_cpu = _on_cpu(operands.param)
     if on_cpu and skip is not None and bool(skip):
         return
@@ -49,14 +49,14 @@ def update_(
         results = [tensor for tensor in written if isinstance(tensor, Tensor)]
         before = [] if skip is None or on_cpu else [tensor.clone() for tensor in results]
         update_stored_reference_(piece, scalars, grad_scale=grad_scale)
-        # An accelerator would stop for the host to read `skip`.
+        # Reading `skip` on the host would synchronize with the accelerator, so select there.
         if skip is not None and not on_cpu:
             for old, new in zip(before, results, strict=True):
                 new.copy_(torch.where(skip.bool(), old, new))
 
 
 def _is_plain_float32(operands: Operands) -> bool:
-    """Tell whether there is nothing but four float32 tensors."""
+    """Return whether the operands are just four float32 tensors."""
     needed, optional = operands[:4], operands[4:10]
     return all(t.dtype == torch.float32 for t in needed) and all(t is None for t in optional)
 
@@ -67,7 +67,7 @@ def _on_cpu(tensor: Tensor) -> bool:
 
 @lru_cache(maxsize=8)
 def _scratch(thread: int) -> tuple[Tensor, ...]:
-    """Return memory that a thread reuses: two pieces in float32, one in float64."""
+    """Return a thread's scratch memory: two pieces in float32, one in float64."""
     return tuple(
         torch.empty(_LEAN_PIECE, dtype=dtype)
         for dtype in (torch.float32, torch.float32, torch.float64)

@@ -1,7 +1,7 @@
-"""The rule on many tensors at once, by torch's multi-tensor operations.
+"""The update of many tensors at once, with torch's multi-tensor operations.
 
 For devices without a compiled kernel: about 15 launches for a whole group of parameters instead
-of 15 for each. Bit for bit `belief_dist.rule.update_reference_`, operation by operation.
+of 15 for each. Every operation gives the same bits as in `belief_dist.rule.update_reference_`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ def foreach_update_(work: Sequence[Operands], scalars: StepScalars) -> None:
     """Apply one step to every entry of `work`.
 
     Args:
-        work: Whose states are float32 or float64, of any shapes and strides; all entries have the
-            same dtypes.
-        scalars: The same for all.
+        work: Tensors of any shapes and strides, with states in float32 or float64; all entries
+            have the same dtypes.
+        scalars: Scalars of the step, for all entries.
     """
     compute = work[0].exp_avg.dtype
     exp_avg = [entry.exp_avg for entry in work]
     exp_avg_sq = [entry.exp_avg_sq for entry in work]
     targets = [entry.param for entry in work]
-    params = [param.to(compute) for param in targets]  # the same tensor where nothing changes
+    params = [param.to(compute) for param in targets]  # no copy where the dtype is the same
     grads = list(torch._foreach_mul([entry.grad.to(compute) for entry in work], scalars.sign))
     if scalars.coupled_decay != 0.0:
         torch._foreach_add_(grads, torch._foreach_mul(params, scalars.coupled_decay))

@@ -1,4 +1,4 @@
-"""Whether an update on the CPU has the cores that it could have."""
+"""Detect that the CPU update runs on one thread although more cores are free."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 
 
 def idle_cores(num_ranks: int) -> int:
-    """Return how many cores each rank of this machine could use while torch uses one; else 0.
+    """Return how many cores each rank on this host could use if torch uses only one; else 0.
 
     Args:
-        num_ranks: Ranks on this machine, where no launcher has told.
+        num_ranks: Ranks on this host, if LOCAL_WORLD_SIZE is not set.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
@@ -19,7 +19,7 @@ def idle_cores(num_ranks: int) -> int:
 
 
 def one_thread_sentence(share: int) -> str:
-    """Return what to tell a user whose update leaves `share` cores idle."""
+    """Return the warning for an update that could use `share` cores."""
     return (
         f"updates on 1 thread although there are {share} cores for each rank (torchrun sets "
         f"OMP_NUM_THREADS=1 by default): start with OMP_NUM_THREADS={share}."

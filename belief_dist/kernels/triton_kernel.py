@@ -1,29 +1,30 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
-"""The GPU update: one body over a tile of elements, and two entries that call it.
+"""The GPU update: a function for one tile of elements, and two kernels that call it.
 
-`update_flat` takes one tensor's pointers as arguments; `update_many` reads those of any number of
-tensors from a table on the device. Both reproduce `storage.update_stored_reference_` bit for bit:
-every operation of float numbers is rounded on its own (division and root to nearest, fused
-multiply-adds switched off by the launcher), and whatever has fewer bits is made by integers.
-bfloat16 numbers, too, are widened and rounded by integers, so that neither a device without
-instructions for them nor Triton's interpreter, which rounds ties away from zero, has other bits.
+`update_flat` takes the pointers of one tensor as arguments; `update_many` reads those of any number
+of tensors from a table on the device. Both give the bits of
+`state_formats.update_stored_reference_`: every floating-point operation is rounded on its own
+(division and root to nearest; the launcher disables fused multiply-adds), and narrower formats are
+encoded and decoded with integer operations. This includes bfloat16, because some devices lack
+instructions for it, and Triton's interpreter rounds ties away from zero.
 
-Four consecutive elements for each thread: 16 bytes of float32 in one instruction, 8 of a 16-bit
-number, 4 of an 8-bit one. Eight would widen the narrow ones, but Triton stores at most 16 bytes per
-thread without gaps, and would carry float32 numbers from one layout to the other through shared
-memory. Occupancy hides the latency instead: four elements leave registers for all threads.
+Each thread handles four consecutive elements: 16 bytes of float32 in one instruction, 8 bytes of a
+16-bit format, 4 bytes of an 8-bit one. Eight elements would make the accesses to narrow formats
+wider, but Triton stores at most 16 contiguous bytes per thread, so float32 values would have to
+change their layout through shared memory. Four elements leave enough registers for a high
+occupancy, which hides the latency.
 
-Only `triton_launch` imports this module, and only where Triton serves.
+Only `triton_launch` imports this module, and only if Triton is usable.
 """
 
 import triton
 import triton.language as tl
 
-TILE = 1024  # elements of a program
+TILE = 1024  # elements per program
 THREADS = TILE // 4
 CHUNK_TILES = 8  # consecutive tiles that share an entry in the map of `update_many`
 
-_BLOCK = tl.constexpr(256)  # storage.BLOCK
+_BLOCK = tl.constexpr(256)  # BLOCK of the 8-bit states
 _NAN = tl.constexpr(0x7FC00000)
 _M_BINADES = tl.constexpr(7)
 _S_BINADES = tl.constexpr(31)
@@ -58,7 +59,7 @@ def _upper_half(bits):
 
 @triton.jit
 def _narrow(x, dtype: tl.constexpr):
-    """Round to nearest even, float64 numbers by way of float32, as torch does."""
+    """Round to nearest even; float64 values go through float32 first, as in torch."""
     if dtype.primitive_bitwidth == 16:
         x = x.to(tl.float32)
     if dtype == tl.bfloat16:
@@ -80,7 +81,7 @@ def _lowbias32(x):
 
 @triton.jit
 def _noise(index, key, step):
-    """Return storage.noise of elements number `index`, int64."""
+    """Return `state_formats.noise` of the elements with (int64) indices `index`."""
     step_key = _lowbias32(key.to(tl.uint32) ^ _lowbias32(step.to(tl.uint32)))
     high = (index >> 32).to(tl.uint32)
     return _lowbias32(index.to(tl.uint32) + high * 0x9E3779B9 + step_key)
@@ -311,7 +312,7 @@ def _update(
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
         direction, grad_scale, step,
     )  # fmt: skip
-    # Without masks loads and stores are wide whatever the segment's length.
+    # Full tiles without masks, so that loads and stores are vectorized for any segment length.
     if start + TILE <= numel:
         _update_tile(tile, TILE, first + start, key, known, COUPLED, TILE, False)
     elif start < numel:
@@ -326,9 +327,9 @@ _PLAIN = ["numel", "key", "first", "direction", "step"]
 @triton.jit(do_not_specialize=_PLAIN)
 def update_flat(
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder,
-    exp_avg_exponent, exp_avg_sq_exponent, max_exp_avg_sq_exponent,  # as storage.Operands
+    exp_avg_exponent, exp_avg_sq_exponent, max_exp_avg_sq_exponent,  # as in Operands
     numel, key, first,
-    skip_at,  # one number: unless it is zero, nothing is touched; or None
+    skip_at,  # one number: if it is not zero, nothing is changed; or None
     grad_scale_at,  # one number that multiplies `grad_scale`; or None
     scalars_at,  # (11,) float64, rule.StepScalars; or None, which leaves the following
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
@@ -365,7 +366,7 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["direction", "step"])
 def update_many(
-    segments,  # (segments, 13) int64: ten addresses as storage.Operands has them, numel, key, first
+    segments,  # (segments, 13) int64: ten addresses as in Operands, numel, key, first
     chunks,  # (chunks,) int64: segment << 32 | number of the chunk in its segment
     skip_at, grad_scale_at, scalars_at,  # these and the scalars as for `update_flat`
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
@@ -378,7 +379,7 @@ def update_many(
     TILE: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Update any number of segments of the same dtypes; a program for each tile of each chunk."""
+    """Update any number of segments of the same dtypes, with one program per tile of each chunk."""
     program = tl.program_id(0)
     entry = tl.load(chunks + program // CHUNK_TILES)
     start = ((entry & 0xFFFFFFFF) * CHUNK_TILES + program % CHUNK_TILES) * TILE

@@ -1,7 +1,7 @@
-"""The Triton kernels, launched on the memory of tensors.
+"""Launch the Triton kernels on the memory of tensors.
 
-Nothing here waits for the device. What the host does not know (a clipping factor, whether to skip,
-with a captured graph also the step and the learning rate) is read by the kernels themselves.
+The host never waits for the device. Values that it does not know (a clipping factor, whether to
+skip the step, and in a captured graph also the step and the learning rate) are read by the kernels.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from belief_dist.state_formats import update_stored_reference_
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 _TENSORS = 10  # the leading fields of Operands
-_TABLES = 64  # layouts whose table stays on the device
+_TABLES = 64  # number of tables kept on the device, one for each list of tensors
 _VALUES = (
     "weight1", "beta2", "weight2", "eps", "decay", "coupled_decay", "step_size", "denom_scale"
 )  # fmt: skip
 
-# What the kernel's arguments are where it reads the scalars itself; it multiplies by the sign.
+# Placeholders for the scalars that the kernel reads from the device; the sign is a factor there.
 _UNKNOWN = StepScalars._make([0.0] * 8 + [Direction.ADAPTIVE, 1.0, 0])
 
 _Row = tuple[int, ...]
 
 
 class _Table(NamedTuple):
-    """What `update_many` reads from the device, and whether its addresses allow wide accesses."""
+    """The arguments of `update_many` on the device, and whether its addresses are aligned."""
 
     segments: Tensor  # (segments, 13), int64
     chunks: Tensor  # (chunks,), int64
@@ -50,7 +50,7 @@ class TritonKernel:
     With TRITON_INTERPRET=1, which Triton reads when it is imported, they work on CPU tensors.
 
     Raises:
-        Unavailable: From the constructor: Triton does not work here.
+        Unavailable: Triton does not work here.
     """
 
     def __init__(self) -> None:
@@ -85,7 +85,7 @@ class TritonKernel:
         self.description = f"Triton {triton.__version__}, {where}"
 
     def _check(self) -> None:
-        """Compare one small update with the reference on the CPU: compiler, driver and bits."""
+        """Compare a small update with the reference, which tests compiler, driver and bits."""
         tensors = torch.rand(4, 300, generator=torch.Generator().manual_seed(0))
         here, there = tensors.clone(), tensors.to("cuda")
         scalars = step_scalars({**DEFAULTS, "weight_decay": 0.1}, 3)
@@ -99,11 +99,11 @@ class TritonKernel:
             raise Unavailable("a first update has other bits than the reference")
 
     def serves(self, device: torch.device) -> bool:
-        """Tell whether tensors on this device are its own."""
+        """Return whether the kernels work on tensors of this device."""
         return device.type == ("cpu" if self.interprets else "cuda")
 
     def updates(self, work: Sequence[Operands]) -> bool:
-        """Tell whether `update_` serves these tensors."""
+        """Return whether `update_` supports these tensors."""
         first = work[0]
         state = first.exp_avg.dtype
         return (
@@ -129,14 +129,14 @@ class TritonKernel:
         grad_scale: Tensor | float = 1.0,
         skip: Tensor | None = None,
     ) -> None:
-        """Apply one step in a single pass: one launch for any number of tensors.
+        """Apply one step in a single launch for any number of tensors.
 
         Args:
             work: As for `kernels.update_`.
             scalars: From `rule.step_scalars`, or from `rule.device_scalars`, so that a captured
                 graph takes the step and the learning rate of its replay.
             grad_scale: As for `rule.update_reference_`.
-            skip: One element on the tensors' device; unless it is zero, nothing is touched.
+            skip: One element on the tensors' device; if it is not zero, nothing is changed.
         """
         work = [operands for operands in work if operands.param.numel() > 0]
         if not work:
@@ -165,10 +165,10 @@ class TritonKernel:
         *,
         wide: bool,
     ) -> dict[str, Any]:
-        """Return the arguments that both entries share.
+        """Return the arguments that both kernels share.
 
-        Triton passes numbers as float32; where arithmetic is `wide`, in float64, they travel in
-        the device's memory instead.
+        Triton passes Python floats as float32, so for `wide` arithmetic, in float64, they are
+        passed in device memory.
         """
         if isinstance(grad_scale, Tensor) and grad_scale.device != device:
             grad_scale = float(grad_scale)
@@ -226,11 +226,11 @@ class TritonKernel:
         )
 
     def _table(self, rows: Sequence[_Row], device: torch.device) -> _Table | None:
-        """Return the segments and their chunks on the device: uploaded once for the same tensors.
+        """Return the segments and their chunks on the device, uploaded once for a list of tensors.
 
         Returns:
-            None while a graph is captured whose tensors have no table yet: a copy out of the
-            host's memory would be part of the graph, and that memory would have to outlive it.
+            None while a graph is captured, if these tensors have no table yet: the upload would
+            become part of the graph, which would need the host memory on every replay.
         """
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -244,7 +244,7 @@ class TritonKernel:
             if len(self._tables) > _TABLES:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(name)
-        if capturing:  # the graph holds its address
+        if capturing:  # kept for ever, as the graph holds its address
             self._captured.append(table)
         return table
 
@@ -261,7 +261,7 @@ class TritonKernel:
 
 
 def _signed(word: int) -> int:
-    """Return 32 bits as the signed number that has them: Triton's type follows the value."""
+    """Return 32 bits as a signed integer: Triton chooses an argument's type by its value."""
     word &= 0xFFFFFFFF
     return word - (1 << 32) if word >> 31 else word
 

@@ -1,11 +1,11 @@
-"""torch.distributed over MPI: importing this registers the backend "mpi4py".
+"""torch.distributed over MPI: importing this module registers the backend "mpi4py".
 
     import belief_dist.mpi_backend
 
     group = torch.distributed.new_group(backend="mpi4py")
     optimizer = ShardedAdaBelief(model.parameters(), process_group=group)
 
-or `init_process_group("mpi4py", ...)`, in a job that an MPI launcher has started.
+or `init_process_group("mpi4py", ...)`, in a job started by an MPI launcher.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def _create(options: Any, backend_options: Any) -> dist.ProcessGroup:
 
 
 def _start_mpi(timeout: timedelta) -> None:
-    """Start MPI, with the first group and not with the import; waits for all processes of the job.
+    """Initialize MPI, which waits for all processes of the job; called for the first group.
 
-    If they do not come within `timeout`, this process shows where it stands, and ends.
+    After `timeout` this process prints its stack and exits.
     """
-    # mpi4py holds the interpreter's lock meanwhile: no thread of Python can watch over it.
+    # Not by a Watch: mpi4py holds the GIL during MPI_Init, so a Python thread could not exit.
     faulthandler.dump_traceback_later(timeout.total_seconds(), exit=True)
     try:
-        from mpi4py import MPI  # noqa: F401  # starts MPI
+        from mpi4py import MPI  # noqa: F401  # initializes MPI
     finally:
         faulthandler.cancel_dump_traceback_later()
 

@@ -1,4 +1,4 @@
-"""Messages between two ranks, and between every two."""
+"""Point-to-point messages, and an all-to-all made of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from mpi4py import MPI
 from torch import Tensor
 
-from belief_dist.mpi_backend.messages import moved, parts
+from belief_dist.mpi_backend.messages import bytes_spec, parts
 
 
 class Exchange:
-    """Blocks of any sizes between every two ranks.
+    """All-to-all with blocks of any sizes.
 
-    The communicator is its own, so that no message of the user's is mistaken for one of these.
+    It needs a communicator of its own, so that its messages cannot match the user's send and recv.
     """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
@@ -21,10 +21,11 @@ class Exchange:
         self._rank, self._size = comm.Get_rank(), comm.Get_size()
 
     def start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[MPI.Request]:
-        """Send `outgoing[r]` to rank r and receive `incoming[r]` from it; empty ones stay here."""
+        """Send `outgoing[r]` to rank r and receive `incoming[r]`; empty blocks are skipped."""
         if incoming[self._rank].numel():
             incoming[self._rank].copy_(outgoing[self._rank])
         requests = []
+        # Shifted by rank, so that not all ranks send to the same one first.
         for distance in range(1, self._size):
             source, to = (self._rank - distance) % self._size, (self._rank + distance) % self._size
             requests += receive(self._comm, incoming[source], source, 0)
@@ -34,7 +35,7 @@ class Exchange:
     def blocks(
         self, flat: Tensor, shaped: Tensor, splits: Sequence[int] | None
     ) -> Sequence[Tensor]:
-        """Cut `flat`, whose rows are those of `shaped`, into one block for each rank."""
+        """Cut `flat`, the flattened `shaped`, into one block of rows for each rank."""
         rows = shaped.shape[0] if shaped.ndim else 1
         if not splits:
             if rows % self._size:
@@ -55,9 +56,9 @@ class Exchange:
 
 def send(comm: MPI.Intracomm, flat: Tensor, to: int, tag: int) -> list[MPI.Request]:
     """Start to send a flat tensor."""
-    return [comm.Isend(moved(flat[part]), to, tag) for part in parts(flat.numel())]
+    return [comm.Isend(bytes_spec(flat[part]), to, tag) for part in parts(flat.numel())]
 
 
 def receive(comm: MPI.Intracomm, flat: Tensor, source: int, tag: int) -> list[MPI.Request]:
     """Start to receive a flat tensor."""
-    return [comm.Irecv(moved(flat[part]), source, tag) for part in parts(flat.numel())]
+    return [comm.Irecv(bytes_spec(flat[part]), source, tag) for part in parts(flat.numel())]

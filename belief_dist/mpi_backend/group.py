@@ -20,26 +20,27 @@ from belief_dist.mpi_backend.exchange import Exchange, receive, send
 from belief_dist.mpi_backend.messages import (
     MAX_COUNT,
     Staging,
-    moved,
+    bytes_spec,
     mpi_op,
     parts,
-    reduced,
+    values_spec,
 )
 from belief_dist.mpi_backend.reductions import Reductions, widened
 from belief_dist.mpi_backend.watch import WATCH
-from belief_dist.mpi_backend.work import PROGRESS, Health, MpiWork, Together
+from belief_dist.mpi_backend.work import PROGRESS, CoalescedWork, Health, MpiWork
 
 _Start = Callable[[Staging], Sequence[MPI.Request]]
 
 
 def create_group(options: Any) -> MpiProcessGroup:
-    """Make the group that torch asks for; called by all its ranks.
+    """Create a process group; torch calls this on all its ranks.
 
     Args:
         options: torch's `_DistributedBackendOptions`.
 
     Raises:
-        RuntimeError: MPI was initialized for one thread only, or ranks are not of one MPI job.
+        RuntimeError: MPI was initialized without MPI_THREAD_MULTIPLE, or the ranks do not belong to
+            one MPI job.
     """
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
         raise RuntimeError(
@@ -49,10 +50,11 @@ def create_group(options: Any) -> MpiProcessGroup:
             f"library that supports it."
         )
     rank, size, store = options.group_rank, options.group_size, options.store
-    # torch's ranks need not be MPI's; a store has a deadline, which MPI_Comm_create_group lacks.
+    # The order of ranks may differ from MPI's. They are exchanged through the store and not by MPI
+    # because the store has a timeout, unlike MPI_Comm_create_group.
     store.set_timeout(options.timeout)
     store.set(f"mpi_rank/{rank}", str(MPI.COMM_WORLD.Get_rank()))
-    world = [int(store.get(f"mpi_rank/{of}")) for of in range(size)]
+    world = [int(store.get(f"mpi_rank/{r}")) for r in range(size)]
     if len(set(world)) < size or max(world) >= MPI.COMM_WORLD.Get_size():
         raise RuntimeError(
             f"the {size} ranks of this group are {world} in MPI, whose world has "
@@ -69,7 +71,8 @@ def create_group(options: Any) -> MpiProcessGroup:
 def _communicator(ranks: list[int], name: str) -> MPI.Intracomm:
     everyone = MPI.COMM_WORLD.Get_group()
     members = everyone.Incl(ranks)
-    tag = zlib.crc32(name.encode()) % 32768  # what MPI grants at least
+    # MPI guarantees tags up to 32767. Different ones keep groups apart that are created at once.
+    tag = zlib.crc32(name.encode()) % 32768
     comm = MPI.COMM_WORLD.Create_group(members, tag)
     members.Free()
     everyone.Free()
@@ -79,15 +82,16 @@ def _communicator(ranks: list[int], name: str) -> MPI.Intracomm:
 class MpiProcessGroup(dist.ProcessGroup):
     """All of torch.distributed's operations, each on the tensors' own memory.
 
-    Blocks that all have one size travel in MPI's collectives. Lists of tensors, and blocks of
-    several sizes, travel as messages between every two ranks: they need not be copied together.
-    16-bit floats are reduced in float32 and rounded once.
+    Blocks of equal size use MPI's collectives. Lists of tensors and blocks of different sizes are
+    sent as messages between pairs of ranks, which saves copying them into one buffer. 16-bit floats
+    are reduced in float32 and rounded once.
     """
 
     def __init__(self, comm: MPI.Intracomm, name: str, timeout: timedelta) -> None:
         super().__init__(comm.Get_rank(), comm.Get_size())
         self._comm = comm
         self._lists = comm.Dup()
+        # MPI's default handler aborts the job; with this one mpi4py raises MPI.Exception.
         for each in (self._comm, self._lists):
             each.Set_errhandler(MPI.ERRORS_RETURN)
         self._reductions, self._exchange = Reductions(self._comm), Exchange(self._lists)
@@ -96,20 +100,20 @@ class MpiProcessGroup(dist.ProcessGroup):
         self._health = Health(f"mpi4py group {name!r} (rank {self._rank} of {self._size})")
         self._coalesced: list[MpiWork] | None = None
 
-    # - What torch asks of a group
+    # - Properties and lifetime
 
     def getBackendName(self) -> str:
-        """Return the name that it is registered under."""
+        """Return the name under which the backend is registered."""
         return "mpi4py"
 
     @property
     def group_name(self) -> str:
-        """The name that torch gives the group."""
+        """The name that torch has given the group."""
         return self._name
 
     @property
     def pg_name(self) -> str:
-        """The same."""
+        """The same as `group_name`."""
         return self._name
 
     @property
@@ -118,14 +122,14 @@ class MpiProcessGroup(dist.ProcessGroup):
         return [torch.device(kind) for kind in kinds]
 
     def shutdown(self) -> None:
-        """Free the communicators; called by all ranks, when nothing is under way."""
+        """Free the communicators; called by all ranks, when no operation is pending."""
         if self._health.failure is None and not MPI.Is_finalized():
             self._lists.Free()
             self._comm.Free()
             self._health.failure = "it has been destroyed."
 
     def abort(self) -> None:
-        """Let nothing more begin."""
+        """Refuse all further operations."""
         self._health.fail("it has been aborted.")
 
     def _start_coalescing(self, device: torch.device) -> None:
@@ -133,21 +137,23 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     def _end_coalescing(self, device: torch.device) -> dist.Work:
         works, self._coalesced = self._coalesced or [], None
-        return Together(works)
+        return CoalescedWork(works)
 
     # - Reductions
 
     def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:
         """Reduce each tensor in place."""
-        tensors, op = _listed(tensors), _op(opts)
+        tensors, op = _as_list(tensors), _op(opts)
 
         def start(staging: Staging) -> list[MPI.Request]:
             requests = []
             for tensor in tensors:
-                home = self._reductions.summand(staging, tensor, op)
+                buffer = self._reductions.in_place_buffer(staging, tensor, op)
                 requests += [
-                    self._comm.Iallreduce(MPI.IN_PLACE, reduced(home[part]), mpi_op(op, home.dtype))
-                    for part in parts(home.numel())
+                    self._comm.Iallreduce(
+                        MPI.IN_PLACE, values_spec(buffer[part]), mpi_op(op, buffer.dtype)
+                    )
+                    for part in parts(buffer.numel())
                 ]
             return requests
 
@@ -156,20 +162,20 @@ class MpiProcessGroup(dist.ProcessGroup):
     allreduce_coalesced = allreduce
 
     def reduce(self, tensors: list[Tensor], opts: Any) -> dist.Work:
-        """Reduce in place on the root; elsewhere nothing changes."""
+        """Reduce in place on the root; other ranks' tensors are unchanged."""
         (tensor,), op, root = tensors, _op(opts), opts.rootRank
 
         def start(staging: Staging) -> list[MPI.Request]:
             if self._rank == root:
-                home = self._reductions.summand(staging, tensor, op)
+                buffer = self._reductions.in_place_buffer(staging, tensor, op)
             else:
-                mpi_op(op, tensor.dtype)
-                home = widened(staging.source(tensor))
-                staging.held.append(home)
-            kind = mpi_op(op, home.dtype)
+                mpi_op(op, tensor.dtype)  # the same check as on the root
+                buffer = widened(staging.source(tensor))
+                staging.keep_alive.append(buffer)
+            kind = mpi_op(op, buffer.dtype)
             requests = []
-            for part in parts(home.numel()):
-                mine = reduced(home[part])
+            for part in parts(buffer.numel()):
+                mine = values_spec(buffer[part])
                 send, receive = (MPI.IN_PLACE, mine) if self._rank == root else (mine, None)
                 requests.append(self._comm.Ireduce(send, receive, kind, root))
             return requests
@@ -183,7 +189,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     def reduce_scatter_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> dist.Work:
-        """Do the same with several."""
+        """Do the same for several pairs of tensors."""
         for output, input in zip(outputs, inputs, strict=True):
             self._require_blocks("reduce_scatter", input, output)
         op = _op(opts)
@@ -191,8 +197,8 @@ class MpiProcessGroup(dist.ProcessGroup):
         def start(staging: Staging) -> list[MPI.Request]:
             requests = []
             for output, input in zip(outputs, inputs, strict=True):
-                home = staging.source(input)
-                requests += self._reductions.reduce_scatter(staging, output, home, op)
+                buffer = staging.source(input)
+                requests += self._reductions.reduce_scatter(staging, output, buffer, op)
             return requests
 
         return self._begin("reduce_scatter", outputs, start, opts)
@@ -201,19 +207,21 @@ class MpiProcessGroup(dist.ProcessGroup):
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None
     ) -> dist.Work:
         """Reduce tensor r of a list into rank r's output; sizes may differ."""
-        (output,), (pieces,), op = outputs, inputs, _op(opts)
-        self._require_count("reduce_scatter", pieces)
+        (output,), (blocks,), op = outputs, inputs, _op(opts)
+        self._require_count("reduce_scatter", blocks)
 
         def start(staging: Staging) -> list[MPI.Request]:
             kind = mpi_op(op, output.dtype)
-            homes = [widened(staging.source(piece)) for piece in pieces]
-            staging.held += homes
-            result = self._reductions.result(staging, output, homes, op)
+            buffers = [widened(staging.source(block)) for block in blocks]
+            staging.keep_alive += buffers
+            result = self._reductions.result_buffer(staging, output, buffers, op)
             requests = []
-            for root, home in enumerate(homes):
-                for part in parts(home.numel()):
-                    receive = reduced(result[part]) if root == self._rank else None
-                    requests.append(self._comm.Ireduce(reduced(home[part]), receive, kind, root))
+            for root, buffer in enumerate(buffers):
+                for part in parts(buffer.numel()):
+                    receive = values_spec(result[part]) if root == self._rank else None
+                    requests.append(
+                        self._comm.Ireduce(values_spec(buffer[part]), receive, kind, root)
+                    )
             return requests
 
         return self._begin("reduce_scatter", outputs, start, opts)
@@ -222,16 +230,16 @@ class MpiProcessGroup(dist.ProcessGroup):
 
     def broadcast(self, tensors: Any, opts: Any = None) -> dist.Work:
         """Give all ranks the root's tensors."""
-        tensors = _listed(tensors)
+        tensors = _as_list(tensors)
         root = 0 if opts is None else opts.rootRank
 
         def start(staging: Staging) -> list[MPI.Request]:
             take = staging.source if self._rank == root else staging.target
-            homes = [take(tensor) for tensor in tensors]
+            buffers = [take(tensor) for tensor in tensors]
             return [
-                self._comm.Ibcast(moved(home[part]), root)
-                for home in homes
-                for part in parts(home.numel())
+                self._comm.Ibcast(bytes_spec(buffer[part]), root)
+                for buffer in buffers
+                for part in parts(buffer.numel())
             ]
 
         return self._begin("broadcast", tensors, start, opts)
@@ -243,7 +251,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     def all_gather_single_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: Any = None
     ) -> dist.Work:
-        """Do the same with several."""
+        """Do the same for several pairs of tensors."""
         for output, input in zip(outputs, inputs, strict=True):
             self._require_blocks("all_gather", output, input)
 
@@ -256,8 +264,8 @@ class MpiProcessGroup(dist.ProcessGroup):
                     requests += self._exchange.start([mine] * self._size, list(blocks))
                     continue
                 in_place = mine.data_ptr() == blocks[self._rank].data_ptr()
-                send = MPI.IN_PLACE if in_place else moved(mine)
-                requests.append(self._comm.Iallgather(send, moved(flat)))
+                send = MPI.IN_PLACE if in_place else bytes_spec(mine)
+                requests.append(self._comm.Iallgather(send, bytes_spec(flat)))
             return requests
 
         return self._begin("all_gather", outputs, start, opts)
@@ -266,19 +274,21 @@ class MpiProcessGroup(dist.ProcessGroup):
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
     ) -> dist.Work:
         """Put rank r's tensor into tensor r of a list; sizes may differ."""
-        for pieces in outputs:
-            self._require_count("all_gather", pieces)
+        for blocks in outputs:
+            self._require_count("all_gather", blocks)
 
         def start(staging: Staging) -> list[MPI.Request]:
             requests = []
-            for pieces, input in zip(outputs, inputs, strict=True):
+            for blocks, input in zip(outputs, inputs, strict=True):
                 mine = staging.source(input)
                 requests += self._exchange.start(
-                    [mine] * self._size, [staging.target(piece) for piece in pieces]
+                    [mine] * self._size, [staging.target(block) for block in blocks]
                 )
             return requests
 
-        return self._begin("all_gather", [p for pieces in outputs for p in pieces], start, opts)
+        return self._begin(
+            "all_gather", [block for blocks in outputs for block in blocks], start, opts
+        )
 
     def allgather_coalesced(
         self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: Any = None
@@ -323,42 +333,42 @@ class MpiProcessGroup(dist.ProcessGroup):
     ) -> dist.Work:
         """Put rank r's tensor into tensor r of the root's list."""
         root, (input,) = opts.rootRank, inputs
-        into: list[Tensor] = outputs[0] if self._rank == root else []
+        blocks: list[Tensor] = outputs[0] if self._rank == root else []
         if self._rank == root:
-            self._require_count("gather", into)
+            self._require_count("gather", blocks)
 
         def start(staging: Staging) -> list[MPI.Request]:
-            none = input.new_empty(0)
-            outgoing = [none] * self._size
+            empty = input.new_empty(0)
+            outgoing = [empty] * self._size
             outgoing[root] = staging.source(input)
-            incoming = [staging.target(tensor) for tensor in into] or [none] * self._size
+            incoming = [staging.target(block) for block in blocks] or [empty] * self._size
             return self._exchange.start(outgoing, incoming)
 
-        return self._begin("gather", into, start, opts)
+        return self._begin("gather", blocks, start, opts)
 
     def scatter(
         self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: Any = None
     ) -> dist.Work:
         """Send tensor r of the root's list to rank r."""
         root, (output,) = opts.rootRank, outputs
-        pieces: list[Tensor] = inputs[0] if self._rank == root else []
+        blocks: list[Tensor] = inputs[0] if self._rank == root else []
         if self._rank == root:
-            self._require_count("scatter", pieces)
+            self._require_count("scatter", blocks)
 
         def start(staging: Staging) -> list[MPI.Request]:
-            none = output.new_empty(0)
-            incoming = [none] * self._size
+            empty = output.new_empty(0)
+            incoming = [empty] * self._size
             incoming[root] = staging.target(output)
-            outgoing = [staging.source(piece) for piece in pieces] or [none] * self._size
+            outgoing = [staging.source(block) for block in blocks] or [empty] * self._size
             return self._exchange.start(outgoing, incoming)
 
         return self._begin("scatter", outputs, start, opts)
 
     def barrier(self, opts: Any = None) -> dist.Work:
-        """Complete when all ranks have come."""
+        """Complete when all ranks have called this."""
         return self._begin("barrier", [], lambda staging: [self._comm.Ibarrier()], opts)
 
-    # - Messages
+    # - Point-to-point
 
     def send(self, tensors: list[Tensor], to: int, tag: int) -> dist.Work:
         """Send a tensor to a rank of the group."""
@@ -379,7 +389,7 @@ class MpiProcessGroup(dist.ProcessGroup):
         return self._begin(f"recv from rank {source}", tensors, start)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int) -> dist.Work:
-        """Receive a tensor from whichever rank has sent one."""
+        """Receive a tensor from any rank."""
         (tensor,) = tensors
         if tensor.numel() > MAX_COUNT:
             raise ValueError(
@@ -392,7 +402,7 @@ class MpiProcessGroup(dist.ProcessGroup):
 
         return self._begin("recv from any rank", tensors, start)
 
-    # - How all of them work
+    # - Shared by all operations
 
     def _begin(
         self, what: str, results: Iterable[Tensor], start: _Start, opts: Any = None
@@ -430,7 +440,7 @@ class MpiProcessGroup(dist.ProcessGroup):
                 f"{len(tensors)}."
             )
 
-    # torch had these names before 2.13.
+    # Names of these operations before torch 2.13.
     _allgather_base = all_gather_single
     _reduce_scatter_base = reduce_scatter_single
     alltoall_base = all_to_all_single
@@ -438,7 +448,7 @@ class MpiProcessGroup(dist.ProcessGroup):
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
 
 
-def _listed(tensors: Any) -> list[Tensor]:
+def _as_list(tensors: Any) -> list[Tensor]:
     return [tensors] if isinstance(tensors, Tensor) else list(tensors)
 
 

@@ -1,4 +1,4 @@
-"""How MPI sees a tensor: an address, a count and a datatype, nothing copied."""
+"""Describe tensors to MPI: address, count and datatype, without copies."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch.distributed as dist
 from mpi4py import MPI
 from torch import Tensor
 
-# MPI before version 4 counts in 32-bit integers; longer messages travel in parts.
+# Before version 4, MPI counts elements in 32-bit integers; longer messages are sent in parts.
 MAX_COUNT = 1 << 30
 
+# Datatypes for moving data, by element size: any dtype is moved as bits.
 _MOVED = {
     1: MPI.UINT8_T,
     2: MPI.UINT16_T,
@@ -42,29 +43,29 @@ _OPS = {
     dist.ReduceOp.BOR: MPI.BOR,
     dist.ReduceOp.BXOR: MPI.BXOR,
 }
-# A sum of truth values is true if any is; stored as 2 it would be no truth value any more.
+# Bools are stored as 0 or 1: a sum must be "any" and a product "all" for the result to be a bool.
 _BOOL_OPS = {dist.ReduceOp.SUM: MPI.MAX, dist.ReduceOp.PRODUCT: MPI.MIN}
 _BITWISE = (dist.ReduceOp.BAND, dist.ReduceOp.BOR, dist.ReduceOp.BXOR)
 _WIDENED = (torch.float16, torch.bfloat16)
 
 
-def moved(tensor: Tensor) -> list[Any]:
-    """Return what mpi4py needs to send or receive a contiguous tensor of any dtype."""
-    return _message(tensor, _MOVED[tensor.element_size()])
+def bytes_spec(tensor: Tensor) -> list[Any]:
+    """Return mpi4py's buffer specification for moving a contiguous tensor of any dtype."""
+    return _spec(tensor, _MOVED[tensor.element_size()])
 
 
-def reduced(tensor: Tensor) -> list[Any]:
-    """Return what mpi4py needs to reduce a contiguous tensor."""
-    return _message(tensor, _REDUCED[tensor.dtype])
+def values_spec(tensor: Tensor) -> list[Any]:
+    """Return mpi4py's buffer specification for reducing a contiguous tensor."""
+    return _spec(tensor, _REDUCED[tensor.dtype])
 
 
-def _message(tensor: Tensor, datatype: MPI.Datatype) -> list[Any]:
-    # Without a count mpi4py derives it, also where a buffer holds one block for each rank.
+def _spec(tensor: Tensor, datatype: MPI.Datatype) -> list[Any]:
+    # No count: mpi4py derives it, also for buffers that hold one block for each rank.
     return [MPI.buffer.fromaddress(tensor.data_ptr(), tensor.nbytes), datatype]
 
 
 def parts(numel: int) -> Iterator[slice]:
-    """Cut `numel` elements so that MPI can count each part."""
+    """Yield slices of `numel` elements, each of at most MAX_COUNT."""
     for start in range(0, numel, MAX_COUNT):
         yield slice(start, min(start + MAX_COUNT, numel))
 
@@ -73,7 +74,7 @@ def mpi_op(op: Any, dtype: torch.dtype) -> MPI.Op:
     """Return MPI's operation for one of `torch.distributed.ReduceOp`.
 
     Raises:
-        ValueError: There is none, or not for this dtype.
+        ValueError: MPI has no such operation, or not for this dtype.
     """
     kind = getattr(op, "op", op)  # options hold a wrapper
     found = _OPS.get(kind)
@@ -94,71 +95,71 @@ def mpi_op(op: Any, dtype: torch.dtype) -> MPI.Op:
 
 
 def is_average(op: Any) -> bool:
-    """Whether the sum is to be divided by the number of ranks; MPI has no such operation."""
+    """Return whether the sum must be divided by the number of ranks, which MPI does not do."""
     return bool(getattr(op, "op", op) == dist.ReduceOp.AVG)
 
 
 def is_widened(dtype: torch.dtype) -> bool:
-    """Whether values are summed in float32, which MPI would have no datatype for otherwise."""
+    """Return whether values are summed in float32 because MPI has no datatype for them."""
     return dtype in _WIDENED
 
 
 class Staging:
-    """The tensors that MPI reads and writes for one operation, and what is left to do after it.
+    """The buffers that MPI reads and writes for one operation, and the work left to do after it.
 
-    A contiguous tensor in memory that MPI can reach is handed over as it is. Anything else is
-    copied: what is strided, and what is on a GPU if the MPI library is not CUDA-aware.
+    A contiguous tensor in memory that MPI can access is its own buffer. Others are copied: strided
+    tensors, and tensors on a GPU if the MPI library is not CUDA-aware.
     """
 
     def __init__(self) -> None:
-        self.held: list[Tensor] = []  # alive until MPI is done
+        self.keep_alive: list[Tensor] = []  # until MPI is done
         self._after: list[Callable[[], object]] = []
         self._devices: set[torch.device] = set()
 
     def source(self, tensor: Tensor) -> Tensor:
-        """Return a flat tensor for MPI to read `tensor` from."""
-        return self._home(tensor)[1]
+        """Return a flat buffer from which MPI reads `tensor`."""
+        return self._buffer(tensor)[1]
 
     def target(self, tensor: Tensor) -> Tensor:
-        """Return a flat tensor for MPI to read and write; `tensor` has the result at the end."""
-        direct, home = self._home(tensor)
+        """Return a flat buffer that MPI reads and writes; `finish` copies it back to `tensor`."""
+        direct, buffer = self._buffer(tensor)
         if not direct:
-            self.then(lambda: tensor.copy_(home.view(tensor.shape)))
-        return home
+            self.run_after(lambda: tensor.copy_(buffer.view(tensor.shape)))
+        return buffer
 
-    def then(self, action: Callable[[], object]) -> None:
-        """Run `action` when MPI is done, before those that were added earlier."""
+    def run_after(self, action: Callable[[], object]) -> None:
+        """Run `action` in `finish`, before the actions that were added earlier."""
         self._after.insert(0, action)
 
     def finish(self) -> None:
-        """Run what is left to do."""
+        """Run the actions; called when MPI is done."""
         for action in self._after:
             action()
         for device in self._devices:
             torch.cuda.current_stream(device).synchronize()
         self._after.clear()
-        self.held.clear()
+        self.keep_alive.clear()
 
-    def _home(self, tensor: Tensor) -> tuple[bool, Tensor]:
-        """Return whether MPI works on `tensor` itself, and the flat tensor that it works on."""
+    def _buffer(self, tensor: Tensor) -> tuple[bool, Tensor]:
+        """Return whether `tensor` is its own buffer, and the flat buffer."""
         if tensor.is_sparse:
             raise ValueError(
                 "the mpi4py backend moves dense tensors, got a sparse one; use to_dense()."
             )
         tensor = tensor.detach()
-        home = tensor if tensor.is_contiguous() else tensor.contiguous()
+        buffer = tensor if tensor.is_contiguous() else tensor.contiguous()
         if tensor.is_cuda:
             self._devices.add(tensor.device)
             if not cuda_aware():
-                home = home.cpu()
-            # MPI knows no streams: what is to be sent must have been computed.
+                buffer = buffer.cpu()
+            # MPI does not know CUDA streams: wait until the tensor has been computed.
             torch.cuda.current_stream(tensor.device).synchronize()
-        self.held += [tensor, home]
-        return home is tensor, home.reshape(-1)
+        self.keep_alive += [tensor, buffer]
+        return buffer is tensor, buffer.reshape(-1)
 
 
 @functools.cache
 def cuda_aware() -> bool:
-    """Whether the MPI library says that it takes device pointers."""
+    """Return whether the MPI library reports that it accepts device pointers."""
     query = getattr(ctypes.CDLL(MPI.__file__), "MPIX_Query_cuda_support", None)
     return bool(query is not None and query())

@@ -1,4 +1,4 @@
-"""Where MPI reduces: in the tensors themselves, or beside them and rounded once."""
+"""Buffers for reductions: the tensor itself, or a float32 copy that is rounded once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from belief_dist.mpi_backend.messages import (
     is_widened,
     mpi_op,
     parts,
-    reduced,
+    values_spec,
 )
 
 
 class Reductions:
-    """What the reductions of a communicator share."""
+    """Helpers shared by the reductions of a communicator."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         self._comm = comm
@@ -32,14 +32,15 @@ class Reductions:
         """Start to reduce block r of `flat` into rank r's `output`."""
         kind = mpi_op(op, flat.dtype)
         flat = widened(flat)
-        result = self.result(staging, output, [flat], op)
-        staging.held += [flat, result]
+        result = self.result_buffer(staging, output, [flat], op)
+        staging.keep_alive += [flat, result]
         if result.numel() <= MAX_COUNT:
-            return [self._comm.Ireduce_scatter_block(reduced(flat), reduced(result), kind)]
+            return [self._comm.Ireduce_scatter_block(values_spec(flat), values_spec(result), kind)]
+        # Ireduce_scatter_block cannot be split: reduce each block to its rank, in parts.
         return [
             self._comm.Ireduce(
-                reduced(block[part]),
-                reduced(result[part]) if root == self._comm.Get_rank() else None,
+                values_spec(block[part]),
+                values_spec(result[part]) if root == self._comm.Get_rank() else None,
                 kind,
                 root,
             )
@@ -47,32 +48,32 @@ class Reductions:
             for part in parts(block.numel())
         ]
 
-    def summand(self, staging: Staging, tensor: Tensor, op: Any) -> Tensor:
-        """Return a flat tensor to reduce in place, of which `tensor` becomes the result."""
+    def in_place_buffer(self, staging: Staging, tensor: Tensor, op: Any) -> Tensor:
+        """Return a flat buffer to reduce in place; `staging.finish` puts the result in `tensor`."""
         mpi_op(op, tensor.dtype)
-        home = staging.target(tensor)
-        wide = widened(home)
-        staging.held.append(wide)
-        self._round_later(staging, home, wide, op)
+        buffer = staging.target(tensor)
+        wide = widened(buffer)
+        staging.keep_alive.append(wide)
+        self._round_later(staging, buffer, wide, op)
         return wide
 
-    def result(
+    def result_buffer(
         self, staging: Staging, output: Tensor, addends: Sequence[Tensor], op: Any
     ) -> Tensor:
-        """Return flat memory for a sum of `addends`, of which `output` becomes the result."""
-        home = staging.target(output)
-        dtype = torch.float32 if is_widened(home.dtype) else home.dtype
-        # MPI allows no memory that is both read and written here.
-        apart = dtype == home.dtype and not any(_overlap(home, addend) for addend in addends)
-        wide = home if apart else torch.empty(home.shape, dtype=dtype, device=home.device)
-        self._round_later(staging, home, wide, op)
+        """Return a flat buffer for a sum of `addends`; `staging.finish` puts it in `output`."""
+        buffer = staging.target(output)
+        dtype = torch.float32 if is_widened(buffer.dtype) else buffer.dtype
+        # MPI does not allow the send and receive buffers of a reduction to overlap.
+        usable = dtype == buffer.dtype and not any(_overlap(buffer, addend) for addend in addends)
+        wide = buffer if usable else torch.empty(buffer.shape, dtype=dtype, device=buffer.device)
+        self._round_later(staging, buffer, wide, op)
         return wide
 
-    def _round_later(self, staging: Staging, home: Tensor, wide: Tensor, op: Any) -> None:
+    def _round_later(self, staging: Staging, buffer: Tensor, wide: Tensor, op: Any) -> None:
         if is_average(op):
-            staging.then(lambda: home.copy_(wide.div_(self._comm.Get_size())))
-        elif wide is not home:
-            staging.then(lambda: home.copy_(wide))
+            staging.run_after(lambda: buffer.copy_(wide.div_(self._comm.Get_size())))
+        elif wide is not buffer:
+            staging.run_after(lambda: buffer.copy_(wide))
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
@@ -81,5 +82,5 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
 
 
 def widened(flat: Tensor) -> Tensor:
-    """Return `flat`, or what MPI adds in its place."""
+    """Return `flat` in a dtype that MPI can add: 16-bit floats as float32."""
     return flat.float() if is_widened(flat.dtype) else flat

@@ -1,4 +1,4 @@
-"""A deadline for calls that MPI itself gives none."""
+"""A deadline for calls of MPI that have no timeout."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PERIOD_SECONDS = 0.5
 
 
 class Watch:
-    """Ends this process when a call of MPI has not returned in time.
+    """Ends this process if a call of MPI does not return in time.
 
-    Nothing can take a thread out of such a call, and MPI cannot be used beside it: its locks may be
-    held. The launcher then ends the job.
+    A thread cannot be interrupted in such a call, and other threads cannot use MPI meanwhile, as
+    its locks may be held. So the only way out is to exit; the launcher then ends the job.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Watch:
 
     @contextmanager
     def limit(self, timeout: timedelta, what: str) -> Iterator[None]:
-        """End this process if the context lasts longer than `timeout`; `what` names the call."""
+        """Exit if the context takes longer than `timeout`; `what` describes the call."""
         seconds = timeout.total_seconds()
         message = f"{what} has not returned from MPI in {seconds:g} s: a rank is missing or stuck."
         thread = threading.get_ident()

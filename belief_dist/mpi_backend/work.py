@@ -1,4 +1,4 @@
-"""Operations under way, and the thread that lets MPI go on with them."""
+"""Pending operations, and the thread that drives MPI's progress on them."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from torch import Tensor
 
 from belief_dist.mpi_backend.messages import Staging
 
-# A waiting rank first asks MPI without a pause, for short messages. Who goes on asking where ranks
-# share cores is taken off its core for milliseconds; who sleeps is woken at once.
+# A waiting rank first polls without pausing, which is fastest for short messages. But where ranks
+# share cores, a rank that keeps polling is descheduled for milliseconds, while one that sleeps is
+# woken at once.
 _EAGER_SECONDS = 500e-6
 _PAUSE_SECONDS = 50e-6
 
 
 class Health:
-    """Whether a group can still be used; its communicator cannot after one failure."""
+    """Whether a group can still be used: after a failure its communicator cannot."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.failure: str | None = None
 
     def check(self) -> None:
-        """Raise if something has failed before."""
+        """Raise if an operation has failed before."""
         if self.failure is not None:
             raise dist.DistBackendError(
                 f"{self.name} cannot be used any more: {self.failure} End this job."
             )
 
     def fail(self, failure: str) -> dist.DistBackendError:
-        """Remember the failure and return it as an error."""
+        """Record the failure and return it as an error."""
         if self.failure is None:
             self.failure = failure
             _Failed.any = True
@@ -47,7 +48,7 @@ class Health:
 
 
 class MpiWork(dist.Work):
-    """One operation: its requests, and what is left to do when they are complete."""
+    """One operation: MPI's requests, and the work to do when they are complete."""
 
     def __init__(
         self,
@@ -71,13 +72,13 @@ class MpiWork(dist.Work):
         self._error: BaseException | None = None
         self._source = -1
         self._future: torch.futures.Future[list[Tensor]] | None = None
-        self._unsettled: torch.futures.Future[list[Tensor]] | None = None
+        self._pending_future: torch.futures.Future[list[Tensor]] | None = None
 
     def poll(self) -> bool:
-        """Let MPI go on, and return whether this is at its end, in success or failure."""
+        """Let MPI progress; return whether the operation has ended, successfully or not."""
         if self._done:
             return True
-        # Whoever holds the lock is polling already.
+        # The thread that holds the lock is polling already.
         if not self._lock.acquire(blocking=False):
             return False
         try:
@@ -87,7 +88,7 @@ class MpiWork(dist.Work):
         finally:
             self._lock.release()
         if self._done:
-            self._settle()
+            self._complete_future()
         return self._done
 
     def _advance(self) -> None:
@@ -108,7 +109,7 @@ class MpiWork(dist.Work):
                 f"{self._what} failed in MPI: {error.Get_error_string()}; a peer has probably "
                 f"ended."
             )
-        except Exception as error:  # from what is left to do; it belongs to whoever waits
+        except Exception as error:  # from staging.finish(); raised by wait()
             self._error, self._done = error, True
 
     def _fail_late(self, seconds: float) -> None:
@@ -123,13 +124,13 @@ class MpiWork(dist.Work):
         self._error, self._done = self._health.fail(failure), True
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        """Return when the result may be used.
+        """Wait until the result may be used.
 
         Args:
-            timeout: Zero for that of the group.
+            timeout: Zero means the group's.
 
         Raises:
-            DistBackendError: The time is over, or MPI reports an error.
+            DistBackendError: The timeout is over, or MPI reports an error.
         """
         seconds = timeout.total_seconds()
         begin = time.monotonic()
@@ -176,18 +177,18 @@ class MpiWork(dist.Work):
     _source_rank = source_rank  # torch's name
 
     def get_future(self) -> torch.futures.Future[list[Tensor]]:
-        """Return a future of `result()`, which completes without anybody waiting."""
+        """Return a future of `result()`, which completes without a call of `wait`."""
         with self._lock:
             if self._future is None:
-                self._future = self._unsettled = torch.futures.Future()
+                self._future = self._pending_future = torch.futures.Future()
         if self._done:
-            self._settle()
+            self._complete_future()
         return self._future
 
-    def _settle(self) -> None:
-        # Several threads may find this done; only one of them may complete the future.
+    def _complete_future(self) -> None:
+        # Several threads may see the end of the operation; only one may complete the future.
         with self._lock:
-            future, self._unsettled = self._unsettled, None
+            future, self._pending_future = self._pending_future, None
         if future is None:
             return
         if self._error is None:
@@ -196,8 +197,8 @@ class MpiWork(dist.Work):
             future.set_exception(self._error)  # type: ignore[arg-type]  # torch takes any
 
 
-class Together(dist.Work):
-    """Several operations that were coalesced."""
+class CoalescedWork(dist.Work):
+    """Several operations that torch has coalesced into one."""
 
     def __init__(self, works: Sequence[MpiWork]) -> None:
         super().__init__()
@@ -236,58 +237,64 @@ class Together(dist.Work):
 
 
 class _Failed:
+    """Failures in this process, for the exit handler."""
+
     any = False
-    works: list[MpiWork] = []  # noqa: RUF012  # of the process
+    works: list[MpiWork] = []  # noqa: RUF012  # kept alive to the end, see MpiWork._fail
 
 
 class Progress:
-    """A thread that polls what is under way, as few MPIs go on by themselves.
+    """A thread that polls pending operations, as few MPI libraries progress on their own.
 
-    It also keeps operations, and so their tensors, alive whose handles nobody has kept.
+    It also keeps operations (and their tensors) alive whose handles have been dropped.
     """
 
     def __init__(self) -> None:
         self._works: list[MpiWork] = []
-        self._some = threading.Condition()
+        self._changed = threading.Condition()
         self._waiting = 0
         self._thread: threading.Thread | None = None
         self._ended = False
 
     def add(self, work: MpiWork) -> None:
         """Poll `work` until it ends."""
-        with self._some:
+        with self._changed:
             self._works.append(work)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="mpi4py", daemon=True)
                 self._thread.start()
-            self._some.notify()
+            self._changed.notify()
 
     def paused(self) -> _Pause:
-        """Return a context in which the caller polls, which is enough for all of MPI."""
+        """Return a context in which this thread pauses, because a waiting caller polls.
+
+        A poll of one operation makes MPI progress on all of them.
+        """
         return _Pause(self)
 
     def end(self) -> None:
-        """Stop the thread; MPI ends next."""
-        with self._some:
+        """Stop the thread, before MPI is finalized."""
+        with self._changed:
             self._ended = True
-            self._some.notify()
+            self._changed.notify()
         if self._thread is not None:
             self._thread.join()
 
     def _run(self) -> None:
         while True:
-            with self._some:
+            with self._changed:
                 while not self._works and not self._ended:
-                    self._some.wait()
+                    self._changed.wait()
                 if self._ended:
                     return
                 works = list(self._works)
+            # A waiting caller polls its own operation only, so futures of others are polled here.
             if self._waiting == 0 or any(work._future is not None for work in works):
                 ended = {id(work) for work in works if work.poll()}
             else:
                 ended = {id(work) for work in works if work._done}
             if ended:
-                with self._some:
+                with self._changed:
                     self._works = [work for work in self._works if id(work) not in ended]
             time.sleep(_PAUSE_SECONDS)
 
@@ -297,11 +304,11 @@ class _Pause:
         self._progress = progress
 
     def __enter__(self) -> None:
-        with self._progress._some:
+        with self._progress._changed:
             self._progress._waiting += 1
 
     def __exit__(self, *_: object) -> None:
-        with self._progress._some:
+        with self._progress._changed:
             self._progress._waiting -= 1
 
 
@@ -311,7 +318,7 @@ PROGRESS = Progress()
 def _at_exit() -> None:
     PROGRESS.end()
     if _Failed.any:
-        # MPI_Finalize would wait for the rank that is missing.
+        # MPI_Finalize would wait for the missing rank.
         sys.stdout.flush()
         sys.stderr.flush()
         MPI.COMM_WORLD.Abort(1)

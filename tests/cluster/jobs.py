@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from belief_dist.checkpoint.formats.convert import differences
-from belief_dist.checkpoint.formats.full_state import read_whole
+from belief_dist.checkpoint.formats.full_state import read_full_state
 from lab import Node
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def unlike(one: Path, other: Path) -> list[str]:
     """Return where the logs and the final p, m, s and steps of two runs differ in any bit."""
-    found = differences(*(read_whole(final(run)) for run in (one, other)))
+    found = differences(*(read_full_state(final(run)) for run in (one, other)))
     pairs = zip(rows(one), rows(other), strict=True)
     return found + [f"{ours} {theirs}" for ours, theirs in pairs if ours != theirs]
 

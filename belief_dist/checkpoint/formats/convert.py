@@ -1,4 +1,4 @@
-"""Between checkpoints and the files of other packages, by what lies at a path."""
+"""Convert between checkpoints and files of other packages; the source's format is detected."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.checkpoint.checksummed_files import MANIFEST
 from belief_dist.checkpoint.formats.deepspeed import read_universal, read_zero, write_universal
-from belief_dist.checkpoint.formats.full_state import Whole, read_whole, write_whole
+from belief_dist.checkpoint.formats.full_state import FullState, read_full_state, write_full_state
 from belief_dist.checkpoint.formats.safetensors import read_safetensors, write_safetensors
 from belief_dist.checkpoint.formats.torch import (
     from_state_dict,
@@ -33,22 +32,22 @@ def read(
     trust: bool = False,
     from_adam: bool = False,
     eps: float = 1e-16,
-) -> Whole:
-    """Read a training state, whatever it is.
+) -> FullState:
+    """Read a training state in any of the supported formats.
 
     Args:
-        source: A checkpoint of ours or a run's folder; the folder of a DeepSpeed tag, ZeRO or
+        source: A belief_dist checkpoint or run directory; the directory of a DeepSpeed tag, ZeRO or
             universal; or a file with an optimizer's state_dict.
-        weights: With a state_dict: the file of the model's (torch.save or safetensors).
-        names: With a state_dict without names: those of the parameters, in order.
-        options: With a state_dict: hyperparameters that it does not tell.
-        step: Which checkpoint of a run.
-        trust: Run the code that a DeepSpeed checkpoint's pickles hold.
+        weights: For a state_dict: the file with the model's weights (torch.save or safetensors).
+        names: For a state_dict without names: the names of its parameters, in order.
+        options: For a state_dict: hyperparameters that it does not hold.
+        step: Which checkpoint of a run; None means the newest.
+        trust: Unpickle a DeepSpeed checkpoint, which can run any code.
         from_adam: The states are Adam's; estimate AdaBelief's from them.
-        eps: AdaBelief's, with `from_adam`.
+        eps: AdaBelief's eps, with `from_adam`.
 
     Raises:
-        ValueError: It is nothing of these, or an argument is missing.
+        ValueError: The format is none of these, or an argument is missing.
     """
     source = Path(source)
     if source.is_dir():
@@ -59,21 +58,21 @@ def read(
                     f"{source} is a DeepSpeed checkpoint, whose pickles can run any code; pass "
                     f"trust=True (--trust) if you know where it comes from."
                 )
-            whole = read_universal(source) if universal else read_zero(source)
+            full = read_universal(source) if universal else read_zero(source)
         else:
-            whole = read_whole(source, step=step)
+            full = read_full_state(source, step=step)
     elif source.is_file():
         if weights is None:
             raise ValueError(f"{source} holds an optimizer's state_dict: pass weights, too.")
         saved = torch.load(source, map_location="cpu", weights_only=True)
         if not isinstance(saved, Mapping) or "param_groups" not in saved:
             raise ValueError(f"{source} holds no optimizer's state_dict.")
-        whole = from_state_dict(
+        full = from_state_dict(
             saved, _weights(Path(weights)), names=names, options=options, step=step
         )
     else:
         raise ValueError(f"there is nothing at {source}.")
-    return warm_start_from_adam(whole, eps=eps) if from_adam else whole
+    return warm_start_from_adam(full, eps=eps) if from_adam else full
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
@@ -83,40 +82,42 @@ def _weights(path: Path) -> dict[str, Tensor]:
     return found
 
 
-def write(whole: Whole, target: str | Path, to: str, *, template: str | Path | None = None) -> Path:
+def write(
+    full: FullState, target: str | Path, to: str, *, template: str | Path | None = None
+) -> Path:
     """Write a training state.
 
     Args:
-        whole: The state.
-        target: A run's folder ("belief_dist"), a new folder ("universal"), or a file.
-        to: One of `TARGETS`. "torch" and "official" hold the optimizer's state_dict alone;
-            "safetensors" holds weights alone, in the model's dtypes.
-        template: With "universal": a universal checkpoint of the same job.
+        full: The state.
+        target: A run directory ("belief_dist"), a new directory ("universal"), or a file.
+        to: One of `TARGETS`. "torch" and "official" write the optimizer's state_dict only;
+            "safetensors" writes weights only, in the model's dtypes.
+        template: For "universal": a universal checkpoint of the same job.
 
     Returns:
-        What was written.
+        The path that was written.
 
     Raises:
         ValueError: `to` is unknown, or the template is missing.
     """
     target = Path(target)
     if to == "belief_dist":
-        return write_whole(whole, target)
+        return write_full_state(full, target)
     if to in ("torch", "official"):
-        torch.save(to_state_dict(whole) if to == "torch" else to_official(whole), target)
+        torch.save(to_state_dict(full) if to == "torch" else to_official(full), target)
     elif to == "safetensors":
-        write_safetensors(whole.model_weights(), target)
+        write_safetensors(full.model_weights(), target)
     elif to == "universal":
         if template is None:
             raise ValueError("a universal checkpoint needs a template: one of the same job.")
-        write_universal(whole, target, template)
+        write_universal(full, target, template)
     else:
         raise ValueError(f"cannot convert to {to!r}; choose one of {', '.join(TARGETS)}.")
     return target
 
 
-def differences(one: Whole, other: Whole) -> list[str]:
-    """Return a sentence for everything in which two training states differ, bit for bit."""
+def differences(one: FullState, other: FullState) -> list[str]:
+    """Return a sentence for every entry in which two training states differ by any bit."""
     found = []
     for what, ours, theirs in _pairs(one, other):
         for name in sorted(set(ours) | set(theirs)):
@@ -144,9 +145,11 @@ def differences(one: Whole, other: Whole) -> list[str]:
     return found
 
 
-def _pairs(one: Whole, other: Whole) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
-    def options(whole: Whole) -> dict[str, Any]:
-        return {name: group["options"] for group in whole.groups for name in group["params"]}
+def _pairs(
+    one: FullState, other: FullState
+) -> list[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    def options(full: FullState) -> dict[str, Any]:
+        return {name: group["options"] for group in full.groups for name in group["params"]}
 
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
         ("weight", one.weights, other.weights),
@@ -158,9 +161,3 @@ def _pairs(one: Whole, other: Whole) -> list[tuple[str, Mapping[str, Any], Mappi
         theirs = {name: states[key] for name, states in other.states.items() if key in states}
         pairs.append((key, ours, theirs))
     return pairs
-
-
-def is_ours(path: str | Path) -> bool:
-    """Tell whether a folder is a checkpoint of ours, or a run with some."""
-    path = Path(path)
-    return (path / MANIFEST).exists() or any(path.glob(f"step-*/{MANIFEST}"))

@@ -1,7 +1,7 @@
 """Checkpoints of DeepSpeed's ZeRO stages 1 to 3, and its universal checkpoints.
 
-Their files are pickles of arbitrary objects, which can run code: read those that you trust.
-DeepSpeed must be installed where they hold objects of its classes.
+Their files are pickles of arbitrary objects, which can run code: read only files that you trust.
+DeepSpeed must be installed if they hold objects of its classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.checkpoint.formats.full_state import Whole
+from belief_dist.checkpoint.formats.full_state import FullState
 from belief_dist.options import DEFAULTS, OPTION_NAMES
 
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -36,11 +36,11 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
     return found
 
 
-def read_zero(folder: str | Path) -> Whole:
-    """Read a ZeRO-1, 2 or 3 checkpoint: the folder of one tag, without model parallelism.
+def read_zero(folder: str | Path) -> FullState:
+    """Read a ZeRO-1, 2 or 3 checkpoint: the directory of one tag, without model parallelism.
 
     Raises:
-        ValueError: It is none, or files are missing.
+        ValueError: It is not such a checkpoint, or files are missing.
     """
     folder = Path(folder)
     model = _load(_by_rank(folder, "*model_states.pt")[0])
@@ -53,10 +53,10 @@ def read_zero(folder: str | Path) -> Whole:
     return _read_stage3(model, shards) if stage == 3 else _read_stage12(model, shards)
 
 
-def _read_stage12(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> Whole:
-    """Each group is one flat tensor, of which every rank has an equal piece."""
+def _read_stage12(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> FullState:
+    """Read stage 1 or 2: each group is one flat tensor, cut into equal parts for the ranks."""
     base = [shard["base_optimizer_state"] for shard in shards]
-    whole = _start(model)
+    full = _start(model)
     for number, shapes in enumerate(model["param_shapes"]):
         flat = {"fp32": torch.cat([s["single_partition_of_fp32_groups"][number] for s in shards])}
         entries = [shard["state"].get(number) for shard in base]
@@ -68,16 +68,16 @@ def _read_stage12(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]])
         offset = 0
         for position, (name, shape) in enumerate(shapes.items()):
             count = math.prod(shape)
-            pieces = {k: v[offset : offset + count].view(tuple(shape)) for k, v in flat.items()}
-            _add(whole, name, pieces, step)
+            tensors = {k: v[offset : offset + count].view(tuple(shape)) for k, v in flat.items()}
+            _add(full, name, tensors, step)
             offset += count + (paddings[number][position] if paddings else 0)
-    _add_groups(whole, model["param_shapes"], base[0]["param_groups"])
-    return _finish(whole)
+    _add_groups(full, model["param_shapes"], base[0]["param_groups"])
+    return _finish(full)
 
 
-def _read_stage3(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> Whole:
-    """Each parameter is cut over all ranks; sub-groups hold one flat tensor each."""
-    whole, ranks = _start(model), len(shards)
+def _read_stage3(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) -> FullState:
+    """Read stage 3: each parameter is cut over all ranks; a sub-group is one flat tensor."""
+    full, ranks = _start(model), len(shards)
     if any(not flat.numel() for shard in shards for flat in shard["fp32_flat_groups"]):
         raise ValueError(
             "this checkpoint was saved with optimizer states on NVMe, whose files cannot be read "
@@ -92,7 +92,7 @@ def _read_stage3(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) 
         offset = 0
         for name, shape in shapes.items():
             count = math.prod(shape)
-            part = -(-count // ranks)
+            part = -(-count // ranks)  # the last rank's part ends in padding
 
             def joined(flats: Sequence[Tensor], at: int = offset, n: int = part) -> Tensor:
                 return torch.cat([flat[at : at + n] for flat in flats])
@@ -100,71 +100,72 @@ def _read_stage3(model: Mapping[str, Any], shards: Sequence[Mapping[str, Any]]) 
             flats = {"fp32": [shard["fp32_flat_groups"][number] for shard in shards]}
             if entries[0]:
                 flats |= {key: [entry[key] for entry in entries] for key in _STATES}
-            pieces = {k: joined(v)[:count].view(tuple(shape)) for k, v in flats.items()}
-            _add(whole, name, pieces, step)
+            tensors = {k: joined(v)[:count].view(tuple(shape)) for k, v in flats.items()}
+            _add(full, name, tensors, step)
             offset += part
-    _add_groups(whole, sub_groups, groups)
-    return _finish(whole)
+    _add_groups(full, sub_groups, groups)
+    return _finish(full)
 
 
-def _start(model: Mapping[str, Any]) -> Whole:
+def _start(model: Mapping[str, Any]) -> FullState:
     module = model.get("module") or {}
-    return Whole({name: value for name, value in module.items() if isinstance(value, Tensor)})
+    return FullState({name: value for name, value in module.items() if isinstance(value, Tensor)})
 
 
-def _add(whole: Whole, name: str, pieces: Mapping[str, Tensor], step: int | None) -> None:
-    low = whole.weights.get(name)
-    if low is not None and low.dtype != torch.float32 and low.numel() == pieces["fp32"].numel():
-        whole.dtypes[name] = str(low.dtype).removeprefix("torch.")
-    whole.weights[name] = pieces["fp32"].clone()
+def _add(full: FullState, name: str, tensors: Mapping[str, Tensor], step: int | None) -> None:
+    # The model's own weights may be 16-bit; the master replaces them, and their dtype is kept.
+    low = full.weights.get(name)
+    if low is not None and low.dtype != torch.float32 and low.numel() == tensors["fp32"].numel():
+        full.dtypes[name] = str(low.dtype).removeprefix("torch.")
+    full.weights[name] = tensors["fp32"].clone()
     if step is not None:
-        whole.steps[name] = step
-        whole.states[name] = {key: pieces[key].clone() for key in _STATES}
+        full.steps[name] = step
+        full.states[name] = {key: tensors[key].clone() for key in _STATES}
 
 
 def _add_groups(
-    whole: Whole,
+    full: FullState,
     shapes: Sequence[Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Add param groups: each names the numbers of its flat tensors, at stage 3 its sub-groups."""
+    """Add param groups; a group lists the indices of its flat tensors (stage 3: sub-groups)."""
     for group in groups:
         names = [name for number in group["params"] for name in shapes[number]]
         options = {k: v for k, v in group.items() if k in OPTION_NAMES}
-        whole.groups.append({"params": names, "options": {**DEFAULTS, **options}})
+        full.groups.append({"params": names, "options": {**DEFAULTS, **options}})
 
 
-def _finish(whole: Whole) -> Whole:
-    whole.step = max(whole.steps.values(), default=0)
-    return whole
+def _finish(full: FullState) -> FullState:
+    full.step = max(full.steps.values(), default=0)
+    return full
 
 
-def read_universal(folder: str | Path) -> Whole:
+def read_universal(folder: str | Path) -> FullState:
     """Read a universal checkpoint: ``zero/<name>/fp32.pt`` and so on.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a universal checkpoint.
     """
     folder = Path(folder)
     if not (folder / "zero").is_dir():
         raise ValueError(f"{folder} is no universal checkpoint: it has no folder zero.")
     model = _load(_by_rank(folder, "*model_states.pt")[0])
-    whole = _start(model)
+    full = _start(model)
     options = _universal_groups(folder)
     for shapes in model["param_shapes"]:
         for name, shape in shapes.items():
-            pieces = {}
+            tensors = {}
             for key in ("fp32", *_STATES):
                 saved = _load(folder / "zero" / name / f"{key}.pt")
                 value = saved["param"] if isinstance(saved, Mapping) else saved
-                pieces[key] = value.reshape(tuple(shape))
+                tensors[key] = value.reshape(tuple(shape))
             file = folder / "zero" / name / "step.pt"
             step = int(_load(file)) if file.exists() else None
             if step is None and options:
                 step = options[0].get("step")
-            _add(whole, name, pieces, step or int(model.get("global_steps", 0)))
-    _add_groups(whole, model["param_shapes"], options)
-    return _finish(whole)
+            _add(full, name, tensors, step or int(model.get("global_steps", 0)))
+    _add_groups(full, model["param_shapes"], options)
+    return _finish(full)
 
 
 def _universal_groups(folder: Path) -> list[dict[str, Any]]:
@@ -172,38 +173,41 @@ def _universal_groups(folder: Path) -> list[dict[str, Any]]:
     if not file.exists():
         raise ValueError(f"{folder} is no whole universal checkpoint: it has no {file.name}.")
     saved = _load(file)
+    # The param groups are nested in one or two dicts, depending on the stage.
     while isinstance(saved, Mapping) and "param_groups" not in saved:
         inner = [key for key in ("optimizer_state_dict", "base_optimizer_state") if key in saved]
         saved = saved[inner[0]] if inner else {"param_groups": []}
     return list(saved["param_groups"]) if isinstance(saved, Mapping) else []
 
 
-def write_universal(whole: Whole, folder: str | Path, template: str | Path) -> None:
+def write_universal(full: FullState, folder: str | Path, template: str | Path) -> None:
     """Write a universal checkpoint, which DeepSpeed loads at any number of ranks.
 
     Args:
-        whole: What to write.
-        folder: A new folder.
-        template: A universal checkpoint of the same job: what is not of parameters comes from it.
+        full: The training state.
+        folder: A new directory.
+        template: A universal checkpoint of the same job; all that does not belong to a parameter
+            is copied from it.
 
     Raises:
-        ValueError: The template is of another model.
+        ValueError: The template belongs to another model.
     """
     folder, template = Path(folder), Path(template)
     theirs = sorted(read_universal(template).names)
-    if theirs != sorted(whole.names):
-        odd = sorted(set(theirs) ^ set(whole.names))[0]
+    if theirs != sorted(full.names):
+        odd = sorted(set(theirs) ^ set(full.names))[0]
         raise ValueError(f"the template {template} is of another model: {odd!r} is in one alone.")
     shutil.copytree(template, folder)
-    for name in whole.names:
-        values = {"fp32": whole.weights[name], **whole.states[name]}
+    for name in full.names:
+        values = {"fp32": full.weights[name], **full.states[name]}
         for key in ("fp32", *_STATES):
             file = folder / "zero" / name / f"{key}.pt"
             saved = _load(file)
             if isinstance(saved, dict):
+                # A clone, as torch.save writes a view's whole storage.
                 value = values[key].clone().reshape(saved["param"].shape)
                 torch.save({**saved, "param": value}, file)
             else:
                 torch.save(values[key].clone().reshape(saved.shape), file)
         if (folder / "zero" / name / "step.pt").exists():
-            torch.save(whole.steps[name], folder / "zero" / name / "step.pt")
+            torch.save(full.steps[name], folder / "zero" / name / "step.pt")

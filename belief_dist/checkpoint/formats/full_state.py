@@ -1,4 +1,4 @@
-"""A whole training state in the memory of one process: what converters take and return."""
+"""The full training state in the memory of one process, which the converters take and return."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from belief_dist.checkpoint.checksummed_files import read_manifest
 from belief_dist.checkpoint.chunks import inverse
-from belief_dist.checkpoint.entries import DESCRIPTION, EXTRA, STATES, state_key, weight_key
-from belief_dist.checkpoint.loading import SafePlanner, read_description
+from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, STATES, state_key, weight_key
+from belief_dist.checkpoint.loading import SafePlanner, read_metadata
 from belief_dist.checkpoint.metadata import FORMAT
 from belief_dist.checkpoint.names import dtype_name
 from belief_dist.checkpoint.run_directory import find
@@ -26,16 +26,17 @@ from belief_dist.state_formats import decode_m, decode_s
 
 
 @dataclass
-class Whole:
-    """Everything by name.
+class FullState:
+    """Weights, optimizer states and options, by parameter name.
 
     Attributes:
-        weights: As they are trained (float32 masters where there are any), and buffers.
+        weights: Weights as they are trained (the float32 master, if there is one), and buffers.
         states: exp_avg, exp_avg_sq and maybe max_exp_avg_sq of each optimized parameter.
-        steps: Its number of steps.
+        steps: Number of steps of each optimized parameter.
         groups: ``{"params": names, "options": hyperparameters}`` for each param group.
-        dtypes: Of the model's parameters, where they are narrower than `weights`.
-        step: Of the run.
+        dtypes: Dtypes of the model's parameters, where they differ from those of `weights`.
+        aliases: Further names of tied weights, each with the name in `weights`.
+        step: Step of the run.
     """
 
     weights: dict[str, Tensor]
@@ -48,11 +49,11 @@ class Whole:
 
     @property
     def names(self) -> list[str]:
-        """The optimized parameters, in the order of the groups."""
+        """Names of the optimized parameters, in the order of the groups."""
         return [name for group in self.groups for name in group["params"]]
 
     def model_weights(self) -> dict[str, Tensor]:
-        """Return weights in the model's dtypes, tied ones under each of their names."""
+        """Return the weights in the model's dtypes, tied ones under each of their names."""
         found = {
             name: value.to(getattr(torch, self.dtypes[name])) if name in self.dtypes else value
             for name, value in self.weights.items()
@@ -60,30 +61,30 @@ class Whole:
         return found | {alias: found[name] for alias, name in self.aliases.items()}
 
 
-def read_whole(checkpoint: str | Path, *, step: int | None = None) -> Whole:
-    """Read a checkpoint into memory; 8-bit states become float32.
+def read_full_state(checkpoint: str | Path, *, step: int | None = None) -> FullState:
+    """Read a checkpoint into memory; 8-bit states are decoded to float32.
 
     Raises:
-        ValueError: It is no checkpoint, or one of a later format.
+        ValueError: There is no checkpoint, or it has a later format.
     """
     path = find(Path(checkpoint), step)
-    metadata, description, _ = read_description(path)
+    dcp_metadata, metadata, _ = read_metadata(path)
     entries: dict[str, Any] = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in metadata.state_dict_metadata.items()
+        for key, entry in dcp_metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
     dcp.load(entries, storage_reader=FileSystemReader(path), planner=SafePlanner(), no_dist=True)
-    aliases = description["aliases"]
+    aliases = metadata["aliases"]
     weights = {
         key.removeprefix("model."): value
         for key, value in entries.items()
         if key.startswith("model.") and key.removeprefix("model.") not in aliases
     }
-    steps = description.get("steps", {})
+    steps = metadata.get("steps", {})
     states: dict[str, dict[str, Tensor]] = {name: {} for name in steps}
     for name in steps:
-        order = description.get("memory_order", {}).get(name)
+        order = metadata.get("memory_order", {}).get(name)
         for state in STATES:
             value = entries.get(state_key(name, state))
             if value is not None:
@@ -91,12 +92,12 @@ def read_whole(checkpoint: str | Path, *, step: int | None = None) -> Whole:
                 states[name][state] = (
                     value if exponent is None else _decode(state, value, exponent, order)
                 )
-    return Whole(
+    return FullState(
         weights,
         states,
         dict(steps),
-        description.get("groups", []),
-        description.get("dtypes", {}),
+        metadata.get("groups", []),
+        metadata.get("dtypes", {}),
         dict(aliases),
         read_manifest(path)[0],
     )
@@ -104,36 +105,37 @@ def read_whole(checkpoint: str | Path, *, step: int | None = None) -> Whole:
 
 def _decode(state: str, codes: Tensor, exponents: Tensor, order: Any) -> Tensor:
     decode = decode_m if state == "exp_avg" else decode_s
+    # Blocks count elements in memory order, so decode with the dimensions in that order.
     moved = codes.permute(order)
     values = decode(moved.reshape(-1), exponents).view(moved.shape)
     return values.permute(inverse(order))
 
 
-def write_whole(whole: Whole, run: str | Path) -> Path:
-    """Write a checkpoint of a run from memory, and return its path.
+def write_full_state(full: FullState, run: str | Path) -> Path:
+    """Write a checkpoint into a run directory, and return its path.
 
     Raises:
         CheckpointError: It cannot be written.
     """
     entries: dict[str, Any] = {
-        weight_key(name): value.contiguous() for name, value in whole.weights.items()
+        weight_key(name): value.contiguous() for name, value in full.weights.items()
     }
-    for name, states in whole.states.items():
+    for name, states in full.states.items():
         for state, value in states.items():
             entries[state_key(name, state)] = value.contiguous()
-    description: dict[str, Any] = {
+    metadata: dict[str, Any] = {
         "format": FORMAT,
-        "names": whole.names,
-        "aliases": whole.aliases,
+        "names": full.names,
+        "aliases": full.aliases,
         "memory_order": {},
         "scaler": None,
     }
-    if whole.groups:
+    if full.groups:
         groups = [
             {"params": list(g["params"]), "options": {**DEFAULTS, **g["options"]}}
-            for g in whole.groups
+            for g in full.groups
         ]
-        dtypes = {name: dtype_name(whole.weights[name]) for name in whole.names} | whole.dtypes
-        description |= {"groups": groups, "steps": dict(whole.steps), "dtypes": dtypes}
-    entries |= {DESCRIPTION: (description,), EXTRA: ({},)}
-    return write(SingleRank(), None, Path(run), whole.step, entries, None)[0]
+        dtypes = {name: dtype_name(full.weights[name]) for name in full.names} | full.dtypes
+        metadata |= {"groups": groups, "steps": dict(full.steps), "dtypes": dtypes}
+    entries |= {METADATA_KEY: (metadata,), EXTRA_KEY: ({},)}
+    return write(SingleRank(), None, Path(run), full.step, entries, None)[0]

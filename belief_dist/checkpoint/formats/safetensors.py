@@ -1,4 +1,4 @@
-"""Weights as a safetensors file, by the library of that name."""
+"""Read and write weights as safetensors files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def _library() -> ModuleType:
 
 
 def write_safetensors(weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """Write tensors; the file is there as a whole or not at all.
+    """Write tensors to a file, atomically.
 
     Raises:
-        ValueError: The library is not installed, or a dtype has no place in the format.
+        ValueError: The library is not installed, or the format lacks a dtype.
     """
     library, path = _library(), Path(path)
-    # Every name gets its own bytes: the library refuses tensors that share memory.
+    # Cloned, because the library refuses tensors that share memory, such as tied weights.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

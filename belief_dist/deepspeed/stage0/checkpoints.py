@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from belief_dist import checkpoint
-from belief_dist.checkpoint.errors import together
-from belief_dist.deepspeed.patching import Around
+from belief_dist.checkpoint.errors import run_together
+from belief_dist.deepspeed.patching import Wrapper
 from belief_dist.deepspeed.stage0.driver import EngineDriver
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.state_dict import answered_by
@@ -23,7 +23,7 @@ FOLDER = "belief_dist"
 
 
 def save_checkpoint(
-    original: Around,
+    original: Wrapper,
     engine: Any,
     save_dir: str,
     tag: str | int | None = None,
@@ -58,7 +58,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    original: Around,
+    original: Wrapper,
     engine: Any,
     load_dir: str,
     tag: str | int | None = None,
@@ -85,7 +85,7 @@ def load_checkpoint(
     wants_states = load_optimizer_states and not load_module_only
     if wants_states and tag is not None:
         folder = Path(load_dir, str(tag))
-        together(optimizer.comm, f"cannot load from {folder}", lambda: _check_folder(folder))
+        run_together(optimizer.comm, f"cannot load from {folder}", lambda: _check_folder(folder))
         loaded = checkpoint.load(folder / FOLDER, optimizer=optimizer)
         driver.loaded_as = loaded.extra["saved_as"]
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from belief_dist.deepspeed.patching import Around
+from belief_dist.deepspeed.patching import Wrapper
 from belief_dist.deepspeed.stage0.driver import driver_of
 from belief_dist.sharded import ShardedAdaBelief
 
 
-def attach_or_check(original: Around, engine: Any, optimizer: Any) -> Any:
+def attach_or_check(original: Wrapper, engine: Any, optimizer: Any) -> Any:
     """Attach a ShardedAdaBelief instead of choosing a wrapper for it.
 
     An engine looks at its optimizer here, once, whether it has constructed it or was given it,
@@ -25,24 +25,24 @@ def attach_or_check(original: Around, engine: Any, optimizer: Any) -> Any:
     return attach(engine, optimizer)
 
 
-def allreduce_gradients(original: Around, engine: Any, *args: Any, **kwargs: Any) -> Any:
+def allreduce_gradients(original: Wrapper, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """Do nothing: the optimizer's hooks have started all reductions in backward."""
     return original(engine, *args, **kwargs) if driver_of(engine) is None else None
 
 
-def clip_fp32_gradients(original: Around, engine: Any) -> Any:
+def clip_fp32_gradients(original: Wrapper, engine: Any) -> Any:
     """Do nothing: the optimizer clips the mean gradient in its update."""
     return original(engine) if driver_of(engine) is None else None
 
 
-def zero_grad(original: Around, engine: Any) -> Any:
+def zero_grad(original: Wrapper, engine: Any) -> Any:
     """Forget all gradients of the model, and what has been reduced of them."""
     if driver_of(engine) is not None:
         engine.optimizer.zero_grad()
     return original(engine)
 
 
-def save_checkpoint(original: Around, engine: Any, *args: Any, **kwargs: Any) -> Any:
+def save_checkpoint(original: Wrapper, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """See `checkpoints.save_checkpoint`."""
     if driver_of(engine) is None:
         return original(engine, *args, **kwargs)
@@ -51,7 +51,7 @@ def save_checkpoint(original: Around, engine: Any, *args: Any, **kwargs: Any) ->
     return checkpoints.save_checkpoint(original, engine, *args, **kwargs)
 
 
-def load_checkpoint(original: Around, engine: Any, *args: Any, **kwargs: Any) -> Any:
+def load_checkpoint(original: Wrapper, engine: Any, *args: Any, **kwargs: Any) -> Any:
     """See `checkpoints.load_checkpoint`."""
     if driver_of(engine) is None:
         return original(engine, *args, **kwargs)
