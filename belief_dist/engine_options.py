@@ -55,7 +55,7 @@ def _reduction(name: str, value: Any) -> Any:
 @functools.cache  # once per process
 def _warn_of_auto() -> None:
     warnings.warn(
-        "reduction='auto' means 'ordered', the default; leave it out.", FutureWarning, stacklevel=6
+        "reduction='auto' means 'ordered', the default; leave it out.", FutureWarning, stacklevel=5
     )
 
 
@@ -119,10 +119,10 @@ class EngineOptions:
             TypeError: A value has the wrong type.
             ValueError: A value is out of range, or two options exclude each other.
         """
-        checked = {
-            option.name: option.metadata["check"](option.name, arguments[option.name])
-            for option in fields(cls)
-        }
+        checked = {}
+        for option in fields(cls):
+            check = option.metadata["check"]
+            checked[option.name] = check(option.name, arguments[option.name])
         options = cls(**checked)
         if options.reduce_dtype == torch.int8 and options.reduction == "native":
             raise ValueError(

@@ -1,0 +1,12 @@
+"""The engine of `ShardedAdaBelief`, in the order in which a gradient meets its files.
+
+layout, bucket      where every parameter and gradient lies
+grad_reducer        hooks; buckets that fill (zero1, zero2)
+codec, collectives  the form in which gradients travel, and the ways to sum them over the ranks
+                    (point_to_point, hsdp; process_groups chooses)
+step_consensus      what all ranks decide about the step
+shard_update        the fused update of this rank's shard (cpu_offload)
+read_guard          parameters that are still on their way back
+
+`engine` puts them together.
+"""

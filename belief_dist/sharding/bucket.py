@@ -86,6 +86,7 @@ class BucketBuffers:
         self.wire_error = torch.zeros_like(self.flat_param) if keeps_error else None
         self.grad_views: list[Tensor] = []
         for position, param in enumerate(params):
+            # `.data` keeps the Parameter object that the model and its hooks hold.
             view = self.view(self.flat_param, position)
             view.copy_(param.detach())
             param.data = view
@@ -117,6 +118,7 @@ class BucketBuffers:
         else:
             self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)
 
+        # Float32 is the name of "not compressed": states of float64 parameters are float64.
         stored = compute if options.state_dtype == torch.float32 else options.state_dtype
         self.states: dict[str, Tensor] = {}
         for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:

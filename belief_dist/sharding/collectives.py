@@ -74,6 +74,7 @@ class ReduceRequest:
 
     def add_own_(self, piece: Tensor) -> None:
         """Complete the shard from a single piece, without a copy where it is in place already."""
+        # At ZeRO-1 in float32 the shard is a piece of the gradients' own buffer.
         if piece.data_ptr() != self.shard.data_ptr():
             self.add_([piece])
         elif self.norm_bins is not None:
@@ -99,7 +100,7 @@ class Works:
         for work in self._works:
             if work is not None:
                 work.wait()
-        self._works = ()
+        self._works = ()  # and with them the buffers that they hold
 
 
 class Collectives(ABC):
@@ -139,11 +140,13 @@ class Collectives(ABC):
 
     def start_gather(self, flat: Tensor) -> Handle:
         """Fill `flat` with every rank's own piece of it, in place; needs two shards or more."""
+        # In place: the own piece is where the others' will see it, and nothing is copied.
         mine = flat.view(self.num_shards, -1)[self.shard_index]
         return Works([_all_gather(flat, mine, group=self._group, async_op=True)])
 
     def sum_(self, message: Tensor) -> None:
         """Add a small integer tensor over the ranks, in place; integers add in any order."""
+        # The one message of a step is small: what counts is its latency, and no order matters.
         if self.world_size > 1:
             dist.all_reduce(message, group=self._group)
 
@@ -179,6 +182,7 @@ class BackendReduceScatter(Collectives):
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; 16-bit gradients are summed as the backend likes."""
+        # Into the own piece, which nothing reads any more: no buffer for the result.
         mine = request.flat.view(self.num_shards, -1)[self.shard_index]
         work = _reduce_scatter(mine, request.flat, group=self._group, async_op=True)
         return _ReduceScatterSum(work, mine, request)

@@ -63,4 +63,4 @@ def warn_of_one_thread(num_ranks: int) -> None:
     """Warn if the update on the host will use one core though this rank could have more."""
     share = idle_cores(num_ranks)
     if share:
-        warnings.warn(f"offload='cpu' {one_thread_sentence(share)}", stacklevel=3)
+        warnings.warn(f"offload='cpu' {one_thread_sentence(share)}", stacklevel=4)

@@ -101,6 +101,7 @@ class ShardEngine:
         self.options = options
         self.comm = comm
         self._model_parallel = model_parallel
+        # Replaced by an adapter's, where an engine drives the steps.
         self.driver = Driver(options.max_grad_norm)
         self.read_guard = ReadGuard()
         self.consensus = StepConsensus(
@@ -160,11 +161,14 @@ class ShardEngine:
             comm.num_shards,
             options.bucket_bytes,
             num_replicas=comm.num_replicas,
+            # A block that two parameters or two shards shared would be encoded by two of them.
             block=max(
                 codec_for(options.reduce_dtype).block,
                 BLOCK if options.state_dtype == torch.uint8 else 1,
             ),
         )
+        # Before anything is allocated or sent: ranks with other buckets would wait for each other
+        # in the broadcasts below, and the old layout is still whole if this raises.
         self._compare_ranks(layout, param_groups)
         self.params, self.layout = params, layout
         kept = {buffers.bucket: buffers for buffers in existing}
@@ -172,6 +176,7 @@ class ShardEngine:
             kept.get(plan) or self._new_bucket(plan, param_groups) for plan in layout.buckets
         ]
         self.update = ShardUpdate(layout, self.buckets, comm.shard_index, options)
+        # From the start: torch.distributed.checkpoint would take a step to create them.
         for index, param in enumerate(params):
             if param not in state:
                 state[param] = self.update.new_state(index)
@@ -185,6 +190,7 @@ class ShardEngine:
             tensors += [part for p in list(tensors) if (part := local_part(p)) is not p]
         self._note_versions()
         self.consensus.forget_order()
+        # Two reducers with hooks on one parameter would both count its gradient.
         if hasattr(self, "reducer"):
             self.reducer.close()
         kind = Zero1Reducer if options.stage == 1 else Zero2Reducer
@@ -209,6 +215,7 @@ class ShardEngine:
             "parameter": list(layout.params),
         }
         compare_ranks(self.comm, {**model, **options})
+        # Ranks of other parts hold tensors of other shapes, but train with the same options.
         compare_ranks(self._model_parallel.comm, options)
 
     def _new_bucket(self, plan: Bucket, param_groups: ParamGroups) -> BucketBuffers:
@@ -219,6 +226,7 @@ class ShardEngine:
             self.options,
             amsgrad=param_groups[plan.group]["amsgrad"],
         )
+        # One message for all parameters of the bucket. Masters were made from this rank's own.
         self.comm.broadcast_(bucket.flat_param)
         bucket.refresh_master()
         return bucket
@@ -252,6 +260,8 @@ class ShardEngine:
         decision = consensus.decide(reducer, self.buckets, _options_of(param_groups), loss_scale)
         if not consensus.defers:
             self._raise_if_apart(Verdict(int(decision.verdict)), param_groups)
+        # Steps are counted before the verdict is known, and counted back if it is not to update:
+        # the host need not wait for the device to launch the updates.
         skip = decision.skip
         counted = self.update.count_steps(decision.used)
         scales = self._grad_scales(decision.norm_bins, loss_scale)
@@ -275,6 +285,8 @@ class ShardEngine:
 
     def _grad_scales(self, norm_bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
+        # Gradients are sums until here. Mean, loss scale and clipping become one factor, which the
+        # update multiplies by: no pass over the gradients of its own, and one rounding.
         norm = norm_from_bins(norm_bins)
         mean = torch.full_like(norm, 1.0 / self.comm.world_size)
         if loss_scale is not None:
@@ -326,6 +338,7 @@ class ShardEngine:
                 "their error. Nothing was updated."
             )
         if verdict == Verdict.REPLICAS_DIFFER:
+            # The comparison below reads parameters, and says which differ now.
             self.read_guard.wait_all()
             labels = [param_label(param_groups, index) for index in range(len(self.params))]
             copies = [
@@ -343,6 +356,8 @@ class ShardEngine:
 
     def sync_masters_from_params(self) -> None:
         """Copy parameters that were changed outside the optimizer into their masters."""
+        # Every in-place change of a tensor counts its version up; our own updates write to the flat
+        # buffers, which have other counters.
         versions = [param._version for param in self.params]
         if versions == self._param_versions:
             return

@@ -170,7 +170,7 @@ class GradReducer(ABC):
             return
         schedule.arrived[index] = True
         pending = schedule.pending_grads
-        if pending is None:
+        if pending is None:  # counted late, as parameters may be frozen until backward begins
             pending = schedule.pending_grads = self._count_gradients()
             schedule.completed = []
         bucket = self._param_slot[index][0]
@@ -190,6 +190,8 @@ class GradReducer(ABC):
         schedule = self.schedule
         while schedule.next < len(self._buckets):
             bucket = schedule.order[schedule.next]
+            # A bucket that is full before its turn waits: messages have no tags, so ranks must not
+            # launch two buckets in opposite orders.
             if pending is not None and pending[bucket] > 0:
                 return
             if schedule.next == 0:

@@ -37,6 +37,7 @@ class PointToPoint(Collectives):
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""
         group, flat = self._group, request.flat
+        # Sent from where gradients lie; the pool keeps the inbox until the sum is complete.
         outgoing = flat.view(self.num_shards, -1)
         numel = outgoing.shape[1]
         inbox = self._inboxes.take((self.num_shards - 1) * numel, flat.dtype, flat.device)
@@ -104,4 +105,5 @@ class _OrderedSum:
             Works(received).wait()
             # While the chunk is still in cache.
             self._request.add_([piece[start:stop] for piece in self._arriving], start, stop)
+        # The caller may write to the gradients again when this returns.
         Works(self._sent).wait()

@@ -151,6 +151,7 @@ class ShardUpdate:
         their neighbours, or without a gradient on any rank, break it up; and so does stochastic
         rounding, whose noise belongs to the elements of a parameter.
         """
+        # With offload, two host buffers take turns, and views of each are made once.
         key = (number, grads.data_ptr())
         work = self._work.get(key)
         if work is None:
@@ -159,6 +160,7 @@ class ShardUpdate:
         steps = {self.states[index]["step"] if used[index] else 0 for index in indices}
         if len(steps) == 1 and not self._is_stochastic:
             return {step: [work.whole] for step in steps if step}
+        # One call for all parameters of equal step: launches do not grow with their number.
         found: dict[int, list[Operands]] = {}
         for index, part in work.parts:
             if used[index]:

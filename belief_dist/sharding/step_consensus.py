@@ -164,6 +164,7 @@ def agree(
             None to send nothing about it. All ranks must give it, or none.
         num_buckets: How many buckets there are.
     """
+    # A word alone could agree by accident in its sum (x + 1 and x - 1): each travels with a square.
     device, count = norm_bins.device, len(used)
     own = torch.stack([step, _mixed(step), replica, _mixed(replica)])
     flags = torch.ones(count, dtype=torch.int64, device=device)
@@ -180,6 +181,8 @@ def agree(
 
     total, flags = message[:NUM_WORDS], message[NUM_WORDS + 4 :][:count]
     same = (message[NUM_WORDS : NUM_WORDS + 4] == own * comm.world_size).view(2, 2).all(1)
+    # The graver finding wins: ranks at other steps may well have other gradients. Computed on the
+    # device, so that the host need not wait.
     verdict = torch.where(nonfinite_count(total) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
     verdict = torch.where(same[1], verdict, Verdict.REPLICAS_DIFFER)
     verdict = torch.where(same[0], verdict, Verdict.STEPS_DIFFER)
@@ -223,6 +226,7 @@ def _mixed(word: Tensor) -> Tensor:
 
 def fingerprint(facts: Any, loss_scale: Tensor | None, device: torch.device) -> Tensor:
     """Return one int64 element that is equal on ranks with equal `facts` (by `repr`) and scale."""
+    # The loss scale is a tensor that the host does not read; its bits join on the device.
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).digest()
     word = torch.tensor(int.from_bytes(digest, "big", signed=True), device=device)
     return word if loss_scale is None else word + loss_scale.double().view(torch.int64).view(())
@@ -230,4 +234,5 @@ def fingerprint(facts: Any, loss_scale: Tensor | None, device: torch.device) -> 
 
 def checksums(flats: Sequence[Tensor]) -> Tensor:
     """Return one int64 sum for each flat buffer, which changes with any bit of it."""
+    # Buckets are multiples of 128 bytes. Integers wrap around, and so add in any order.
     return torch.stack([flat.view(torch.int64).sum() for flat in flats])

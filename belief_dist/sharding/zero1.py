@@ -85,6 +85,7 @@ class Zero1Reducer(GradReducer):
                 elsewhere.append(index)
         if elsewhere:
             self._adopt(elsewhere)
+        # Padding was zero when the buffer was made, and nothing has written to it since.
         flat = self._buckets[bucket].flat_grad
         assert flat is not None
         self._send(bucket, flat, accumulate=False, recycled=False)
@@ -93,6 +94,7 @@ class Zero1Reducer(GradReducer):
 
     def finish(self) -> None:
         """See `GradReducer.finish`."""
+        # The usual case, every gradient in its place, is told without a loop in Python.
         grads = [param.grad for param in self._params]
         if not all(map(is_, grads, self._views)):
             for index, grad in enumerate(grads):
@@ -124,6 +126,7 @@ class Zero1Reducer(GradReducer):
             self.forget_errors()
         self.schedule.begin_round()
         self._reduced_version = [None] * len(self._params)
+        # With None, autograd hands over the next gradients instead of adding to zeros.
         if set_to_none:
             self._drop_grads()
         else:

@@ -30,6 +30,8 @@ class Zero2Reducer(GradReducer):
         yield
 
     def _enter_backward(self) -> None:
+        # A round ends with its backward pass, so that the next one can add to the shards. Autograd
+        # calls back on every rank that ran a pass, whatever parameters it has used.
         if not self._nested:
             owner = weakref.ref(self)
 
@@ -53,6 +55,7 @@ class Zero2Reducer(GradReducer):
         if bucket not in self._filling:
             numel = buffers.bucket.numel
             self._filling[bucket] = self._pool.take(numel, param.dtype, param.device)
+        # A parameter that is used twice in re-entrant passes gets its gradient in parts.
         view = buffers.view(self._filling[bucket], position)
         if self._placed[index]:
             view.add_(grad)
@@ -64,18 +67,19 @@ class Zero2Reducer(GradReducer):
     def _reduce(self, bucket: int) -> None:
         buffers = self._buckets[bucket]
         flat = self._filling.pop(bucket, None)
-        if flat is None:
+        if flat is None:  # no parameter of the bucket is used on this rank; the others still wait
             like = buffers.flat_param
             flat = self._pool.take(like.numel(), like.dtype, like.device)
             flat.zero_()
         else:
+            # A recycled buffer holds another bucket's gradients wherever this one has none.
             for start, stop in buffers.gaps:
                 flat[start:stop].zero_()
             for position, index in enumerate(self._param_indices[bucket]):
                 if not self._placed[index]:
                     buffers.view(flat, position).zero_()
         self._send(bucket, flat, accumulate=self._rounds > 0, recycled=True)
-        if not self._overlap:
+        if not self._overlap:  # then one buffer serves all buckets in turn
             self._pool.drain()
 
     def _end_round(self) -> None:
