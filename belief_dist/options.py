@@ -215,7 +215,7 @@ def complete_options(
     """Return the checked rule options from a constructor's arguments, aliases included.
 
     Raises:
-        TypeError: `other_spellings` holds a name that nobody knows, or a type is wrong.
+        TypeError: `other_spellings` holds an unknown name, or a type is wrong.
         ValueError: A value is out of range.
     """
     options = {name: given[name] for name in OPTION_NAMES}

@@ -199,7 +199,8 @@ class ShardedAdaBelief(Optimizer):
             problem = error
         try:
             raise_together(self.comm, problem)
-            self._engine.extend(self._params, self.param_groups, self.state)
+            self._wait()
+            self._engine.build(self._params, self.param_groups, self.state, keep_buckets=True)
         except Exception:
             del self.param_groups[before:]
             self._check_params()
@@ -262,11 +263,17 @@ class ShardedAdaBelief(Optimizer):
         For engines that cast, broadcast or regroup parameters after the optimizer was built. Called
         by all ranks.
         """
+        self._engine.read_guard.wait_all()
         self.state.clear()
         self._check_params()
-        self._engine.rebuild(self._params, self.param_groups, self.state)
+        self._engine.build(self._params, self.param_groups, self.state, keep_buckets=False)
 
     # - Step
+
+    def _wait(self) -> None:
+        """Wait for the verdict and the gathers of the last step."""
+        self._engine.read_verdict(self.param_groups)
+        self._engine.read_guard.wait_all()
 
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients locally: no communication in backward passes inside the context.
@@ -314,8 +321,7 @@ class ShardedAdaBelief(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._engine.read_verdict(self.param_groups)
-        self._engine.read_guard.wait_all()
+        self._wait()
         # What follows looks at thousands of tensors, each through every torch function mode there
         # is: another optimizer's guard, say. It needs none of them.
         with torch._C.DisableTorchFunction():
@@ -380,8 +386,7 @@ class ShardedAdaBelief(Optimizer):
     @torch.no_grad()
     def wait_pending(self) -> None:
         """Wait for all that is under way: parameters, states and masters are those of this step."""
-        self._engine.read_verdict(self.param_groups)
-        self._engine.read_guard.wait_all()
+        self._wait()
         self._engine.sync_masters_from_params()
 
     def fragment_tensors(self, index: int) -> dict[str, Tensor]:
@@ -472,8 +477,7 @@ class ShardedAdaBelief(Optimizer):
             problem = error
         raise_together(self.comm, problem)
 
-        self._engine.read_verdict(self.param_groups)
-        self._engine.read_guard.wait_all()
+        self._wait()
         copy_shard_(state_dict, self.param_groups, states)
         self._engine.keep_loaded_masters()
         sharding = state_dict["sharding"]

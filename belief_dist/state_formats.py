@@ -185,8 +185,8 @@ def decode_s(code: Tensor, exponent: Tensor) -> Tensor:
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
     """Return the masters (n,), float32, whose halves are `param` (bfloat16) and `remainder`.
 
-    Halves that no master has (somebody has set a parameter to zero, behind the optimizer's back,
-    and its remainder is still there) are the parameter alone: as a sum they could be a NaN.
+    Halves that no master has are the parameter alone: as a sum they could be a NaN. They occur
+    where a parameter was set to zero through `.data`, and its remainder is still there.
     """
     upper = param.contiguous().view(torch.int16).to(torch.int64) << 16
     joined = _float((upper + remainder.to(torch.int64)) & _UINT32)

@@ -33,7 +33,7 @@ from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_reducer import GradReducer
-from belief_dist.sharding.layout import Bucket, Layout, ParamSpec, plan_layout
+from belief_dist.sharding.layout import Bucket, Layout, plan_layout
 from belief_dist.sharding.param_specs import param_label, param_specs
 from belief_dist.sharding.process_groups import ModelParallel
 from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
@@ -66,7 +66,7 @@ class ShardEngine:
         skipped_steps: How many steps were skipped, among those whose verdict has been read.
     """
 
-    # Made anew by `_build`, whenever parameters are added or replaced.
+    # Made anew by `build`, whenever parameters are added or replaced.
     layout: Layout
     buckets: list[BucketBuffers]
     update: ShardUpdate
@@ -86,8 +86,8 @@ class ShardEngine:
 
         Args:
             params: See the class.
-            param_groups: With the options of each; also in `build` and `step`.
-            state: Of the optimizer; receives the state of every parameter.
+            param_groups: See `build`.
+            state: See `build`.
             comm: See the class.
             model_parallel: The ranks that hold other parts of a tensor-parallel model.
             options: See the class.
@@ -113,51 +113,37 @@ class ShardEngine:
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.skipped_steps = 0
-        self._build(params, param_groups, state, known=(), existing=())
+        self.build(params, param_groups, state, keep_buckets=False)
 
     # - Construction
 
-    def extend(
-        self,
-        params: Sequence[Tensor],
-        param_groups: ParamGroups,
-        state: dict[Tensor, dict[str, Any]],
-    ) -> None:
-        """Take in the parameters of new groups behind the old ones; called by all ranks.
-
-        Raises:
-            ValueError: As for the constructor. The engine is then as it was.
-        """
-        self.read_verdict(param_groups)
-        self.read_guard.wait_all()
-        self._build(params, param_groups, state, known=self.layout.params, existing=self.buckets)
-
-    def rebuild(
-        self,
-        params: Sequence[Tensor],
-        param_groups: ParamGroups,
-        state: dict[Tensor, dict[str, Any]],
-    ) -> None:
-        """Move all parameters as they are now into new buckets; called by all ranks."""
-        self.read_guard.wait_all()
-        self._build(params, param_groups, state, known=(), existing=())
-
-    def _build(
+    def build(
         self,
         params: Sequence[Tensor],
         param_groups: ParamGroups,
         state: dict[Tensor, dict[str, Any]],
         *,
-        known: Sequence[ParamSpec],
-        existing: Sequence[BucketBuffers],
+        keep_buckets: bool,
     ) -> None:
-        """Lay out all parameters, compare the ranks, and make what a step needs.
+        """Lay out all parameters, compare the ranks, and make what a step needs; called by all.
 
-        `known` parameters are planned alike again, so that their `existing` buckets stay.
+        Nothing may be on its way: see `read_verdict` and `read_guard.wait_all`.
+
+        Args:
+            params: See the class.
+            param_groups: With the options of each.
+            state: Of the optimizer; receives the state of every parameter that has none.
+            keep_buckets: The parameters that were there before come first, and keep their buckets.
+                Otherwise all parameters move, as they are now, into new ones.
+
+        Raises:
+            ValueError: On all ranks: they differ in the parameters or options. The engine is then
+                as it was.
         """
         options, comm = self.options, self.comm
         layout = plan_layout(
-            param_specs(param_groups, known),
+            # Planned alike again, known parameters get the buckets that they have.
+            param_specs(param_groups, self.layout.params if keep_buckets else ()),
             comm.num_shards,
             options.bucket_bytes,
             num_replicas=comm.num_replicas,
@@ -171,7 +157,7 @@ class ShardEngine:
         # in the broadcasts below, and the old layout is still whole if this raises.
         self._compare_ranks(layout, param_groups)
         self.params, self.layout = params, layout
-        kept = {buffers.bucket: buffers for buffers in existing}
+        kept = {each.bucket: each for each in self.buckets} if keep_buckets else {}
         self.buckets = [
             kept.get(plan) or self._new_bucket(plan, param_groups) for plan in layout.buckets
         ]

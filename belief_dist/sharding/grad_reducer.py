@@ -145,7 +145,7 @@ class GradReducer(ABC):
         )
 
     def close(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for hook in self._hooks:
             hook.remove()
 

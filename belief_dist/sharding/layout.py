@@ -7,7 +7,7 @@ roughly in that order. Rank r owns piece r of every bucket, its *shard*: element
 
 Two alignments hold: every parameter starts at a multiple of 16 bytes inside its bucket, and every
 shard is a multiple of 128 bytes (times the number of ranks that keep a copy of it), or of larger
-blocks. What this adds is *padding*; it holds zeros and belongs to nobody.
+blocks. What this adds is *padding*; it holds zeros and belongs to no parameter.
 
 All ranges are half-open and in elements.
 """
