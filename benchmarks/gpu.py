@@ -31,7 +31,7 @@ OPTIONS = {**DEFAULTS, "lr": 1e-3, "weight_decay": 0.1}
 
 
 class Form(NamedTuple):
-    """Dtypes as `storage.Operands` has them."""
+    """Dtypes as `operands.Operands` has them."""
 
     param: torch.dtype
     grad: torch.dtype

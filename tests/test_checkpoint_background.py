@@ -131,7 +131,7 @@ def test_what_all_ranks_hold_is_copied_once() -> None:
     shares = []
     for rank in range(2):
         team: Any = Team()
-        team.rank_of_all = rank
+        team.rank = rank
         shares.append(Staging().stage(entries, team))
     assert {*shares[0], *shares[1]} == set(entries)
     assert {*shares[0]} & {*shares[1]} == {"belief_dist", "extra"}

@@ -43,7 +43,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Form(NamedTuple):
-    """The dtypes of `storage.Operands`."""
+    """The dtypes of `operands.Operands`."""
 
     param: torch.dtype
     grad: torch.dtype

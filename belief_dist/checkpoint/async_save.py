@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from belief_dist.checkpoint.dcp_tensor import DcpChunk, DcpTensor
 from belief_dist.checkpoint.errors import CheckpointError, run_together
-from belief_dist.checkpoint.saving import Saved, check_arguments, contents, team_of, write
+from belief_dist.checkpoint.saving import Saved, check_arguments, comm_of, contents, write
 from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
 
 logger = logging.getLogger("belief_dist")
@@ -32,7 +32,7 @@ class Staging:
         """Start without buffers."""
         self._buffers: dict[tuple[str, torch.Size], Tensor] = {}
 
-    def stage(self, entries: Mapping[str, Any], team: Collectives) -> dict[str, Any]:
+    def stage(self, entries: Mapping[str, Any], comm: Collectives) -> dict[str, Any]:
         """Return copies of this rank's share; of replicated tensors every rank copies a part."""
         staged: dict[str, Any] = {}
         turn = 0  # replicated tensors are dealt out to the ranks in turn
@@ -40,13 +40,13 @@ class Staging:
             if isinstance(value, DcpTensor):
                 if value.replicated:
                     turn += 1
-                    if turn % team.world_size != team.rank:
+                    if turn % comm.world_size != comm.rank:
                         continue
                 chunks = [self._copy(key, chunk) for chunk in value.chunks.values()]
                 staged[key] = DcpTensor(value.shape, value.dtype, chunks)
             elif isinstance(value, Tensor):
                 turn += 1
-                if hasattr(value, "device_mesh") or turn % team.world_size == team.rank:
+                if hasattr(value, "device_mesh") or turn % comm.world_size == comm.rank:
                     staged[key] = value.detach().cpu().clone()
             else:
                 staged[key] = copy.deepcopy(value)
@@ -97,11 +97,11 @@ class BackgroundSaver:
         """See the class."""
         self._run, self._keep = Path(run), keep
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
-        self._team = team_of(optimizer, process_group)
+        self._comm = comm_of(optimizer, process_group)
         # Two groups, one for the writing thread and one for the caller: if they shared one, their
         # collectives could interleave differently on different ranks.
-        self._writers = _over_gloo(self._team, timeout)
-        self._flags = _over_gloo(self._team, timeout)
+        self._writers = _over_gloo(self._comm, timeout)
+        self._flags = _over_gloo(self._comm, timeout)
         self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -124,7 +124,7 @@ class BackgroundSaver:
         def collect() -> dict[str, Any]:
             check_arguments(step, self._keep)
             entries = contents(self._model, self._optimizer, self._scaler, extra)
-            return self._staging.stage(entries, self._team)
+            return self._staging.stage(entries, self._comm)
 
         staged = run_together(self._flags, f"cannot save step {step} to {self._run}", collect)
         blocked = time.perf_counter() - begin
@@ -132,7 +132,7 @@ class BackgroundSaver:
             target=self._write, args=(step, staged, begin, blocked), name="belief_dist save"
         )
         self._thread.start()
-        if self._team.rank == 0:
+        if self._comm.rank == 0:
             logger.info("step %d is being saved; training waited %.3f s", step, blocked)
         return blocked
 
@@ -199,12 +199,12 @@ class BackgroundSaver:
             self._thread.join()
 
 
-def _over_gloo(team: Collectives, timeout: timedelta) -> Collectives:
-    if team.world_size == 1:
+def _over_gloo(comm: Collectives, timeout: timedelta) -> Collectives:
+    if comm.world_size == 1:
         return SingleRank()
     # gloo also beside NCCL: a thread must not queue collectives on the communicator of training.
     # With use_local_synchronization only the members need to call this.
     group: dist.ProcessGroup = dist.new_group(
-        team.members, timeout=timeout, backend="gloo", use_local_synchronization=True
+        comm.members, timeout=timeout, backend="gloo", use_local_synchronization=True
     )
     return BackendReduceScatter(group)

@@ -16,13 +16,13 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written or read; the message names the file or the parameter."""
 
 
-def run_together(team: Collectives, what: str, action: Callable[[], T]) -> T:
+def run_together(comm: Collectives, what: str, action: Callable[[], T]) -> T:
     """Run `action` and return its result, or raise on every rank if it fails on any.
 
     Called by all ranks. `action` must not communicate.
 
     Args:
-        team: All ranks.
+        comm: All ranks.
         what: Start of the message, such as "cannot save step 3 to run".
         action: Raises if it fails.
 
@@ -34,10 +34,10 @@ def run_together(team: Collectives, what: str, action: Callable[[], T]) -> T:
         result = action()
     except Exception as error:
         problem = error
-    messages = team.exchange(None if problem is None else _message(problem))
+    messages = comm.exchange(None if problem is None else _message(problem))
     for rank, message in enumerate(messages):
         if message is not None:
-            where = f"{what}: " if team.world_size == 1 else f"{what}: rank {rank}: "
+            where = f"{what}: " if comm.world_size == 1 else f"{what}: rank {rank}: "
             raise CheckpointError(where + message) from problem
     return result
 

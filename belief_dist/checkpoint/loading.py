@@ -30,7 +30,7 @@ from belief_dist.checkpoint.errors import from_dcp_failure, run_together
 from belief_dist.checkpoint.local_shards import LocalShard, local_shards
 from belief_dist.checkpoint.metadata import apply_options, check_format, match_groups
 from belief_dist.checkpoint.names import bare, model_tensors, parameter_names
-from belief_dist.checkpoint.saving import silence_single_process_warning, team_of, wait_pending
+from belief_dist.checkpoint.saving import comm_of, silence_single_process_warning, wait_pending
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.collectives import Collectives
@@ -139,23 +139,23 @@ def load(
     """
     run = Path(run)
     what = f"cannot load from {run}"
-    team = team_of(optimizer, process_group)
-    first = team.rank == 0
+    comm = comm_of(optimizer, process_group)
+    first = comm.rank == 0
     # Rank 0 chooses, as other ranks may already see a newer checkpoint.
-    path = team.exchange(
-        run_together(team, what, lambda: run_directory.find(run, step) if first else None)
+    path = comm.exchange(
+        run_together(comm, what, lambda: run_directory.find(run, step) if first else None)
     )[0]
     assert path is not None
     what = f"cannot load {path}"
-    saved_step, checksums = run_together(team, what, lambda: read_manifest(path))
+    saved_step, checksums = run_together(comm, what, lambda: read_manifest(path))
     if verify:
         # Dealt out from the largest to the smallest, so that all ranks read about as much.
         largest_first = sorted(checksums, key=lambda name: (-checksums[name].nbytes, name))
-        mine = largest_first[team.rank :: team.world_size]
-        run_together(team, what, lambda: check_files(path, checksums, mine))
-    dcp_metadata, metadata, extra = run_together(team, what, lambda: read_metadata(path))
+        mine = largest_first[comm.rank :: comm.world_size]
+        run_together(comm, what, lambda: check_files(path, checksums, mine))
+    dcp_metadata, metadata, extra = run_together(comm, what, lambda: read_metadata(path))
     plan = run_together(
-        team, what, lambda: _LoadPlan(model, optimizer, scaler, dcp_metadata, metadata, team)
+        comm, what, lambda: _LoadPlan(model, optimizer, scaler, dcp_metadata, metadata, comm)
     )
     # Everything fits. From here on live tensors are overwritten.
     wait_pending(optimizer)
@@ -164,13 +164,13 @@ def load(
             plan.entries,
             storage_reader=FileSystemReader(path),
             planner=SafePlanner(),
-            process_group=team.group,
-            no_dist=team.world_size == 1,
+            process_group=comm.group,
+            no_dist=comm.world_size == 1,
         )
     except CheckpointException as failure:
         raise from_dcp_failure(what, failure) from None
     plan.finish()
-    if team.rank == 0:
+    if comm.rank == 0:
         for change in plan.changes:
             logger.info("loading %s: %s", path, change)
     return Loaded(path, saved_step, extra, plan.changes)
@@ -186,7 +186,7 @@ class _LoadPlan:
         scaler: Any,
         dcp_metadata: Metadata,
         metadata: dict[str, Any],
-        team: Collectives,
+        comm: Collectives,
     ) -> None:
         if model is None and optimizer is None:
             raise ValueError("there is nothing to load into: pass model, optimizer, or both.")
@@ -201,7 +201,7 @@ class _LoadPlan:
         if scaler is not None and metadata.get("scaler") is None:
             raise ValueError("it holds no loss scale; leave out scaler.")
         if optimizer is not None:
-            self._plan_optimizer(optimizer, model, team)
+            self._plan_optimizer(optimizer, model, comm)
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if model is not None:
             self._plan_model(model, owned, dcp_metadata)
@@ -209,7 +209,7 @@ class _LoadPlan:
         self.changes = sorted(self._shard_plan.changes)
 
     def _plan_optimizer(
-        self, optimizer: Optimizer, model: torch.nn.Module | None, team: Collectives
+        self, optimizer: Optimizer, model: torch.nn.Module | None, comm: Collectives
     ) -> None:
         metadata = self._metadata
         if "groups" not in metadata:

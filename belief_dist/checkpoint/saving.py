@@ -47,7 +47,7 @@ class Saved:
     nbytes: int
 
 
-def team_of(optimizer: Optimizer | None, group: dist.ProcessGroup | None) -> Collectives:
+def comm_of(optimizer: Optimizer | None, group: dist.ProcessGroup | None) -> Collectives:
     """Return the ranks that save or load together.
 
     Args:
@@ -126,7 +126,7 @@ def contents(
 
 
 def write(
-    team: Collectives,
+    comm: Collectives,
     group: dist.ProcessGroup | None,
     run: Path,
     step: int,
@@ -142,24 +142,24 @@ def write(
         CheckpointError: On every rank; earlier checkpoints are unchanged.
     """
     what = f"cannot save step {step} to {run}"
-    is_first = team.rank == 0
+    is_first = comm.rank == 0
     # Only rank 0 works on directories; the others need the temporary name that it has chosen.
-    begun = run_together(team, what, lambda: run_directory.begin(run, step) if is_first else None)
-    temporary = team.exchange(begun)[0]
+    begun = run_together(comm, what, lambda: run_directory.begin(run, step) if is_first else None)
+    temporary = comm.exchange(begun)[0]
     assert temporary is not None
     try:
         aliases = entries[METADATA_KEY][0]["aliases"]
         writer = ChecksumWriter(
             temporary, {weight_key(alias): weight_key(name) for alias, name in aliases.items()}
         )
-        alone = team.world_size == 1
+        alone = comm.world_size == 1
         silence_single_process_warning()
         try:
             dcp.save(entries, storage_writer=writer, process_group=group, no_dist=alone)
         except CheckpointException as failure:
             raise from_dcp_failure(what, failure) from None
         checksums = {
-            name: s for theirs in team.exchange(writer.checksums) for name, s in theirs.items()
+            name: s for theirs in comm.exchange(writer.checksums) for name, s in theirs.items()
         }
 
         # Every rank's file has been flushed to the disk when `exchange` has returned.
@@ -172,7 +172,7 @@ def write(
                 run_directory.retain(run, keep)
             return final
 
-        published = team.exchange(run_together(team, what, publish))[0]
+        published = comm.exchange(run_together(comm, what, publish))[0]
         assert published is not None
     except CheckpointError:
         # Raised on all ranks, so no rank still writes there.
@@ -213,14 +213,14 @@ def save(
     """
     begin = time.perf_counter()
     run = Path(run)
-    team = team_of(optimizer, process_group)
+    comm = comm_of(optimizer, process_group)
 
     def collect() -> dict[str, Any]:
         check_arguments(step, keep)
         return contents(model, optimizer, scaler, extra)
 
-    entries = run_together(team, f"cannot save step {step} to {run}", collect)
-    path, nbytes = write(team, team.group, run, step, entries, keep)
+    entries = run_together(comm, f"cannot save step {step} to {run}", collect)
+    path, nbytes = write(comm, comm.group, run, step, entries, keep)
     seconds = time.perf_counter() - begin
     return Saved(path, step, seconds, seconds, nbytes)
 

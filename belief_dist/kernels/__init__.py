@@ -164,7 +164,7 @@ def update_(
     Args:
         work: Contiguous tensors on one device. All entries have the same dtypes and the same
             optional tensors.
-        scalars: From `rule.step_scalars` or `rule.device_scalars`.
+        scalars: From `rule.step_scalars` or `device_scalars`.
         grad_scale: As for `rule.update_reference_`.
         skip: One element on the tensors' device; if it is not zero, nothing is changed.
         fused: True requires a compiled kernel, False excludes it, None takes it if it is usable.

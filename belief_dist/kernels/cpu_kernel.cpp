@@ -3,7 +3,7 @@
 // Plain C++ without torch or Python headers: compiled in two seconds, called through ctypes, and
 // one binary serves every torch version. Each formula is written once, as a loop that the compiler
 // vectorizes, so that vector body and scalar tail are the same arithmetic. Every operation must
-// round on its own to equal belief_dist/rule.py and storage.py bit for bit: build with
+// round on its own to equal belief_dist/rule.py and state_formats.py bit for bit: build with
 // -ffp-contract=off and without -ffast-math.
 
 #include <algorithm>
@@ -31,9 +31,9 @@ enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direct
 // What is stored in fewer bits is decoded into, and encoded from, buffers of this many elements:
 // a third of an L1 cache of 32 KiB, so that the streams from memory keep their place in it.
 constexpr int64_t kBlock = 512;
-constexpr int kExponentBlock = 256;  // storage.py: BLOCK
-constexpr int kMBinades = 7, kSBinades = 31;  // storage.py: _M_BINADES, _S_BINADES
-// What is added at most to the bits of a block's largest number: storage.py, _M_ROOM and _S_ROOM.
+constexpr int kExponentBlock = 256;  // operands.py: BLOCK
+constexpr int kMBinades = 7, kSBinades = 31;  // state_formats.py: _M_BINADES, _S_BINADES
+// What is added at most to the bits of a block's largest number: state_formats.py, _M_ROOM and _S_ROOM.
 constexpr int kMRoom = (1 << 16) + (0xffff << 3), kSRoom = 0xffff << 4;
 // Below this, waking other threads costs more than it gains.
 constexpr int64_t kSerial = 1 << 15;
@@ -146,7 +146,7 @@ struct Array {
 
 // ---------------------------------------------------------------- stored states and masters
 
-// storage.py defines every bit. All of it is arithmetic on 32-bit lanes, so that it vectorizes.
+// state_formats.py defines every bit. All of it is arithmetic on 32-bit lanes, so that it vectorizes.
 
 INLINE uint32_t bits_of(float x) { return x != x ? 0x7fc00000u : bit_cast<uint32_t>(x); }
 
@@ -413,7 +413,7 @@ PORTABLE_SIMD void update(int64_t n, double* p, const double* g, double* m, doub
 }
 
 // One tensor's part in a call: a row of the table that cpp.py makes, in the order of
-// storage.Operands.
+// operands.Operands.
 struct Segment {
   int64_t numel;
   void *param, *grad, *m, *s, *largest, *out;  // the last two may be null, in all segments

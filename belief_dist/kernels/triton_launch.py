@@ -133,7 +133,7 @@ class TritonKernel:
 
         Args:
             work: As for `kernels.update_`.
-            scalars: From `rule.step_scalars`, or from `rule.device_scalars`, so that a captured
+            scalars: From `rule.step_scalars`, or from `device_scalars`, so that a captured
                 graph takes the step and the learning rate of its replay.
             grad_scale: As for `rule.update_reference_`.
             skip: One element on the tensors' device; if it is not zero, nothing is changed.
