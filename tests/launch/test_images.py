@@ -18,7 +18,10 @@ from tests.harness import images
 from tests.harness.images import Podman
 from tests.harness.paths import BIN, ROOT
 
-pytestmark = pytest.mark.timeout(1200)  # the first test waits for the build: a minute or two
+pytestmark = [
+    pytest.mark.images,
+    pytest.mark.timeout(1200),  # the first test waits for the build: a minute or two
+]
 
 IMAGE = "localhost/belief-dist:cpu"
 SETTINGS = (
