@@ -1,6 +1,7 @@
 # make train   trains a small GPT on all GPUs, or 2 CPU ranks, through the deepspeed launcher
 # make test    lint, type check and all tests
-# Two processes run them, a file each: many tests wait for timeouts or for imports.
+# make test-fast  the same, without the tests that start processes: a few minutes
+# Two processes run the tests, a file each: many tests wait for timeouts or for imports.
 # Both set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
 SHELL := /bin/bash
 VENV ?= .venv
@@ -8,12 +9,15 @@ ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test lint bench venv
+.PHONY: train test test-fast lint bench venv
 train: venv
 	launch/local.sh $(ARGS)
 
 test: lint
-	python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
+
+test-fast: lint
+	python -m pytest --numprocesses 2 --dist loadfile -m 'not processes' $(ARGS)
 
 lint: venv
 	ruff check

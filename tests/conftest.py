@@ -1,7 +1,7 @@
-"""One folder for what DeepSpeed compiles, so that each operation is built once for all tests.
+"""The lane of each test, and one folder for what DeepSpeed compiles.
 
-Not the user's own: a build that was killed leaves a lock there, for which the next one waits for
-ever.
+So each operation is built once for all tests. The folder is not the user's own: a build that was
+killed leaves a lock there, for which the next one waits for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
+from tests.harness import lanes
+
 _EXTENSIONS = pytest.StashKey[TemporaryDirectory[str]]()
 
 
@@ -19,6 +21,12 @@ def pytest_configure(config: pytest.Config) -> None:
         folder = TemporaryDirectory(prefix="belief_dist-extensions-")
         config.stash[_EXTENSIONS] = folder
         os.environ["TORCH_EXTENSIONS_DIR"] = folder.name
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function):
+            lanes.mark(item)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

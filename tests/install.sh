@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Usage: tests/install.sh
 # Installs what some tests need beyond Python from Debian's packages, if it is missing and this is root:
-# several hosts on one machine (tests/cluster), images (tests/test_images.py), DeepSpeed's NVMe offload.
+# several hosts on one machine (tests/cluster), images (tests/launch/test_images.py), DeepSpeed's NVMe offload.
 # Without it those tests are skipped and say why.
 set -euo pipefail
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from belief_dist import AdaBelief, ShardedAdaBelief
-from ranks import run_ranks
+from tests.harness.ranks import run_ranks
 
 
 def p(*shape: int, **kwargs: Any) -> nn.Parameter:

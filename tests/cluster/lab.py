@@ -2,6 +2,9 @@
 
 They are joined by a bridge and share the file system, as if it were NFS. Everything ends with the
 process that made it, even if that is killed; names that are left are removed by the next lab.
+
+Whoever logs in has a home in the lab's folder: what lies in the user's, such as start-up files of a
+shell that hang, is not read, and nothing is written there.
 """
 
 from __future__ import annotations
@@ -76,6 +79,7 @@ class Node:
         self.pid = 0
         self.daemons: set[int] = set()
         self._folder = folder
+        self._home = folder / "home"
         self._outer: subprocess.Popen[bytes] | None = None
 
     def plug_in(self) -> None:
@@ -98,6 +102,7 @@ class Node:
             hostname {self.name}
             mount -t tmpfs -o size=8g tmpfs /dev/shm
             mount --bind {etc}/hosts /etc/hosts
+            mount --bind {etc}/passwd /etc/passwd
             mount --bind {etc}/ssh /etc/ssh
             mkdir -p /run/sshd
             exec /usr/sbin/sshd -D -e -f /etc/ssh/sshd_config
@@ -167,7 +172,8 @@ class Node:
     def command(self, *command: object) -> list[str]:
         """Return a command that runs another on this node."""
         inside = f"nsenter -t {self.pid} -n -u -i -p -m --wdns=/".split()
-        return ["setpriv", "--pdeathsig", "KILL", *inside, *map(str, command)]
+        home = ["env", f"HOME={self._home}"]
+        return ["setpriv", "--pdeathsig", "KILL", *inside, *home, *map(str, command)]
 
     def run(self, *command: object) -> str:
         """Run a short command on this node, which must succeed; return what it prints."""
@@ -225,6 +231,12 @@ class Lab:
     def _make(self) -> None:
         for name in ("host", "id"):
             run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / name)
+        home = self.folder / "home"
+        home.mkdir(mode=0o700)
+        # ssh and sshd ask for root's home here, not the variable.
+        names = Path("/etc/passwd").read_text().splitlines(keepends=True)
+        names = [line for line in names if not line.startswith("root:")]
+        names.insert(0, f"root:x:0:0:root:{home}:/bin/bash\n")
         hosts = [f"{node.address} {node.name}\n" for node in self.nodes]
         hub = f"{self.name}-hub"
         run("ip", "netns", "add", hub)
@@ -234,6 +246,7 @@ class Lab:
             ssh = self.folder / node.name / "ssh"
             ssh.mkdir(parents=True)
             (ssh.parent / "hosts").write_text("127.0.0.1 localhost\n" + "".join(hosts))
+            (ssh.parent / "passwd").write_text("".join(names))
             shutil.copy(self.folder / "id.pub", ssh / "authorized_keys")
             (ssh / "ssh_config").write_text(_SSH_CONFIG.format(key=self.folder / "id"))
             (ssh / "sshd_config").write_text(

@@ -1,0 +1,155 @@
+"""The benchmark commands run, and the controls of the exactness tests are real."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import step
+from benchmarks.bits import run_bits
+from benchmarks.engines import BY_JSON, ENGINES
+from benchmarks.resume import compare_runs, draw_resume
+from benchmarks.step import chosen_engines, run_by_json
+from benchmarks.team import Turn, Workload, take_turn
+from tests.harness.paths import ROOT
+
+CONTROL = "control: bf16 params alone"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_other_ways_to_sum_give_other_bits() -> None:
+    # At 2 ranks there is one order only; from 3 on DDP's ring adds in an order of its own.
+    found = run_bits([3], 3, ["ShardedAdaBelief ZeRO-1", "DDP + AdaBelief"])
+    assert found["ShardedAdaBelief ZeRO-1"][3].elements == 0
+    assert found["DDP + AdaBelief"][3].elements > 0.01
+
+
+def test_a_step_of_every_kind_of_engine_is_timed_and_drawn(tmp_path: Path) -> None:
+    results = tmp_path / "step.json"
+    model = "--layers=1 --width=64 --context=16 --rounds=1 --steps=1".split()
+    words = ["compute", "Belief ZeRO-2", "DDP +", "FSDP2", "DeepSpeed ZeRO-2"]
+    names = chosen_engines(words)
+    assert len({getattr(ENGINES[name], "func", ENGINES[name]) for name in names}) == 5
+    done = run("step", *model, f"--only={json.dumps(words)}", f"--json={results}")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(results.read_text())["step"]
+    assert [row["name"] for row in result["rows"]] == names
+    for row in result["rows"]:
+        assert row["median_ms"] > 0 and row["phases_ms"]["backward"] > 0
+        assert row["name"] in done.stdout
+    done = run("markdown", f"--files=[{results}]")
+    assert done.returncode == 0, done.stderr
+    assert all(f"{name} | " in done.stdout.replace("**", "") for name in names)
+    picture = tmp_path / "step.png"
+    done = run("plot", f"--files=[{results}]", f"--out={picture}")
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_deepspeed_is_timed_by_the_same_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workload(2, 1, 1, 64, 1, 16, "float32")
+    turns: list[str] = []
+
+    def take(name: str, *arguments: Any) -> Turn:
+        turns.append(name)
+        sharded = "Sharded" in name
+        return take_turn(name, *arguments) if sharded else Turn([2.0], {}, len(turns), None)
+
+    monkeypatch.setattr(step, "take_turn", take)
+    found = run_by_json(work, 2, ["ZeRO-1", "offload"])
+    names = [name for setup in found for name in BY_JSON[setup]]
+    assert turns == names * 2 and len(names) == 7
+    first, *offloaded = found.values()
+    adamw, ours, sharded = first.rows
+    assert first.ratio(ours, adamw.name) == 1.0 and ours.peak_mib == 5.5  # median of 2 and 9
+    assert len(sharded.seconds) == 2 and sharded.phases.keys() == {"forward", "backward", "step"}
+    assert [len(result.rows) for result in offloaded] == [2, 2]
+    with pytest.raises(ValueError, match="is in no setup's name: DeepSpeed ZeRO-1; "):
+        run_by_json(work, 1, ["ZeRO-4"])
+
+
+def test_mpi_and_gloo_take_turns(tmp_path: Path) -> None:
+    pytest.importorskip("mpi4py")
+    tables = tmp_path / "tables.md"
+    model = "--layers=1 --width=64 --context=16 --rounds=1 --steps=1".split()
+    done = run("mpi", "--ranks=[2]", "--megabytes=[1]", *model, f"--markdown={tables}")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in tables.read_text().splitlines() if line.startswith("| ")]
+    for row in (
+        "| all_to_all, 1 MB | ",
+        "| all_gather, mpi4py | ",
+        "| ShardedAdaBelief over gloo | ",
+    ):
+        (cells,) = [line.removeprefix(row).split(" | ") for line in rows if line.startswith(row)]
+        assert all(float(cell.rstrip("% |")) > 0 for cell in cells[:2])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["step", "--only=[apex]"], "is in no engine's name: compute only; "),
+        (["step", "--ranks=2", "--dtype=float16"], "float16"),
+        (["draw"], "draw"),
+    ],
+)
+def test_wrong_arguments_say_what_is_allowed(arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+
+
+def test_errors_of_smaller_states_are_measured(tmp_path: Path) -> None:
+    results, table, picture = (tmp_path / f"found.{end}" for end in ("json", "md", "png"))
+    size = "--elements=512 --steps=20 --decades=[0] --eps=[1e-16] --recorded_steps=1".split()
+    out = [f"--json={results}", f"--markdown={table}", f"--picture={picture}"]
+    done = run("accuracy", *size, "--recorded_elements=256", *out)
+    assert done.returncode == 0, done.stderr
+    recorded, synthetic = json.loads(results.read_text())["accuracy"]
+    for name, errors in synthetic["rows"].items():
+        assert name in done.stdout and name in table.read_text()
+        low = "8-bit" not in name and "bf16 states" not in name and name != CONTROL
+        assert (errors["update"]["p99"] < 1e-5) == low, name
+    # FullState masters and halves are the same numbers.
+    assert recorded["rows"]["float32"] == recorded["rows"]["bf16 params, remainders"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_main_job_trains_in_other_modes(tmp_path: Path) -> None:
+    results, table, picture = (tmp_path / f"found.{end}" for end in ("json", "md", "png"))
+    model = ["--layers=1", "--width=32", "--context=32", "--batch=4"]
+    modes = "[float32, 8-bit states]"
+    out = [f"--json={results}", f"--markdown={table}", f"--picture={picture}"]
+    size = ["--steps=2", "--seeds=1", f"--modes={modes}", f"--arguments={json.dumps(model)}"]
+    done = run("smallstates", *size, *out)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(results.read_text())["smallstates"]
+    assert found["evaluated"] == [1, 2]
+    assert all(len(runs["held_out"]) == 1 for runs in found["modes"].values())
+    assert "8-bit states" in table.read_text()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_resumed_runs_are_compared_part_by_part(tmp_path: Path) -> None:
+    runs = {
+        name: [{"step": step, "loss": 1.0 / step + shift * (step > 4)} for step in range(1, 9)]
+        for name, shift in (("resumed", 0.25), ("uninterrupted", 0.0))
+    }
+    parts = compare_runs(runs)
+    assert [(part.first, part.last, part.ranks, part.equal) for part in parts] == [
+        (1, 2, 4, 2),
+        (3, 4, 3, 2),
+        (5, 6, 1, 0),
+        (7, 8, 4, 0),
+    ]
+    assert [round(part.largest_difference, 9) for part in parts] == [0, 0, 0.25, 0.25]
+    draw_resume(runs, tmp_path / "resume.png")
+    assert (tmp_path / "resume.png").read_bytes().startswith(b"\x89PNG")

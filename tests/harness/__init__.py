@@ -1,0 +1,1 @@
+"""What tests share and is none: references, models, and ranks that are threads or processes."""

@@ -1,0 +1,63 @@
+"""Which lane a test runs in: its folder marks the subject, and what it calls marks `processes`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import pytest
+
+from tests.harness.paths import ROOT
+
+SUBJECTS = {
+    "cluster": ("cluster", "processes"),
+    "deepspeed": ("deepspeed",),
+    "launch": ("launch",),
+    "mpi_backend": ("mpi",),
+}
+# A function that names one of these starts processes.
+STARTERS = {"multiprocessing", "run_job", "run_ranks", "subprocess"}
+# Where functions are followed. The package may start a compiler, which makes no test slow.
+FOLLOWED = (ROOT / "tests", ROOT / "benchmarks")
+
+
+def mark(item: pytest.Function) -> None:
+    """Add the markers of a test's folder, and `processes` where it starts any."""
+    folder = item.path.relative_to(ROOT / "tests").parts[0]
+    for name in SUBJECTS.get(folder, ()):
+        item.add_marker(name)
+    fixtures = item._fixtureinfo.name2fixturedefs.values()
+    functions = [item.function, *(definition.func for some in fixtures for definition in some)]
+    seen: set[CodeType] = set()
+    if any(starts_processes(function, seen) for function in functions):
+        item.add_marker("processes")
+
+
+def starts_processes(function: Any, seen: set[CodeType]) -> bool:
+    """Say whether a function or class, or one that it names, starts processes."""
+    if isinstance(function, type):
+        methods = [each for each in vars(function).values() if isinstance(each, FunctionType)]
+        return any(starts_processes(each, seen) for each in methods)
+    function = inspect.unwrap(function)
+    if not isinstance(function, FunctionType) or function.__code__ in seen:
+        return False
+    seen.add(function.__code__)
+    file = Path(function.__code__.co_filename)
+    if not any(file.is_relative_to(folder) for folder in FOLLOWED):
+        return False
+    names = set(names_of(function.__code__))
+    if names & STARTERS:
+        return True
+    known = function.__globals__
+    return any(starts_processes(known[name], seen) for name in names if name in known)
+
+
+def names_of(code: CodeType) -> Iterator[str]:
+    """Give the names that a function uses, and the functions within it."""
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from names_of(constant)

@@ -1,0 +1,133 @@
+"""What sharded training must equal, bit for bit: one process that holds everything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from belief_dist import ShardedAdaBelief
+from belief_dist.kernels import squared_norm_bins_
+from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.operands import BLOCK, Operands
+from belief_dist.rule import compute_dtype, step_scalars
+from belief_dist.state_formats import noise_key, update_stored_reference_
+from tests.harness.models import rank_order_sum
+
+
+class Reference:
+    """One process that holds everything and adds the ranks' gradients in rank order."""
+
+    def __init__(
+        self,
+        params: list[torch.nn.Parameter],
+        options: list[dict[str, Any]],
+        *,
+        remainders: bool = False,
+        state_dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        self.options = options  # one for each parameter
+        self.low = [p.detach().clone(memory_format=torch.contiguous_format) for p in params]
+        dtype = [compute_dtype(p.dtype) for p in params]
+        self.master = [p.to(d, copy=True) for p, d in zip(self.low, dtype, strict=True)]
+        self.keys = [noise_key(seed, index) for index in range(len(params))]
+        # Of each parameter, by the name in the optimizer's state.
+        self.states: list[dict[str, torch.Tensor]] = []
+        for master, each in zip(self.master, options, strict=True):
+            form = master.dtype if state_dtype == torch.float32 else state_dtype
+            count = master.numel()
+            state = {}
+            for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * each["amsgrad"]:
+                state[name] = torch.zeros(count, dtype=form)
+                if form == torch.uint8:
+                    state[f"{name}_exponent"] = torch.zeros(-(-count // BLOCK), dtype=form)
+            self.states.append(state)
+        self.remainder = [
+            torch.zeros(p.numel(), dtype=torch.int16) if remainders else None for p in params
+        ]
+        self.steps = [0] * len(params)
+        self.norm = torch.tensor(0.0)
+
+    @property
+    def exp_avg_sq(self) -> list[torch.Tensor]:
+        """Return s of every parameter, in its shape."""
+        pairs = zip(self.states, self.low, strict=True)
+        return [state["exp_avg_sq"].view(low.shape) for state, low in pairs]
+
+    def step(
+        self,
+        grads: list[list[torch.Tensor | None]],
+        max_grad_norm: float | None,
+        world_size: int,
+    ) -> None:
+        """Apply one step to `grads[addend][param]`, added in this order."""
+        sums: list[torch.Tensor | None] = []
+        bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
+        for index, master in enumerate(self.master):
+            pieces = [addend[index] for addend in grads]
+            if all(piece is None for piece in pieces):
+                sums.append(None)
+                continue
+            zero = torch.zeros_like(master)
+            total = rank_order_sum([zero if piece is None else piece for piece in pieces])
+            sums.append(total)
+            if self.options[index].get("clip", True):
+                squared_norm_bins_(bins, total.reshape(-1))
+        mean = 1.0 / world_size
+        self.norm = norm_from_bins(bins) * mean
+        scale = mean
+        if max_grad_norm is not None:
+            scale *= min(1.0, max_grad_norm / (self.norm.item() + 1e-6))
+        for i, total in enumerate(sums):
+            if total is None:
+                continue
+            self.steps[i] += 1
+            halves = self.remainder[i] is not None
+            operands = Operands(
+                param=(self.low if halves else self.master)[i].view(-1),
+                grad=total.reshape(-1),
+                param_out=None if halves else self.low[i].view(-1),
+                remainder=self.remainder[i],
+                key=self.keys[i],
+                **self.states[i],
+            )
+            update_stored_reference_(
+                operands,
+                step_scalars(self.options[i], self.steps[i]),
+                grad_scale=scale if self.options[i].get("clip", True) else mean,
+            )
+
+
+def collect(optimizer: ShardedAdaBelief, keys: Sequence[str]) -> list[list[torch.Tensor]]:
+    """Put states together from the fragments of all ranks of the optimizer's group."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    mine = [[optimizer.state[param][key] for param in params] for key in keys]
+    everyone = optimizer.comm.exchange(mine)
+    return [
+        [torch.cat([theirs[k][i] for theirs in everyone]) for i in range(len(params))]
+        for k in range(len(keys))
+    ]
+
+
+def compare(optimizer: ShardedAdaBelief, reference: Reference, context: str) -> None:
+    """Assert equality of every bit: parameters, m, s, masters, steps."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, param in enumerate(params):
+        assert torch.equal(param, reference.low[i]), f"{context}: parameter {i}"
+        assert optimizer.state[param]["step"] == reference.steps[i], f"{context}: step of {i}"
+    states = {name: [each[name] for each in reference.states] for name in reference.states[0]}
+    if "master" in optimizer.state[params[0]]:
+        states["master"] = reference.master
+    if "remainder" in optimizer.state[params[0]]:
+        states["remainder"] = [half for half in reference.remainder if half is not None]
+    for key, whole in zip(states, collect(optimizer, list(states)), strict=True):
+        for i, (ours, theirs) in enumerate(zip(whole, states[key], strict=True)):
+            assert torch.equal(ours, theirs.reshape(-1)), f"{context}: {key} of {i}"
+
+
+def backward(params: list[torch.nn.Parameter], grads: list[torch.Tensor | None]) -> None:
+    """Give every parameter its gradient through a real backward pass."""
+    terms = [(p * g).sum() for p, g in zip(params, grads, strict=True) if g is not None]
+    torch.stack([term.float() for term in terms]).sum().backward()

@@ -1,0 +1,248 @@
+"""The Triton kernels on CPU tensors, bit for bit; test_triton.py runs this in a process.
+
+Triton decides when it is imported whether it compiles or interprets, so this needs
+TRITON_INTERPRET=1 and BELIEF_DIST_BACKEND=triton from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from belief_dist import AdaBelief, kernels
+from belief_dist.device_scalars import device_scalars
+from belief_dist.kernels import triton_kernel
+from belief_dist.kernels.triton_launch import TritonKernel
+from belief_dist.operands import BLOCK, Operands
+from belief_dist.rule import StepScalars, compute_dtype, step_scalars
+from belief_dist.state_formats import (
+    encode_m,
+    encode_s,
+    noise_key,
+    split_master,
+    update_stored_reference_,
+)
+from benchmarks.gpu import compare_bits
+from test_kernels import BF16, F16, F32, F64, OPTIONS, SWITCHES, bits, values
+
+# numpy, which the interpreter computes with, warns of what special numbers do.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+U8 = torch.uint8
+LENGTHS = [1, 7, 255, 256, 257, 1023, 1024, 1025, 3000]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs without work cost the interpreter as much as a GPU's cost nothing."""
+    monkeypatch.setattr(triton_kernel, "CHUNK_TILES", 2)
+
+
+class Form(NamedTuple):
+    """The dtypes of `operands.Operands`."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    out: torch.dtype | None = None
+    remainder: bool = False
+
+
+FORMS = [
+    Form(F32, F32, F32),
+    Form(F32, BF16, F32, BF16),
+    Form(F32, F16, F32, F16),
+    Form(BF16, BF16, F32),
+    Form(F16, F16, F32),
+    Form(BF16, F32, F32),
+    Form(F64, F64, F64),
+    Form(F64, F32, F64, BF16),
+    Form(BF16, BF16, F32, remainder=True),
+    Form(F32, F32, BF16),
+    Form(F32, BF16, BF16, BF16),
+    Form(BF16, BF16, BF16, remainder=True),
+    Form(F32, F32, U8),
+    Form(F32, BF16, U8, BF16),
+    Form(F32, F16, U8, F16),
+    Form(BF16, BF16, U8, remainder=True),
+]
+
+
+def make(form: Form, n: int, amsgrad: bool, seed: int, first: int = 0) -> Operands:
+    """Return operands with special values of every kind among their numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    optional: dict[str, Any] = {}
+    param = values(n, 0, form.param, generator)
+    if form.remainder:
+        param, optional["remainder"] = split_master(values(n, 0, F32, generator))
+    if form.out is not None:
+        optional["param_out"] = torch.zeros(n, dtype=form.out)
+    names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
+    states: dict[str, Tensor] = {}
+    for name in names:
+        state = values(n, 0, F64 if form.state == F64 else F32, generator)
+        state = state if name == "exp_avg" else state.abs()
+        if form.state == U8:
+            if n > BLOCK:  # special numbers in one block only, or few blocks would be without
+                state[BLOCK:] = torch.rand(n - BLOCK, generator=generator) * 1e-3
+            noise16 = torch.randint(1 << 16, (n,), generator=generator)
+            encode = encode_m if name == "exp_avg" else encode_s
+            states[name], optional[f"{name}_exponent"] = encode(state, noise16)
+        else:
+            states[name] = state.to(form.state)
+    return Operands(
+        param,
+        values(n, 0, form.grad, generator),
+        **states,
+        **optional,
+        key=noise_key(seed, n),
+        first=first,
+    )
+
+
+def copy(operands: Operands) -> Operands:
+    return Operands(*(x.clone() if isinstance(x, Tensor) else x for x in operands))
+
+
+def check(work: Sequence[Operands], scalars: StepScalars, given: Any = None, **more: Any) -> None:
+    """Update by Triton and by the reference, and compare all bits."""
+    expected = [copy(operands) for operands in work]
+    for operands in expected:
+        update_stored_reference_(operands, scalars, **more)
+    kernels.update_(work, scalars if given is None else given, fused=True, **more)
+    compare(work, expected)
+
+
+def compare(work: Sequence[Operands], expected: Sequence[Operands]) -> None:
+    for ours, theirs in zip(work, expected, strict=True):
+        for name, a, b in zip(Operands._fields, ours, theirs, strict=True):
+            if isinstance(a, Tensor):
+                x, y = (bits(t) if t.is_floating_point() else t for t in (a, b))
+                wrong = (x != y).nonzero().flatten().tolist()
+                assert not wrong, f"{name} differs at {wrong[:5]} of {len(a)}: {a[wrong[0]]}"
+
+
+def test_the_interpreter_serves() -> None:
+    assert isinstance(kernels._kernel(torch.device("cpu")), TritonKernel)
+    assert ("triton", True) in [(name, usable) for name, usable, _ in kernels.backends()]
+    kernels.require_fused()
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_many_tensors_in_one_launch(form: Form, switches: dict[str, Any]) -> None:
+    options = {**OPTIONS, **switches}
+    work = [make(form, n, options["amsgrad"], n, first=n * BLOCK) for n in LENGTHS]
+    check(work, step_scalars(options, 3), grad_scale=0.37)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_one_tensor(form: Form) -> None:
+    options = {**OPTIONS, "weight_decouple": False, "amsgrad": True, "maximize": True}
+    for n in (7, 256, 1025):
+        check([make(form, n, True, n)], step_scalars(options, 12345))
+
+
+@pytest.mark.parametrize("param", [F32, F64, BF16, F16])
+def test_any_mixture_of_dtypes(param: torch.dtype) -> None:
+    """Both arithmetics meet every dtype of gradients and copies."""
+    state = compute_dtype(param)
+    for grad, out in zip((F32, F64, BF16, F16), (F64, F16, F32, BF16), strict=True):
+        work = [make(Form(param, grad, state, out), 600, True, 1)]
+        check(work, step_scalars({**OPTIONS, "amsgrad": True}, 3), grad_scale=0.1)
+
+
+@pytest.mark.parametrize("form", [FORMS[i] for i in (0, 6, 10, 13)], ids=str)
+def test_what_the_device_alone_knows(form: Form) -> None:
+    """A factor, a verdict, a step and a learning rate that the host never reads."""
+    scale = torch.tensor([0.1234567890123456789], dtype=F64)
+    for switches in ({"maximize": True}, {"weight_decouple": False}, {"rectify": True}):
+        options = {**OPTIONS, **switches}
+        for step in (1, 100):
+            host, lr = step_scalars(options, step), torch.tensor(OPTIONS["lr"], dtype=F64)
+            device = device_scalars({**options, "lr": None}, torch.tensor(step), lr)
+            for n in (1030,):
+                check([make(form, n, False, n)], host, grad_scale=scale)
+                check([make(form, n, False, n)], device.on_host(), device)
+                check([make(form, n, False, n)], device.on_host(), device, grad_scale=scale)
+                check([make(form, n, False, n)], device.on_host(), device, grad_scale=0.37)
+    for skip in (torch.tensor(1.0), torch.tensor(True), torch.tensor([3])):
+        work = [make(form, n, True, n) for n in (7, 1030)]
+        before = [copy(operands) for operands in work]
+        kernels.update_(work, host, skip=skip, fused=True)
+        kernels.update_(work[:1], host, skip=skip, fused=True)
+        compare(work, before)
+        kernels.update_(work, host, skip=torch.zeros_like(skip), fused=True)
+        with pytest.raises(AssertionError):
+            compare(work, before)
+
+
+def test_noise_goes_on_beyond_four_billion_elements() -> None:
+    """`first` is 64 bits wide, and an index may cross 2**32 in the middle of a tile."""
+    for form in (FORMS[9], FORMS[13]):
+        for first in ((1 << 32) - 512, 1 << 32, 5 << 32):
+            check([make(form, 1500, False, 1, first)], step_scalars(OPTIONS, 7))
+
+
+def test_views_that_start_anywhere() -> None:
+    """Gradients inside of buckets: addresses with no more than their element's alignment."""
+    for count in (1, 2):
+        work = []
+        for _ in range(count):
+            whole = make(FORMS[1], 2000, False, 5)
+            work.append(Operands(*(x[3:] if isinstance(x, Tensor) else x for x in whole)))
+        check(work, step_scalars(OPTIONS, 2))
+
+
+def test_segments_of_several_chunks() -> None:
+    for form in (FORMS[0], FORMS[13]):
+        work = [make(form, n, False, n) for n in (5000, 1, 2048, 2049)]
+        check(work, step_scalars(OPTIONS, 2))
+
+
+def test_a_table_is_uploaded_once_for_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = kernels._triton()
+    assert isinstance(kernel, TritonKernel)
+    uploads = []
+    upload = kernel._upload
+    monkeypatch.setattr(
+        kernel, "_upload", lambda rows, device: uploads.append(rows) or upload(rows, device)
+    )
+    work = [make(FORMS[0], n, False, n) for n in (10, 20, 30)]
+    for step in (1, 2, 3):
+        kernels.update_(work, step_scalars(OPTIONS, step))
+    assert len(uploads) == 1
+    kernels.update_([*work[:2], make(FORMS[0], 30, False, 0)], step_scalars(OPTIONS, 4))
+    assert len(uploads) == 2
+
+
+def test_the_optimizer_updates_all_tensors_of_a_kind_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+    kernel = kernels._triton()
+    assert isinstance(kernel, TritonKernel)
+    update = kernel.update_
+    monkeypatch.setattr(
+        kernel, "update_", lambda work, *a, **k: calls.append(len(work)) or update(work, *a, **k)
+    )
+    params = [torch.rand(7, 5, dtype=dtype) for dtype in (F32, BF16, F32, F32, BF16)]
+    twins = [param.clone() for param in params]
+    for group, fused in ((params, None), (twins, False)):
+        optimizer = AdaBelief([param.requires_grad_() for param in group], fused=fused)
+        for step in (1.0, 2.0):
+            for param in group:
+                param.grad = torch.full_like(param, step)
+            optimizer.step()
+    assert sorted(calls) == [2, 2, 3, 3]
+    assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+
+
+def test_the_benchmark_compares_bits(capsys: pytest.CaptureFixture[str]) -> None:
+    """What benchmarks/gpu.py asserts on a GPU, here for its own sake."""
+    assert compare_bits("cpu", 700)
+    assert "OTHER" not in capsys.readouterr().out

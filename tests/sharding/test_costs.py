@@ -1,0 +1,243 @@
+"""What a sharded step costs: copies, memory, traffic and messages, as README has them."""
+
+from __future__ import annotations
+
+import itertools
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from belief_dist import ShardedAdaBelief, kernels
+from belief_dist.kernels import eager
+from belief_dist.kernels.build import Unavailable
+from belief_dist.norm import NUM_WORDS
+from tests.harness.models import HYPER, SHAPES, make_grad, make_params
+from tests.harness.ranks import run_ranks
+from tests.harness.reference import backward
+
+# - Zero copy
+
+
+def storage_is_stable() -> None:
+    """Parameters and gradients stay views; later steps allocate nothing that grows with them."""
+    params = [torch.nn.Parameter(torch.randn(400, 250)) for _ in range(4)]
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600_000, **HYPER)
+    homes = [p.data_ptr() for p in params]
+    grads = None
+    for step in range(4):
+        sum((p * p).sum() for p in params).backward()
+        optimizer.step()
+        now = [p.grad.data_ptr() for p in params]
+        assert [p.data_ptr() for p in params] == homes, step
+        assert grads in (None, now), step
+        grads = now
+        for bucket in optimizer._engine.buckets:
+            flat = bucket
+            for storage, members in (
+                (flat.flat_param, flat.params),
+                (flat.flat_grad, [p.grad for p in flat.params]),
+            ):
+                start = storage.data_ptr()
+                for member in members:
+                    assert start <= member.data_ptr() < start + storage.nbytes
+        optimizer.zero_grad()
+
+    # Backward itself must allocate gradients; the step may not. 400 kB would be one parameter.
+    sum((p * p).sum() for p in params).backward()
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+        optimizer.step()
+        optimizer._engine.read_guard.wait_all()
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.key_averages())
+    assert allocated < 20_000, f"{allocated} bytes allocated by a step after warm-up"
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_step_copies_and_allocates_nothing(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, storage_is_stable)
+
+
+def check_storages(optimizer: ShardedAdaBelief) -> None:
+    """What the optimizer says that it holds is what is allocated."""
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for bucket in optimizer._engine.buckets
+        for tensor in (*vars(bucket).values(), *bucket.states.values())
+        if isinstance(tensor, torch.Tensor)
+    }
+    assert sum(storages.values()) == sum(optimizer.bytes_per_rank().values())
+
+
+def smaller_memory_is_as_documented() -> None:
+    """README's bytes per parameter of the smaller states and masters."""
+    world_size, count = dist.get_world_size(), 3 * 128 * 1000
+    for master, state_dtype, per_param in (
+        ("remainder", torch.float32, 2 + 8),
+        ("fp32", torch.bfloat16, 4 + 4),
+        ("fp32", torch.uint8, 4 + 2 + 2 / 256),
+        ("remainder", torch.uint8, 2 + 2 + 2 / 256),
+    ):
+        params = [nn.Parameter(torch.zeros(128, 1000, dtype=torch.bfloat16)) for _ in range(3)]
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=300_000, master=master, state_dtype=state_dtype
+        )
+        held = optimizer.bytes_per_rank()
+        states = held["masters"] + held["exp_avg"] + held["exp_avg_sq"]
+        # A bucket is padded until every rank's piece is a multiple of 256 elements.
+        padding = len(optimizer.layout.buckets) * 256 * per_param
+        assert 0 <= states - per_param * count / world_size <= padding, (master, state_dtype)
+        check_storages(optimizer)
+
+
+def memory_is_as_documented() -> None:
+    """README's bytes per parameter, counted on the storages that the optimizer really holds."""
+    world_size, count = dist.get_world_size(), 3 * 128 * 1000
+    per_param = {
+        torch.float32: {"parameters": 4, "gradients": 4, "masters": 0, "states": 8 / world_size},
+        torch.bfloat16: {
+            "parameters": 2,
+            "gradients": 2 + 4 / world_size,
+            "masters": 4 / world_size,
+            "states": 8 / world_size,
+        },
+    }
+    for dtype, expected in per_param.items():
+        params = [torch.nn.Parameter(torch.zeros(128, 1000, dtype=dtype)) for _ in range(3)]
+        optimizer = ShardedAdaBelief(params, bucket_bytes=600_000)
+        held = optimizer.bytes_per_rank()
+        held["states"] = held.pop("exp_avg") + held.pop("exp_avg_sq")
+        buckets = len(optimizer.layout.buckets)
+        for kind, bytes_per_param in expected.items():
+            # A bucket is padded until every rank's piece is a multiple of 128 bytes.
+            padding = buckets * world_size * 128 * 2
+            assert 0 <= held[kind] - bytes_per_param * count <= padding, (dtype, kind)
+        check_storages(optimizer)
+
+        host = ShardedAdaBelief(params, bucket_bytes=600_000, offload="cpu")
+        held = host.bytes_per_rank()
+        padding = buckets * world_size * 128 * 2
+        # Masters, and what goes back to 16-bit parameters; gradients of two buckets' shards.
+        masters = (4 if dtype == torch.float32 else 6) / world_size * count
+        assert 0 <= held["masters"] - masters <= padding
+        shard = max(bucket.shard_numel for bucket in host.layout.buckets)
+        assert held["gradients on the host"] == 2 * 4 * shard
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_memory_is_as_documented(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, memory_is_as_documented, smaller_memory_is_as_documented)
+
+
+def traffic_is_as_documented() -> None:
+    """README's bytes, counted where they leave; and one small message, however many buckets."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    sent, messages = 0, 0
+    isend, all_reduce = dist.isend, dist.all_reduce
+
+    def counting_isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal sent
+        sent += tensor.nbytes
+        return isend(tensor, *args, **kwargs)
+
+    def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal messages
+        messages += 1
+        # Two words each for step and replica, one for every parameter, and first for every bucket.
+        words = NUM_WORDS + 4 + len(SHAPES)
+        assert tensor.numel() == words + (0 if messages > 1 else len(optimizer.layout.buckets))
+        return all_reduce(tensor, *args, **kwargs)
+
+    for dtype, wire, stage, micro_batches in (
+        (torch.float32, None, 1, 1),
+        (torch.float32, None, 1, 3),  # no_sync
+        (torch.float32, torch.bfloat16, 1, 1),
+        (torch.bfloat16, None, 1, 1),
+        (torch.float32, None, 2, 1),
+        (torch.float32, torch.bfloat16, 2, 3),
+    ):
+        params = make_params(dtype)
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=1500, stage=stage, reduce_dtype=wire, **HYPER
+        )
+        messages = 0
+        for step in (1, 2):
+            sent = 0
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(dist, "isend", counting_isend)
+                patch.setattr(dist, "all_reduce", counting_all_reduce)
+                for micro in range(micro_batches):
+                    grads = [
+                        make_grad(s, 1, rank, i, micro).to(dtype) for i, s in enumerate(SHAPES)
+                    ]
+                    with optimizer.no_sync() if micro + 1 < micro_batches else nullcontext():
+                        backward(params, grads)
+                optimizer.step()
+            optimizer.zero_grad()
+            elements = sum(bucket.numel for bucket in optimizer.layout.buckets)
+            reductions = micro_batches if stage == 2 else 1
+            per_element = reductions * (wire or dtype).itemsize + dtype.itemsize
+            assert sent == elements * per_element * (world_size - 1) // world_size, (stage, wire)
+            assert messages == step
+
+
+class Reads(TorchDispatchMode):
+    """Counts what makes the host wait for a device: reading a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def counted(calls: list[str], name: str, call: Any, *args: Any, **kwargs: Any) -> Any:
+    calls.append(name)
+    return call(*args, **kwargs)
+
+
+def one_message_and_no_wait() -> None:
+    """B reductions, 1 message, B gathers, and the host reads no value, for any number of params."""
+    for stage, count in itertools.product((1, 2), (3, 40)):
+        params = [nn.Parameter(torch.randn(100)) for _ in range(count)]
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=1000, stage=stage, max_grad_norm=1.0, **HYPER
+        )
+        optimizer._engine.consensus.defers = True  # as on a CUDA device
+        buckets = len(optimizer.layout.buckets)
+        assert buckets == -(-count // 2)
+        links, calls = optimizer.comm, list[str]()
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("start_reduce", "sum_", "start_gather", "broadcast_", "exchange"):
+                original = getattr(links, name)
+
+                patch.setattr(links, name, partial(counted, calls, name, original))
+            patch.setattr(kernels, "_cpp", lambda: Unavailable("not on a GPU"))
+            patch.setattr(eager, "_on_cpu", lambda tensor: False)
+            for step in range(3):
+                calls.clear()
+                with Reads() as reads:
+                    torch.stack([param.square().sum() for param in params]).sum().backward()
+                    optimizer.step()
+                optimizer.zero_grad()
+                expected = ["start_reduce"] * buckets + ["sum_"] + ["start_gather"] * buckets
+                assert calls == expected, (stage, count, step)
+                # The first step learns the order of buckets; each later one reads nothing but the
+                # verdict of the step before.
+                assert step == 0 or reads.count == 1, (stage, count, reads.count)
+
+
+def test_one_message_and_no_wait(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, one_message_and_no_wait)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_traffic_is_as_documented(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, tmp_path, traffic_is_as_documented)

@@ -1,0 +1,229 @@
+"""Two data-parallel copies of a model that is cut over two ranks: local parts, one global norm."""
+
+from __future__ import annotations
+
+import copy
+import re
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from belief_dist import ShardedAdaBelief, checkpoint
+from belief_dist.checkpoint.formats.convert import differences
+from belief_dist.checkpoint.formats.full_state import read_full_state
+from belief_dist.kernels import squared_norm_bins_
+from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.options import DEFAULTS
+from belief_dist.rule import step_scalars, update_reference_
+from belief_dist.sharding.dtensor import local_part
+from tests.harness.late import Slow
+from tests.harness.models import HYPER, rank_order_sum
+from tests.harness.ranks import run_ranks
+
+Stage = Literal[1, 2]
+MAX_NORM = 0.05
+
+
+def cut_model(tp: DeviceMesh) -> nn.Sequential:
+    """A linear layer cut by rows, one by columns whose bias all ranks hold, and an uncut norm."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 6))
+    parallelize_module(model, tp, {"1": ColwiseParallel(), "3": RowwiseParallel()})
+    return model
+
+
+def gradients_of(model: nn.Module, x: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    model(x).square().sum().backward()
+    return [local_part(param.grad).clone() for param in model.parameters()]
+
+
+def whole(local: Tensor, param: Tensor) -> Tensor:
+    """Put the parts of a local tensor together."""
+    if not isinstance(param, DTensor):
+        return local
+    return DTensor.from_local(local, param.device_mesh, param.placements).full_tensor()
+
+
+def equals_the_uncut_rule(stage: Stage, overlap: bool) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = cut_model(mesh["tp"])
+    single = copy.deepcopy(model)
+    params = list(single.parameters())
+    optimizer = ShardedAdaBelief(
+        model.parameters(),
+        process_group=mesh["dp"],
+        bucket_bytes=200,
+        stage=stage,
+        overlap=overlap,
+        max_grad_norm=MAX_NORM,
+        **HYPER,
+    )
+    states = [tuple(torch.zeros_like(local_part(p)) for _ in range(2)) for p in params]
+    for step in range(1, 5):
+        torch.manual_seed(step)
+        data = torch.randn(2, 5, 6)
+        everyone = [gradients_of(single, x) for x in data]
+        model(data[mesh["dp"].get_local_rank()]).square().sum().backward()
+        if stage == 1:
+            for param in model.parameters():
+                assert type(param.grad) is type(param.data)
+        optimizer.step()
+        sums = [rank_order_sum(list(grads)) for grads in zip(*everyone, strict=True)]
+        bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
+        for total, param in zip(sums, params, strict=True):
+            squared_norm_bins_(bins, whole(total, param).reshape(-1).contiguous())
+        norm = norm_from_bins(bins).item() / 2
+        assert optimizer.grad_norm.item() == norm, (stage, step)
+        scale = 0.5 * min(1.0, MAX_NORM / (norm + 1e-6))
+        assert scale < 0.5
+        for total, param, state in zip(sums, params, states, strict=True):
+            scalars = step_scalars({**DEFAULTS, **HYPER}, step)
+            local = local_part(param.data)
+            update_reference_(local, total, *state, scalars, grad_scale=scale)
+        for ours, theirs, state in zip(model.parameters(), params, states, strict=True):
+            assert torch.equal(local_part(ours), local_part(theirs)), (stage, step)
+            part = optimizer.layout.fragment(
+                [id(p) for p in model.parameters()].index(id(ours)), mesh["dp"].get_local_rank()
+            )
+            own = state[1].reshape(-1)[part.in_param :][: part.numel]
+            assert torch.equal(optimizer.state[ours]["exp_avg_sq"], own)
+        optimizer.zero_grad()
+
+
+def parts_are_never_read_too_early() -> None:
+    """Gathers that have not begun: `to_local` and the local tensor itself wait for them."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    results = []
+    for read in (None, lambda param: param.to_local(), local_part):
+        model = cut_model(mesh["tp"])
+        optimizer = ShardedAdaBelief(
+            model.parameters(), process_group=mesh["dp"], bucket_bytes=200, **HYPER
+        )
+        if read is not None:
+            Slow(optimizer)
+        torch.manual_seed(1)
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        if read is None:
+            optimizer._engine.read_guard.wait_all()
+        cut = [param for param in model.parameters() if isinstance(param, DTensor)]
+        results.append([(read or local_part)(param).clone() for param in cut])
+        optimizer._engine.read_guard.wait_all()
+    for early in results[1:]:
+        assert all(map(torch.equal, early, results[0]))
+
+
+def skips_in_all_parts() -> None:
+    """What one part's ranks find out concerns the others as well."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = cut_model(mesh["tp"])
+    optimizer = ShardedAdaBelief(model.parameters(), process_group=mesh["dp"], **HYPER)
+    before = [local_part(p).clone() for p in model.parameters()]
+    model(torch.randn(5, 6)).sum().backward()
+    grads = optimizer._engine.buckets[0].flat_grad
+    assert grads is not None
+    if dist.get_rank() == 1:
+        optimizer._engine.buckets[0].grad_shard[0] = float("nan")
+        optimizer._engine.reducer.norm_bins[-1] += 1
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    optimizer.zero_grad()
+    for param, value in zip(model.parameters(), before, strict=True):
+        assert torch.equal(local_part(param), value)
+    # One copy of the second part changes: ranks 1 and 3 hold it, 0 and 2 are told.
+    if dist.get_rank() == 3:
+        local_part(model[1].weight.data)[0, 0] += 1.0
+    model(torch.randn(5, 6)).sum().backward()
+    sentence = {
+        0: "another part of the tensor-parallel model have come apart",
+        1: "differ between the 2 ranks of the process group: rank ",
+    }[mesh["tp"].get_local_rank()]
+    with pytest.raises(RuntimeError, match=re.escape(sentence)):
+        optimizer.step()
+    for param, value in zip(model.parameters(), before, strict=True):
+        if dist.get_rank() != 3:
+            assert torch.equal(local_part(param), value)
+
+
+def trains(model: nn.Module, optimizer: ShardedAdaBelief, numbers: range) -> None:
+    """Take steps on data that all data-parallel ranks share."""
+    for step in numbers:
+        torch.manual_seed(step)
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def checkpoints_reshard(folder: Path) -> None:
+    """Saved by 2 x 2 ranks; 1 x 4, uneven parts, and 4 x 1 have every logical tensor's bits."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = cut_model(mesh["tp"])
+    optimizer = ShardedAdaBelief(
+        model.named_parameters(), process_group=mesh["dp"], bucket_bytes=200, **HYPER
+    )
+    trains(model, optimizer, range(3))
+    saved = checkpoint.save(folder / "first", 3, model=model, optimizer=optimizer)
+    assert saved.nbytes > 0
+    for dp, tp in ((1, 4), (4, 1), (2, 2)):
+        other_mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
+        other = cut_model(other_mesh["tp"])
+        other_optimizer = ShardedAdaBelief(
+            other.named_parameters(), process_group=other_mesh["dp"], stage=2, **HYPER
+        )
+        for param in other.parameters():
+            local_part(param.data).fill_(7.0)
+        checkpoint.load(folder / "first", model=other, optimizer=other_optimizer)
+        again = folder / f"{dp}x{tp}"
+        checkpoint.save(again, 3, model=other, optimizer=other_optimizer)
+        if dist.get_rank() == 0:
+            one, two = read_full_state(folder / "first"), read_full_state(again)
+            assert differences(one, two) == [], (dp, tp)
+            assert one.states["1.weight"]["exp_avg_sq"].shape == (10, 6)
+            assert one.steps["3.bias"] == 3
+    # On the mesh of then, training goes on as if it had never stopped.
+    for each in (model, optimizer), (other, other_optimizer):
+        trains(*each, range(3, 5))
+    for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(local_part(ours), local_part(theirs))
+
+
+def refusals() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = cut_model(mesh["tp"])
+    with pytest.raises(ValueError, match=r"cut over ranks \[\d, \d\].*process_group=mesh\['dp'\]"):
+        ShardedAdaBelief(model.parameters())
+    sharded = fully_shard(nn.Linear(8, 8), mesh=init_device_mesh("cpu", (4,)))
+    with pytest.raises(ValueError, match="with FSDP2 use AdaBelief"):
+        ShardedAdaBelief(sharded.parameters())
+    optimizer = ShardedAdaBelief(model.parameters(), process_group=mesh["dp"], **HYPER)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(saved)
+    saved["sharding"]["part"] = [1 - mesh["tp"].get_local_rank()]
+    with pytest.raises(ValueError, match=r"part \[\d\] of a tensor-parallel model, but this"):
+        optimizer.load_state_dict(saved)
+
+
+def test_tensor_parallel(tmp_path: Path) -> None:
+    run_ranks(
+        4,
+        tmp_path,
+        *(partial(equals_the_uncut_rule, s, o) for s in (1, 2) for o in (True, False)),
+        parts_are_never_read_too_early,
+        skips_in_all_parts,
+        partial(checkpoints_reshard, tmp_path / "checkpoints"),
+        refusals,
+    )
