@@ -21,7 +21,7 @@ kernels.cpp kernels.eager kernels.triton_launch
 kernels
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
-sharding.codec sharding.param_specs
+sharding.grad_codec sharding.param_specs
 sharding.bucket sharding.collectives
 sharding.point_to_point sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.process_groups sharding.grad_reducer sharding.shard_update
@@ -41,7 +41,7 @@ checkpoint.formats.torch checkpoint.formats.deepspeed
 checkpoint.formats.convert
 checkpoint
 
-deepspeed deepspeed.import_hook deepspeed.patching deepspeed.stage0
+deepspeed deepspeed.import_hook deepspeed.wrapping deepspeed.stage0
 deepspeed.fp16 deepspeed.offload deepspeed.checkpoint_loading
 deepspeed.stage0.loss_scale deepspeed.stage0.compatibility
 deepspeed.stage0.driver

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from belief_dist.deepspeed.patching import Wrapper, answer_once
+from belief_dist.deepspeed.wrapping import Wrapper, answer_once
 
 _SUFFIX = ".tensor.swp"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from belief_dist.deepspeed.patching import Wrapper
+from belief_dist.deepspeed.wrapping import Wrapper
 
 
 def refuse_scale_at_stage0(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from belief_dist.deepspeed.patching import Wrapper, answer_once
+from belief_dist.deepspeed.wrapping import Wrapper, answer_once
 
 
 def insists_on_its_own(optimizer_cls: type[Optimizer], original: Wrapper, engine: Any) -> Any:

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from belief_dist.deepspeed import checkpoint_loading, fp16, offload
 from belief_dist.deepspeed.import_hook import when_imported
-from belief_dist.deepspeed.patching import Wrapper, wrap_method
 from belief_dist.deepspeed.stage0 import engine as stage0
 from belief_dist.deepspeed.stage0.driver import EngineDriver
+from belief_dist.deepspeed.wrapping import Wrapper, wrap_method
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.state_init_step import STATE_INIT_FUNCTIONS, is_called_by

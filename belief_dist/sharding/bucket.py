@@ -14,7 +14,7 @@ from torch import Tensor
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype
-from belief_dist.sharding.codec import codec_for
+from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.layout import Bucket
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.sharding.buffer_pool import BufferPool, Handle
-from belief_dist.sharding.codec import AS_IS, Codec
+from belief_dist.sharding.grad_codec import AS_IS, Codec
 
 # Reductions whose receive buffers exist at the same time. A third would only wait for the wire.
 _RECEIVING = 2

@@ -27,11 +27,11 @@ from belief_dist.norm import norm_from_bins
 from belief_dist.operands import BLOCK
 from belief_dist.options import OPTION_NAMES
 from belief_dist.sharding.bucket import BucketBuffers
-from belief_dist.sharding.codec import codec_for
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
+from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.grad_reducer import GradReducer
 from belief_dist.sharding.layout import Bucket, Layout, plan_layout
 from belief_dist.sharding.param_specs import param_label, param_specs

@@ -38,10 +38,10 @@ from belief_dist.engine_options import EngineOptions
 from belief_dist.norm import NUM_WORDS
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.buffer_pool import BufferPool
-from belief_dist.sharding.codec import codec_for
 from belief_dist.sharding.collectives import Collectives, ReduceRequest
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import is_dtensor, local_grad
+from belief_dist.sharding.grad_codec import codec_for
 
 # Flat buffers of gradients that exist at the same time: one fills while another travels. A pass
 # whose gradients arrive out of order may need more.

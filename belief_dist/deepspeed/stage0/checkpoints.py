@@ -13,8 +13,8 @@ from typing import Any
 
 from belief_dist import checkpoint
 from belief_dist.checkpoint.errors import run_together
-from belief_dist.deepspeed.patching import Wrapper
 from belief_dist.deepspeed.stage0.driver import EngineDriver
+from belief_dist.deepspeed.wrapping import Wrapper
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.state_dict import answered_by
 

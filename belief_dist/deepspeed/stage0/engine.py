@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from belief_dist.deepspeed.patching import Wrapper
 from belief_dist.deepspeed.stage0.driver import driver_of
+from belief_dist.deepspeed.wrapping import Wrapper
 from belief_dist.sharded import ShardedAdaBelief
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.options import DEFAULTS
-from belief_dist.sharding.codec import BLOCK, Int8, decode, encode_
+from belief_dist.sharding.grad_codec import BLOCK, Int8, decode, encode_
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import Reference, backward, compare
