@@ -64,8 +64,8 @@ class ShardedAdaBelief(Optimizer):
             reduce-scatter.
         reduce_dtype: Gradients are rounded to this dtype before they travel, and summed in float32:
             torch.float32, torch.bfloat16, or torch.int8 with a scale for every 256 elements and
-            error feedback, see `sharding.grad_codec`. None sends them as they are. Like state_dtype, it
-            may be a name ("bfloat16"), as in JSON or YAML.
+            error feedback, see `sharding.grad_codec`. None sends them as they are. Like
+            state_dtype, it may be a name ("bfloat16"), as in JSON or YAML.
         master: "remainder" keeps the lower half only of a bfloat16 parameter's float32 master, as
             the parameter itself is the upper one: 2 bytes less, and the same masters from the same
             gradients, see `state_formats`. (Parameters round ties away from zero, and not to even.)
