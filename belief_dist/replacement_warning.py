@@ -83,7 +83,7 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
                 )
         else:
             watched.remaining -= 1
-            if not watched.remaining:
+            if not watched.remaining or all(ref() is None for ref in watched.params):
                 _unstepped.remove(watched)
 
 

@@ -119,8 +119,8 @@ def test_what_all_ranks_hold_is_copied_once() -> None:
     """Under DDP every rank holds everything, and copies its share."""
 
     class Team:
-        num_ranks = 2
-        rank_of_all = 0
+        world_size = 2
+        rank = 0
 
     model = Odd(torch.float32, 0)
     optimizer = AdaBelief(model.named_parameters())
