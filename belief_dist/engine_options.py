@@ -7,13 +7,13 @@ and the sentences of both are derived from the fields, so that a new option is a
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
+
+from belief_dist.deprecations import warn_once
 
 Reduction = Literal["ordered", "native"]
 # Takes an option's name and value; returns the value as it is stored, or raises.
@@ -47,16 +47,9 @@ def _dtype(*allowed: torch.dtype | None) -> Check:
 
 def _reduction(name: str, value: Any) -> Any:
     if value == "auto":
-        _warn_of_auto()
+        warn_once("reduction='auto' means 'ordered', the default; leave it out.", stacklevel=4)
         return "ordered"
     return _one_of("ordered", "native")(name, value)
-
-
-@functools.cache  # once per process
-def _warn_of_auto() -> None:
-    warnings.warn(
-        "reduction='auto' means 'ordered', the default; leave it out.", FutureWarning, stacklevel=5
-    )
 
 
 def _true_or_false(name: str, value: Any) -> Any:

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from belief_dist import observers
+from belief_dist.deprecations import warn_once
 from belief_dist.engine_options import EngineOptions, Reduction
 from belief_dist.options import complete_options
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
@@ -388,6 +389,11 @@ class ShardedAdaBelief(Optimizer):
         """Wait for all that is under way: parameters, states and masters are those of this step."""
         self._wait()
         self._engine.sync_masters_from_params()
+
+    def settle(self) -> None:
+        """Wait as `wait_pending` does: the former spelling, which warns once."""
+        warn_once("ShardedAdaBelief.settle() is spelled wait_pending() now.", stacklevel=2)
+        self.wait_pending()
 
     def fragment_tensors(self, index: int) -> dict[str, Tensor]:
         """Return what this rank holds of parameter number `index`, as views; after `wait_pending`.

@@ -1,4 +1,4 @@
-"""The engine's options are told once: in the fields of `EngineOptions`."""
+"""The engine's options are told once, in the fields of `EngineOptions`; old spellings warn once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import MISSING, fields
 import pytest
 import torch
 
-from belief_dist import ShardedAdaBelief, engine_options
+from belief_dist import ShardedAdaBelief, deprecations
 from belief_dist.engine_options import EngineOptions
 
 
@@ -43,7 +43,7 @@ def test_dtypes_may_be_names() -> None:
 
 
 def test_auto_is_ordered_and_warns_once() -> None:
-    engine_options._warn_of_auto.cache_clear()
+    deprecations.warn_once.cache_clear()
     param = torch.nn.Parameter(torch.zeros(3))
     with pytest.warns(FutureWarning, match="reduction='auto' means 'ordered'") as told:
         optimizer = ShardedAdaBelief([param], reduction="auto")  # type: ignore[arg-type]
@@ -52,6 +52,17 @@ def test_auto_is_ordered_and_warns_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ShardedAdaBelief([torch.nn.Parameter(torch.zeros(3))], reduction="auto")  # type: ignore[arg-type]
+
+
+def test_settle_is_wait_pending_and_warns_once() -> None:
+    deprecations.warn_once.cache_clear()
+    optimizer = ShardedAdaBelief([torch.nn.Parameter(torch.zeros(3))])
+    with pytest.warns(FutureWarning, match="spelled wait_pending") as told:
+        optimizer.settle()
+    assert told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.settle()
 
 
 def test_a_switch_is_true_or_false() -> None:

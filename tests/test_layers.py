@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "belief_dist"
 
 # A module imports only from rows above its own. A folder stands for its `__init__`.
 CHAIN = """
-version rule operands options engine_options observers state_init_step
-device_scalars norm params state_dict state_formats
+version deprecations rule operands options observers state_init_step
+engine_options device_scalars norm params state_dict state_formats
 
 kernels.build kernels.threads kernels.foreach kernels.triton_kernel
 kernels.cpp kernels.eager kernels.triton_launch
