@@ -13,149 +13,36 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from zero_stages_job import ROWS, float16_arithmetic, param_groups
-
-HYPER = {"lr": 0.05, "betas": [0.8, 0.95], "eps": 1e-2, "weight_decay": 0.1}
-SMALL_BUCKETS = {"bucket_bytes": 512}  # several, which overlap with backward
-STEPS = 4
-
-
-def rank() -> int:
-    return torch.distributed.get_rank()
-
-
-def make_model() -> nn.Sequential:
-    """Return a model whose weights differ from rank to rank: the first rank's count."""
-    torch.manual_seed(100 + rank())
-    return nn.Sequential(
-        nn.Linear(7, 33), nn.Tanh(), nn.Linear(33, 19), nn.Tanh(), nn.Linear(19, 5)
-    )
-
-
-def batches(
-    step: int, micro_batches: int, dtype: torch.dtype, spoil: bool = False
-) -> list[tuple[Tensor, Tensor]]:
-    """Return this rank's micro-batches; `spoil` makes the last one's targets infinite."""
-    generator = torch.Generator().manual_seed(1000 * step + rank())
-    size = float("inf") if spoil and rank() == torch.distributed.get_world_size() - 1 else 10
-    return [
-        (
-            torch.randn(ROWS, 7, generator=generator).to(dtype),
-            size * torch.randn(ROWS, 5, generator=generator),
-        )
-        for _ in range(micro_batches)
-    ]
-
-
-def loss_of(output: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.mse_loss(output.float(), target)
-
-
-class Plain:
-    """The training loop of a script without DeepSpeed."""
-
-    def __init__(self, dtype: torch.dtype, micro_batches: int, **options: Any) -> None:
-        from belief_dist import ShardedAdaBelief
-
-        self.model = make_model().to(dtype)
-        self.micro_batches = micro_batches
-        self.optimizer = ShardedAdaBelief(param_groups(self.model), **HYPER, **options)
-
-    def step(self, step: int, scaler: Any = None, spoil: bool = False) -> None:
-        data = batches(step, self.micro_batches, next(self.model.parameters()).dtype, spoil)
-        self.optimizer.zero_grad()
-        for number, (inputs, targets) in enumerate(data, start=1):
-            last = number == len(data)
-            loss = loss_of(self.model(inputs), targets) / len(data)
-            with nullcontext() if last else self.optimizer.no_sync():
-                (scaler.scale(loss) if scaler else loss).backward()
-        if scaler is None:
-            self.optimizer.step()
-        else:
-            scaler.step(self.optimizer)
-            scaler.update()
-
-
-def config_of(
-    dtype: torch.dtype, micro_batches: int, clipping: float | None, **more: Any
-) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": ROWS,
-        "gradient_accumulation_steps": micro_batches,
-        "bf16": {"enabled": dtype == torch.bfloat16},
-        "zero_optimization": {"stage": 0},
-    }
-    if clipping is not None:
-        config["gradient_clipping"] = clipping
-    return config | more
-
-
-def initialize(config: dict[str, Any], way: str = "type", **options: Any) -> Any:
-    """Return an engine that has got the optimizer in one of three ways."""
-    import deepspeed
-
-    model = make_model()
-    empty = {"params": [], "lr": 9.0}  # DeepSpeed drops it
-    chosen: dict[str, Any] = {"model_parameters": [empty, *param_groups(model)]}
-    if way == "type":
-        optimizer = {"type": "ShardedAdaBelief", "params": {**HYPER, **options}}
-        config = config | {"optimizer": optimizer}
-    else:
-        from belief_dist import ShardedAdaBelief
-
-        if way == "callable":
-            chosen["optimizer"] = lambda params: ShardedAdaBelief(params, **HYPER, **options)
-        else:
-            # Before the engine casts and broadcasts the model.
-            chosen = {"optimizer": ShardedAdaBelief(param_groups(model), **HYPER, **options)}
-    engine, *_ = deepspeed.initialize(model=model, config=config, **chosen)
-    return engine
-
-
-def train(engine: Any, step: int, spoil: bool = False) -> None:
-    """Make a step; `spoil` makes a gradient of the last rank infinite."""
-    dtype = next(engine.module.parameters()).dtype
-    for inputs, targets in batches(step, engine.gradient_accumulation_steps(), dtype, spoil):
-        engine.backward(loss_of(engine(inputs), targets))
-        engine.step()
-
-
-def states_of(optimizer: Any) -> list[dict[str, Any]]:
-    """Return copies of parameters and of all that this rank keeps for them."""
-    optimizer.wait_pending()
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    return [
-        {
-            "param": param.detach().clone(),
-            **{
-                k: v.clone() if isinstance(v, Tensor) else v
-                for k, v in optimizer.state[param].items()
-            },
-        }
-        for param in params
-    ]
-
-
-def assert_same(ours: Any, expected: Any, context: str) -> None:
-    """Assert equality of every bit of parameters, masters, m and s, and of the step counts."""
-    pairs = zip(states_of(ours), states_of(expected), strict=True)
-    for number, (found, wanted) in enumerate(pairs):
-        assert found.keys() == wanted.keys(), context
-        for key, value in wanted.items():
-            same = (
-                torch.equal(found[key], value) if isinstance(value, Tensor) else found[key] == value
-            )
-            assert same, f"{context}: {key} of parameter {number}"
-
+from stage0_checkpoints import (
+    broken_checkpoints,
+    resume_from_others,
+    save_and_resume,
+    save_for_others,
+)
+from stage0_training import (
+    HYPER,
+    SMALL_BUCKETS,
+    STEPS,
+    Plain,
+    assert_same,
+    batches,
+    config_of,
+    initialize,
+    loss_of,
+    make_model,
+    rank,
+    states_of,
+    train,
+)
+from zero_stages_job import float16_arithmetic, param_groups
 
 # - Cases
 
@@ -475,134 +362,6 @@ def unnoticed_engine(folder: Path) -> None:
             raise AssertionError("it trained")
         for ours, old in zip(states_of(engine.optimizer), before, strict=True):
             assert torch.equal(ours["param"], old["param"]) and ours["step"] == 0
-
-
-def save_and_resume(folder: Path) -> None:
-    """Continues to the bit at the same world size, with every switch of load_checkpoint."""
-    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 0.1, "warmup_num_steps": 9}}
-    for dtype in (torch.float32, torch.bfloat16):
-        config = config_of(dtype, 2, 0.5, scheduler=schedule)
-        run = folder / f"resume-{dtype}".replace("torch.", "")
-        engine = initialize(config, **SMALL_BUCKETS)
-        train(engine, 0)
-        train(engine, 1, spoil=True)
-        train(engine, 2)
-        engine.save_checkpoint(str(run), client_state={"epoch": 7})
-        saved_states = states_of(engine.optimizer)
-        again = initialize(config)  # other buckets
-        path, client_state = again.load_checkpoint(str(run))
-        assert path is not None and client_state["epoch"] == 7
-        assert (again.global_steps, again.skipped_steps) == (3, 1)
-        assert again.get_lr() == engine.get_lr()
-        same_layout = initialize(config, **SMALL_BUCKETS)
-        same_layout.load_checkpoint(str(run), tag="global_step3")
-        assert_same(same_layout.optimizer, engine.optimizer, "loaded")
-        for step in (3, 4):
-            for each in (engine, again, same_layout):
-                train(each, step)
-        assert_same(same_layout.optimizer, engine.optimizer, "resumed")
-        for ours, theirs in zip(again.module.parameters(), engine.module.parameters(), strict=True):
-            assert torch.equal(ours, theirs)
-
-        # Weights alone: they become the masters, and states stay what they are.
-        for switches in ({"load_module_only": True}, {"load_optimizer_states": False}):
-            fresh = initialize(config, **SMALL_BUCKETS)
-            begin = fresh.lr_scheduler.state_dict()
-            fresh.load_checkpoint(str(run), load_lr_scheduler_states=False, **switches)
-            for ours, old in zip(states_of(fresh.optimizer), saved_states, strict=True):
-                assert torch.equal(ours["param"], old["param"])
-                assert ours["step"] == 0 and not ours["exp_avg"].any()
-            masters = [s["master"] for s in states_of(fresh.optimizer) if "master" in s]
-            assert all(torch.equal(m, m.bfloat16().float()) for m in masters)
-            assert fresh.lr_scheduler.state_dict() == begin
-            train(fresh, 3)
-        # A custom way to load weights, and a tag that is written over.
-        engine.save_checkpoint(str(run), tag="global_step3", save_latest=False)
-        over = initialize(config, **SMALL_BUCKETS)
-        over.load_checkpoint(
-            str(run), custom_load_fn=lambda src, dst: dst.load_state_dict(src), tag="global_step3"
-        )
-        assert_same(over.optimizer, engine.optimizer, "written over")
-        kept = list((run / "global_step3" / "belief_dist").glob("step-*"))
-        assert len(kept) == 1 and over.global_steps == 5
-
-
-def broken_checkpoints(folder: Path) -> None:
-    """Each is one error on every rank, and the engine is as it was."""
-    from belief_dist.checkpoint import CheckpointError
-
-    run = folder / "broken"
-    config = config_of(torch.bfloat16, 1, 0.5)
-    engine = initialize(config)
-    assert engine.load_checkpoint(str(run)) == (None, None)  # as DeepSpeed does: no `latest`
-    for step in range(2):
-        train(engine, step)
-        engine.save_checkpoint(str(run), tag=f"at{step}")
-    before = states_of(engine.optimizer)
-
-    def fails(sentence: str, tag: str | None, kind: type[Exception] = CheckpointError) -> None:
-        try:
-            engine.load_checkpoint(str(run), tag=tag)
-        except kind as error:
-            assert re.search(sentence, str(error)), error
-        else:
-            raise AssertionError(f"{tag} was loaded")
-        torch.distributed.barrier()
-
-    def first_rank(action: Callable[[], Any]) -> None:
-        if rank() == 0:
-            action()
-        torch.distributed.barrier()
-
-    fails("there is no such checkpoint", "at9")
-    ours = run / "at0" / "belief_dist"
-    first_rank(lambda: shutil.move(ours, run / "aside"))
-    fails("it has no folder 'belief_dist', so it was saved by an engine without", "at0")
-    engine.load_checkpoint(str(run), tag="at0", load_module_only=True)
-    engine.load_checkpoint(str(run), tag="at1")
-    first_rank(lambda: shutil.move(run / "aside", ours))
-    piece = sorted(ours.glob("step-*/__0_0.distcp"))[0]
-    whole = piece.read_bytes()
-    torch.distributed.barrier()
-    first_rank(lambda: piece.write_bytes(whole[:-1]))
-    fails("has .* bytes, and .* were written", "at0")
-    first_rank(lambda: piece.write_bytes(whole))
-    for found, old in zip(states_of(engine.optimizer), before, strict=True):
-        assert all(torch.equal(found[k], v) for k, v in old.items() if k != "step")
-    first_rank(lambda: shutil.copytree(ours, run / "at1" / "belief_dist", dirs_exist_ok=True))
-    first_rank(lambda: shutil.rmtree(run / "at1" / "belief_dist" / "step-00000002"))
-    fails("are of different saves", "at1", ValueError)
-
-
-def save_for_others(folder: Path) -> None:
-    """What another number of ranks will load."""
-    for dtype in (torch.float32, torch.bfloat16):
-        engine = initialize(config_of(dtype, 2, 0.5), **SMALL_BUCKETS)
-        for step in range(3):
-            train(engine, step)
-        engine.save_checkpoint(str(folder / f"for-{dtype}".replace("torch.", "")))
-
-
-def resume_from_others(folder: Path) -> None:
-    """Continues what another number of ranks has saved, as the optimizer alone would."""
-    from belief_dist import checkpoint
-
-    for dtype in (torch.float32, torch.bfloat16):
-        run = folder / f"for-{dtype}".replace("torch.", "")
-        engine = initialize(config_of(dtype, 2, 0.5))
-        engine.load_checkpoint(str(run))
-        assert engine.global_steps == 3
-        plain = Plain(dtype, 2, max_grad_norm=0.5)
-        checkpoint.load(
-            run / "global_step3" / "belief_dist", optimizer=plain.optimizer, model=plain.model
-        )
-        assert_same(engine.optimizer, plain.optimizer, "loaded")
-        assert {s["step"] for s in states_of(engine.optimizer)} == {3}
-        assert any(s["exp_avg"].any() for s in states_of(engine.optimizer))
-        for step in (3, 4):
-            train(engine, step)
-            plain.step(step)
-        assert_same(engine.optimizer, plain.optimizer, "resumed")
 
 
 PARTS: dict[str, list[Callable[[Path], None]]] = {

@@ -6,10 +6,8 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,17 +18,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from belief_dist import kernels
 from belief_dist.kernels import eager
 from belief_dist.kernels.cpp import CppKernel
-from belief_dist.norm import NUM_WORDS, norm_from_bins
 from belief_dist.operands import BLOCK, Operands, cut
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import (
     StepScalars,
     compute_dtype,
-    correctly_rounded_sqrt,
     step_scalars,
     update_reference_,
 )
 from belief_dist.state_formats import encode_m, encode_s, split_master, update_stored_reference_
+from tests.harness.kernels import bits, chunked, cpp, values
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 U8 = torch.uint8
@@ -79,51 +76,8 @@ FORMS = [
     Form(BF16, BF16, state=U8, split=True),
 ]
 LENGTHS = [0, 1, 7, 8, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025]
-SPECIAL = [0.0, -0.0, 1e-40, -1e-45, 1e30, -1e-30, float("inf"), -float("inf"), float("nan")]
 
 Update = Callable[..., None]
-
-
-@pytest.fixture
-def kernel() -> CppKernel:
-    found = kernels._cpp()
-    assert isinstance(found, CppKernel), f"tests need a C++ compiler: {found}"
-    return found
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-cpp = partial(kernels.update_, fused=True)
-chunked = partial(kernels.update_, fused=False)
-
-
-def values(n: int, offset: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return n numbers, not aligned to a vector.
-
-    In some blocks they are of one magnitude; in others they span sixty decades, special numbers
-    among them.
-    """
-    total, largest = n + offset, 4 if dtype == F16 else 30
-    block = (torch.arange(total) - offset) // BLOCK
-    wild = (torch.rand(total + 1, generator=generator) < 0.5)[block]
-    exponent = torch.empty(total + 1, dtype=F64).uniform_(-30, largest, generator=generator)
-    exponent = torch.where(wild, exponent[:total], exponent[block])
-    made = torch.randn(total, dtype=F64, generator=generator) * 10**exponent
-    # At places of its own in each tensor, so that every special number meets ordinary ones.
-    special = wild & (torch.rand(total, generator=generator) < 0.1)
-    which = torch.randint(len(SPECIAL), (total,), generator=generator)
-    made = torch.where(special, torch.tensor(SPECIAL, dtype=F64)[which], made)
-    made = made.to(dtype)
-    if dtype == F32:  # NaNs of either sign with all bits set: rounded as a number, they would wrap
-        all_bits = torch.where(torch.arange(total) % 2 == 0, 0x7FFFFFFF, -1).to(torch.int32)
-        made = torch.where(made.isnan(), all_bits, made.view(torch.int32)).view(F32)
-    return made[offset:]
 
 
 def moved(tensor: Tensor, offset: int) -> Tensor:
@@ -172,14 +126,6 @@ def tensors_of(operands: Operands) -> dict[str, Tensor]:
 def copied(operands: Operands) -> Operands:
     """Return the same in other memory, where every tensor is aligned."""
     return operands._replace(**{name: t.clone() for name, t in tensors_of(operands).items()})
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return integers that are equal where the numbers are: -0 is not 0, and any NaN is NaN."""
-    if not tensor.is_floating_point():
-        return tensor
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return torch.where(tensor.isnan(), torch.full_like(tensor, float("nan")), tensor).view(width)
 
 
 @contextlib.contextmanager
@@ -464,121 +410,3 @@ def test_fused_true_says_why_it_cannot(kernel: CppKernel) -> None:
         RuntimeError, match=r"no compiled kernel serves torch\.float32 tensors on cpu"
     ):
         cpp([Operands(strided, *(torch.rand(10) for _ in "123"))], step_scalars(OPTIONS, 1))
-
-
-# - The square root
-
-
-@pytest.mark.parametrize("dtype, decades", [(F32, 38), (F32, 45), (F64, 300), (F64, 323)])
-def test_square_roots_are_correctly_rounded(dtype: torch.dtype, decades: int) -> None:
-    """As IEEE 754 has it, and as numpy computes; torch.sqrt does not everywhere."""
-    exponent = torch.empty(300_000, dtype=F64).uniform_(-decades, min(decades, 38))
-    x = (torch.rand(300_000, dtype=F64) * 10**exponent).to(dtype)
-    x[:3] = torch.tensor([0.0, float("inf"), 1.0])
-    assert np.array_equal(correctly_rounded_sqrt(x).numpy(), np.sqrt(x.numpy()))
-    assert correctly_rounded_sqrt(torch.tensor([-1.0, float("nan")], dtype=dtype)).isnan().all()
-
-
-# - Sums in rank order
-
-
-@pytest.mark.parametrize("dtype, total", [(F32, F32), (BF16, F32), (F16, F32), (F64, F64)])
-@pytest.mark.parametrize("backend", ["cpp", "eager"])
-def test_sums_in_order(
-    dtype: torch.dtype, total: torch.dtype, backend: str, threads: int, kernel: CppKernel
-) -> None:
-    """Equal to adding one piece after the other, whichever piece the result overwrites."""
-    for world_size, n in itertools.product((1, 2, 3, 4, 5, 9), (0, 1, 17, 70_001)):
-        generator = torch.Generator().manual_seed(world_size)
-        pieces = [values(n, 1, dtype, generator) for _ in range(world_size)]
-        expected = pieces[0].to(total, copy=True)
-        for piece in pieces[1:]:
-            expected += piece.to(total)
-        # A sum may go on from what is in the result, as if that were another first piece.
-        out = pieces[0].to(total, copy=True)
-        if world_size > 1:
-            ordered_sum_ = kernels.ordered_sum_ if backend == "cpp" else eager.ordered_sum_
-            ordered_sum_(out, pieces[1:], accumulate=True)
-        assert torch.equal(bits(out), bits(expected)), (world_size, n)
-        for own in range(world_size) if dtype == total else [None]:
-            given_pieces = [piece.clone() for piece in pieces]
-            out = torch.empty(n, dtype=total) if own is None else given_pieces[own]
-            squares, expected_squares = (torch.zeros(NUM_WORDS, dtype=torch.int64) for _ in "12")
-            if backend == "cpp":
-                kernels.ordered_sum_(out, given_pieces, squares)
-                kernels.squared_norm_bins_(expected_squares, expected)
-            else:
-                eager.ordered_sum_(out, given_pieces)
-            assert torch.equal(bits(out), bits(expected)), (world_size, n, own)
-            # What two calls add to the bins may be carried differently, but is one number.
-            assert torch.equal(
-                bits(norm_from_bins(squares)), bits(norm_from_bins(expected_squares))
-            )
-
-
-@pytest.mark.parametrize("total", [F32, F64])
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16])
-def test_sums_into_another_dtype(dtype: torch.dtype, total: torch.dtype) -> None:
-    pieces = [values(100, 1, dtype, torch.Generator().manual_seed(i)) for i in range(3)]
-    out = torch.empty(100, dtype=total)
-    kernels.ordered_sum_(out, pieces)
-    first, second, third = (piece.to(total) for piece in pieces)
-    assert torch.equal(bits(out), bits(first + second + third))
-
-
-# - The choice of a backend
-
-
-@pytest.fixture
-def fresh_choice(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    kernels._cpp.cache_clear()
-    kernels._triton.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    kernels._cpp.cache_clear()
-    kernels._triton.cache_clear()
-
-
-def test_the_environment_forbids_the_kernel(
-    fresh_choice: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="belief_dist")
-    fresh_choice.setenv("BELIEF_DIST_BACKEND", "eager")
-    assert [usable for _, usable, _ in kernels.backends()] == [False, False, True]
-    with pytest.raises(RuntimeError, match="BELIEF_DIST_BACKEND=eager forbids it"):
-        kernels.require_fused()
-    assert len(caplog.records) == 1
-
-
-def test_the_environment_has_an_unknown_value(fresh_choice: pytest.MonkeyPatch) -> None:
-    fresh_choice.setenv("BELIEF_DIST_BACKEND", "cuda")
-    with pytest.raises(ValueError, match="must be one of auto, cpp, triton, eager, got 'cuda'"):
-        kernels.backends()
-
-
-def test_one_line_says_what_is_used(
-    fresh_choice: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level("INFO", logger="belief_dist")
-    for _ in range(3):
-        for update in (chunked, cpp):
-            update([Operands(*(torch.rand(3) for _ in range(4)))], step_scalars(OPTIONS, 1))
-    (record,) = caplog.records
-    assert "C++" in record.getMessage()
-
-
-def test_an_idle_core_under_torchrun_is_noticed(
-    fresh_choice: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    fresh_choice.setattr("os.sched_getaffinity", lambda process: range(8))
-    fresh_choice.setattr(torch, "get_num_threads", lambda: 1)
-    for ranks_here, noticed in (("2", ["OMP_NUM_THREADS=4"]), ("8", []), (None, [])):
-        kernels._cpp.cache_clear()
-        caplog.clear()
-        if ranks_here is None:
-            fresh_choice.delenv("LOCAL_WORLD_SIZE")
-        else:
-            fresh_choice.setenv("LOCAL_WORLD_SIZE", ranks_here)
-        kernels._cpp()
-        said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-        assert len(said) == len(noticed) and all(w in s for w, s in zip(noticed, said, strict=True))
