@@ -283,7 +283,10 @@ class _LoadPlan:
             for name, module in bare(self._model).named_modules():
                 key = weight_key(f"{name}._extra_state".lstrip("."))
                 if key in self.entries and not isinstance(self.entries[key], Tensor):
-                    module.set_extra_state(self.entries[key])
+                    state = self.entries[key]
+                    # Checkpoints of older versions hold it as it is.
+                    is_wrapped = key in self._metadata.get("wrapped", ())
+                    module.set_extra_state(state[0] if is_wrapped else state)
         if self._scaler is not None:
             self._scaler.load_state_dict(metadata["scaler"])
         if optimizer is None:

@@ -10,11 +10,11 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from belief_dist.checkpoint.names import dtype_name
+from belief_dist.checkpoint.plain_values import to_plain
 from belief_dist.options import OPTION_NAMES
 from belief_dist.sharded import ShardedAdaBelief
 
@@ -37,10 +37,17 @@ def make_metadata(
     if optimizer is None:
         return found
     remaining = iter(names)
-    groups, steps, dtypes = [], {}, {}
+    groups: list[dict[str, Any]] = []
+    steps: dict[str, int] = {}
+    dtypes: dict[str, str] = {}
     for group in optimizer.param_groups:
         members = [next(remaining) for _ in group["params"]]
-        options = {k: _plain(v) for k, v in group.items() if k not in _NOT_OPTIONS}
+        options = {
+            key: value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+            for key, value in group.items()
+            if key not in _NOT_OPTIONS
+        }
+        options = to_plain(options, f"param group {len(groups)}")
         groups.append({"params": members, "options": options})
         for name, param in zip(members, group["params"], strict=True):
             dtypes[name] = dtype_name(param)
@@ -55,12 +62,6 @@ def make_metadata(
             "skipped_steps": optimizer.skipped_steps,
         }
     return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.item()
-    return copy.deepcopy(value)
 
 
 def check_format(metadata: Any) -> None:
@@ -126,29 +127,3 @@ def apply_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) ->
                 group[key] = tuple(value)
             else:
                 group[key] = copy.deepcopy(value)
-
-
-def check_plain(extra: Mapping[str, Any]) -> None:
-    """Check that `extra` can be read without running code from the checkpoint.
-
-    Raises:
-        ValueError: A value is of another type than those that `weights_only` loads.
-    """
-    for key, value in extra.items():
-        if not isinstance(key, str):
-            raise ValueError(f"the keys of extra must be strings, got {key!r}.")
-        odd = _first_not_plain(value)
-        if odd is not None:
-            raise ValueError(
-                f"extra[{key!r}] holds a {type(odd).__name__}; a checkpoint takes None, numbers, "
-                f"strings, bytes, tensors, and lists, tuples and dicts of them."
-            )
-
-
-def _first_not_plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, (list, tuple)):
-        return next((odd for item in value if (odd := _first_not_plain(item)) is not None), None)
-    plain = (int, float, complex, str, bytes, Tensor, torch.dtype, torch.Size)
-    return None if value is None or isinstance(value, plain) else value

@@ -22,8 +22,9 @@ from belief_dist.checkpoint.checksummed_files import ChecksumWriter, write_manif
 from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, shard_entries, weight_key
 from belief_dist.checkpoint.errors import CheckpointError, from_dcp_failure, run_together
 from belief_dist.checkpoint.local_shards import local_shards
-from belief_dist.checkpoint.metadata import check_plain, make_metadata
+from belief_dist.checkpoint.metadata import make_metadata
 from belief_dist.checkpoint.names import model_tensors, parameter_names
+from belief_dist.checkpoint.plain_values import plain_extra, to_plain
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
 
@@ -92,12 +93,13 @@ def contents(
     """
     if model is None and optimizer is None:
         raise ValueError("there is nothing to save: pass model, optimizer, or both.")
-    check_plain(extra or {})
+    plain = plain_extra(extra or {})
     wait_pending(optimizer)
     found: dict[str, Any] = {}
     names: list[str] = []
     aliases: dict[str, str] = {}
     memory_order: dict[str, list[int]] = {}
+    wrapped: list[str] = []
     owned: dict[int, str] = {}  # by id of a tensor, the name it is saved under
     if optimizer is not None:
         names = parameter_names(optimizer, model)
@@ -114,15 +116,20 @@ def contents(
             if held_as is None and isinstance(value, Tensor):
                 owned[id(value)] = name
                 value = value.detach()
+            if held_as is None and not isinstance(value, Tensor):
+                # An extra state. In a tuple, because DCP would flatten a dict into entries.
+                value = (to_plain(value, f"the extra state {name!r} of the model"),)
+                wrapped.append(weight_key(name))
             if held_as is None:
                 found[weight_key(name)] = value
             elif held_as != name:  # a tied weight, saved once
                 aliases[name] = held_as
     metadata = make_metadata(optimizer, names, aliases)
     metadata["memory_order"] = memory_order
-    metadata["scaler"] = None if scaler is None else scaler.state_dict()
+    metadata["wrapped"] = wrapped
+    metadata["scaler"] = None if scaler is None else to_plain(scaler.state_dict(), "the scaler")
     # In tuples, because DCP would flatten dicts into one entry for each key.
-    return {**found, METADATA_KEY: (metadata,), EXTRA_KEY: (dict(extra or {}),)}
+    return {**found, METADATA_KEY: (metadata,), EXTRA_KEY: (plain,)}
 
 
 def write(

@@ -233,3 +233,21 @@ def test_there_is_a_file_of_this_format() -> None:
     from belief_dist.checkpoint.metadata import FORMAT
 
     assert (DATA / f"format-{FORMAT}" / "latest").exists() and os.path.isdir(DATA)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+def test_states_of_adam_are_not_taken_for_ours(tmp_path: Path, cls: Any) -> None:
+    """Its exp_avg_sq is the mean of squares, not of squared deviations: it must be asked for."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = cls(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "adam.pt")
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    arguments = {"weights": tmp_path / "weights.pt", "names": ["weight", "bias"]}
+    with pytest.raises(ValueError, match=r"holds states of Adam or AdamW.*--from_adam"):
+        convert.read(tmp_path / "adam.pt", **arguments)
+    assert convert.read(tmp_path / "adam.pt", from_adam=True, **arguments).steps == {
+        "weight": 1,
+        "bias": 1,
+    }

@@ -14,6 +14,7 @@ from belief_dist.checkpoint.formats.full_state import FullState, read_full_state
 from belief_dist.checkpoint.formats.safetensors import read_safetensors, write_safetensors
 from belief_dist.checkpoint.formats.torch import (
     from_state_dict,
+    is_of_adam,
     to_official,
     to_state_dict,
     warm_start_from_adam,
@@ -67,6 +68,12 @@ def read(
         saved = torch.load(source, map_location="cpu", weights_only=True)
         if not isinstance(saved, Mapping) or "param_groups" not in saved:
             raise ValueError(f"{source} holds no optimizer's state_dict.")
+        if not from_adam and is_of_adam(saved):
+            raise ValueError(
+                f"{source} holds states of Adam or AdamW, whose exp_avg_sq is another quantity "
+                f"than AdaBelief's; pass from_adam=True (--from_adam) to estimate AdaBelief's "
+                f"from them."
+            )
         full = from_state_dict(
             saved, _weights(Path(weights)), names=names, options=options, step=step
         )

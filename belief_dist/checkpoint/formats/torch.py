@@ -73,6 +73,15 @@ def from_state_dict(
     return full
 
 
+def is_of_adam(state_dict: Mapping[str, Any]) -> bool:
+    """Return whether the states are Adam's or AdamW's: alike in names, and without our switches.
+
+    adabelief-pytorch and timm call the second state exp_avg_var.
+    """
+    has_its_name = any("exp_avg_sq" in entry for entry in state_dict["state"].values())
+    return has_its_name and not any("weight_decouple" in g for g in state_dict["param_groups"])
+
+
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, Tensor) else value
 
