@@ -17,7 +17,7 @@ from belief_dist.options import complete_options
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
 from belief_dist.rule import StepScalars, compute_dtype, step_scalars, update_reference_
 from belief_dist.sharding.dtensor import local_part
-from belief_dist.state_dict import check_state_dict, check_state_entry
+from belief_dist.state_dict import check_state_dict, check_state_entry, load_hooks
 from belief_dist.state_init_step import is_state_init_step
 
 
@@ -164,8 +164,11 @@ class AdaBelief(Optimizer):
                 f"AdaBelief cannot use a sparse gradient (parameter of shape "
                 f"{tuple(param.shape)}); build the embedding with sparse=False."
             )
-        if not self.state[param]:
+        state = self.state[param]
+        if not state:
             self.state[param] = self._new_state(param, group["amsgrad"], param.device)
+        elif group["amsgrad"] and "max_exp_avg_sq" not in state:  # switched on later
+            state["max_exp_avg_sq"] = torch.zeros_like(state["exp_avg_sq"])
 
     @staticmethod
     def _new_state(param: Tensor, amsgrad: bool, device: torch.device | str) -> dict[str, Any]:
@@ -274,7 +277,10 @@ class AdaBelief(Optimizer):
         Raises:
             ValueError: It does not fit these parameters, or comes from another optimizer.
         """
-        loaded = state_dict
+        with load_hooks(self, state_dict) as loaded:
+            self._load(loaded)
+
+    def _load(self, loaded: dict[str, Any]) -> None:
         saved_groups = check_state_dict(loaded, self.param_groups, "AdaBelief")
         entries = []
         for saved, group in zip(saved_groups, self.param_groups, strict=True):

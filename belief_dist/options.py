@@ -10,6 +10,7 @@ import difflib
 import functools
 import logging
 import math
+import numbers
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -38,10 +39,14 @@ _OF_ADAM: dict[str, tuple[tuple[Any, ...], str]] = {
     "set_grad_none": ((True, False), "zero_grad decides that"),
     "differentiable": ((False,), "steps are not differentiable"),
 }
-# Silent no-ops that frameworks write into optimizer configs and group dicts.
-_TOLERATED = {"params", "param_names", "fused", "foreach", "capturable", "initial_lr"}
-# By these DeepSpeed finds the groups of a mixture of experts again.
-_TOLERATED |= {"name", "moe"}
+# How alike a key of a param group must be to one of ours to be taken for a slip of the pen. Other
+# keys belong to schedulers, wrappers (SAM's rho) or the script (lr_scale, max_lr, name): as in any
+# torch optimizer they are kept and saved.
+_ALIKE = 0.75
+# Alike all the same, but torch's and the schedulers' own.
+_FOREIGN_GROUP_KEYS = {"decoupled_weight_decay", "max_lr", "min_lr", "initial_lr", "lr_scale"}
+# The smallest positive number that float32 has; below half of it everything is rounded to 0.
+_LEAST_EPS = 2.0**-149
 # Of this size or more, eps is probably one that was meant for Adam.
 _ADAMS_EPS = 1e-8
 DEFAULTS: dict[str, Any] = {
@@ -144,7 +149,7 @@ def _number(name: str, value: Any) -> float:
                 f"{name} must be one number, got a tensor of shape {tuple(value.shape)}."
             )
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's are, too
         raise TypeError(
             f"{name} must be a number, got {value!r} of type {type(value).__name__}; "
             f"write it without quotes in JSON or YAML."
@@ -182,6 +187,11 @@ def validate_options(group: Mapping[str, Any]) -> None:
             f"eps must be finite and > 0, got {eps}: with 0 a parameter whose gradient is zero "
             f"becomes 0 / 0. The published default is 1e-16."
         )
+    if eps < _LEAST_EPS:
+        raise ValueError(
+            f"eps must be at least {_LEAST_EPS:.0e}, got {eps}: in float32 it would be 0, and a "
+            f"parameter whose gradient is zero would become 0 / 0."
+        )
     weight_decay = _number("weight_decay", group["weight_decay"])
     if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}.")
@@ -198,15 +208,28 @@ def validate_options(group: Mapping[str, Any]) -> None:
 
 
 def normalize_group_names(group: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a param group with aliases resolved; refuse names that nothing would read."""
+    """Return a param group with aliases resolved, and with keys of others kept.
+
+    Raises:
+        TypeError: A key is nearly one of ours, or an alias and its target are both given.
+        ValueError: A key is an argument of the constructor alone.
+    """
     for name in ("capturable", "no_decay"):
         if group.get(name):
             raise ValueError(
                 f"{where} takes {name} for all groups or none: pass it to the constructor."
             )
-    kept = {name: value for name, value in group.items() if name in _TOLERATED}
-    options = {name: value for name, value in group.items() if name not in _TOLERATED}
+    kept = {name: value for name, value in group.items() if _is_foreign(name)}
+    options = {name: value for name, value in group.items() if name not in kept}
     return {**kept, **resolve_aliases(options, OPTION_NAMES, where)}
+
+
+def _is_foreign(name: str) -> bool:
+    """Return whether a key of a param group is none of ours, nor one of ours misspelled."""
+    ours = [*OPTION_NAMES, *ALIASES]
+    if name in ours:
+        return False
+    return name in _FOREIGN_GROUP_KEYS or not difflib.get_close_matches(name, ours, 1, _ALIKE)
 
 
 def complete_options(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -112,6 +112,24 @@ def prepare_group(
     prepared["params"] = list(zip(names, tensors, strict=True)) if names else tensors
     validate_options(prepared)
     return prepared
+
+
+def common_device(params: Sequence[Tensor], where: str) -> torch.device:
+    """Return the device on which all parameters lie.
+
+    Raises:
+        ValueError: They lie on several, or on the meta device.
+    """
+    devices = {param.device for param in params}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{where} needs all parameters on one device, got "
+            f"{', '.join(sorted(map(str, devices)))}; move the model before building it."
+        )
+    device = devices.pop()
+    if device.type == "meta":
+        raise ValueError(f"{where} needs real parameters, got the meta device.")
+    return device
 
 
 def split_by_decay(group: dict[str, Any], no_decay: NoDecay, where: str) -> list[dict[str, Any]]:

@@ -26,19 +26,35 @@ _MAX_EXAMINED = 10
 
 
 class _Watched:
-    """Weak references to an optimizer that has not taken a step yet, and to its parameters."""
+    """An optimizer that has not taken a step yet, referred to weakly.
+
+    Its parameters are looked up in it while it lives. Only when it has been deleted they are
+    referred to weakly themselves: torch cannot swap a tensor that has weak references, so that
+    until then models may still be moved, materialized and loaded by swapping.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.name = type(optimizer).__name__
         self.optimizer = weakref.ref(optimizer)
-        self.params = [
-            weakref.ref(param) for group in optimizer.param_groups for param in group["params"]
-        ]
         self.remaining = _MAX_EXAMINED
+        self._left: list[weakref.ref[Tensor]] = []
+        weakref.finalize(optimizer, self._outlive, optimizer.param_groups).atexit = False
+
+    def _outlive(self, param_groups: list[dict[str, Any]]) -> None:
+        if any(watched is self for watched in _unstepped):
+            self._left = [weakref.ref(p) for group in param_groups for p in group["params"]]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The parameters that still exist."""
+        optimizer = self.optimizer()
+        if optimizer is not None:
+            return [param for group in optimizer.param_groups for param in group["params"]]
+        return [param for ref in self._left if (param := ref()) is not None]
 
     def is_trained_by(self, other: Optimizer) -> bool:
         """Return whether `other` trains a parameter of this optimizer for certain."""
-        params = [param for ref in self.params if (param := ref()) is not None]
+        params = self.params
         stepped = [param for group in other.param_groups for param in group["params"]]
         # If this optimizer has been deleted, the script may have replaced it on purpose. Under
         # DeepSpeed (below), a deleted one has been replaced silently, too.
@@ -83,7 +99,7 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
                 )
         else:
             watched.remaining -= 1
-            if not watched.remaining or all(ref() is None for ref in watched.params):
+            if not watched.remaining or not watched.params:
                 _unstepped.remove(watched)
 
 

@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler, OptState
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
@@ -23,16 +23,23 @@ from belief_dist import observers
 from belief_dist.deprecations import warn_once
 from belief_dist.engine_options import EngineOptions, Reduction
 from belief_dist.options import complete_options
-from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
+from belief_dist.params import (
+    NoDecay,
+    as_groups,
+    common_device,
+    prepare_group,
+    split_by_decay,
+)
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import coordinate_of, find_mesh
 from belief_dist.sharding.engine import ShardEngine
 from belief_dist.sharding.layout import Layout
+from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
 from belief_dist.sharding.param_specs import param_label
 from belief_dist.sharding.process_groups import connect, connect_model_parallel
 from belief_dist.sharding.rank_checks import raise_together
-from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_
+from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_hooks
 from belief_dist.state_init_step import TORCH_STATE_DICT, is_called_by
 
 
@@ -222,15 +229,7 @@ class ShardedAdaBelief(Optimizer):
     def _check_params(self) -> torch.device:
         """List the parameters of all groups, and return the device on which they lie."""
         self._params = [p for group in self.param_groups for p in group["params"]]
-        devices = {param.device for param in self._params}
-        if len(devices) > 1:
-            raise ValueError(
-                f"ShardedAdaBelief needs all parameters on one device, got "
-                f"{', '.join(sorted(map(str, devices)))}; move the model before building it."
-            )
-        device: torch.device = devices.pop()
-        if device.type == "meta":
-            raise ValueError("ShardedAdaBelief needs real parameters, got the meta device.")
+        device = common_device(self._params, "ShardedAdaBelief")
         for index, param in enumerate(self._params):
             self._options.check_param(param.dtype, self._label(index))
         return device
@@ -269,6 +268,18 @@ class ShardedAdaBelief(Optimizer):
         self._check_params()
         self._engine.build(self._params, self.param_groups, self.state, keep_buckets=False)
 
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuse to be copied or pickled.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(
+            "ShardedAdaBelief cannot be copied or pickled: its hooks, buffers and process groups "
+            "belong to this process. Save it by belief_dist.checkpoint.save or state_dict(), and "
+            "build a new one for a copy of the model."
+        )
+
     # - Step
 
     def _wait(self) -> None:
@@ -306,16 +317,8 @@ class ShardedAdaBelief(Optimizer):
             ValueError: On all ranks: they are at different steps, or have different options or loss
                 scales. No rank has updated anything then, and `step` may be called again.
         """
-        if grad_scaler is not None and _is_unscaled(grad_scaler, self):
-            raise RuntimeError(
-                "ShardedAdaBelief divides by the loss scale itself, after gradients were summed "
-                "over the ranks: leave out scaler.unscale_(optimizer), and clip by max_grad_norm."
-            )
-        if grad_scaler is not None and self._options.reduce_dtype == torch.int8:
-            raise RuntimeError(
-                "reduce_dtype=torch.int8 does not work with a GradScaler, whose changing scale "
-                "would spoil the errors that are fed back; use bfloat16 parameters without one."
-            )
+        if grad_scaler is not None:
+            check_scaler(grad_scaler, self, self._options)
         if self._engine.consensus.calls == 0:
             observers.notify(observers.on_first_step, self)
         loss = None
@@ -329,8 +332,7 @@ class ShardedAdaBelief(Optimizer):
             loss_scale = None if grad_scaler is None else grad_scaler._get_scale_async()
             skip = self._engine.step(self.param_groups, loss_scale)
             if grad_scaler is not None:
-                checks = {skip.device: skip.to(torch.float32)}
-                grad_scaler._per_optimizer_states[id(self)]["found_inf_per_device"] = checks
+                tell_scaler(grad_scaler, self, skip)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -475,6 +477,10 @@ class ShardedAdaBelief(Optimizer):
             ValueError: On every rank, before anything is changed: some rank's is not a shard of
                 this optimizer, or of another rank, world size or layout.
         """
+        with load_hooks(self, state_dict) as loaded:
+            self._load(loaded)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         states = self._engine.update.states
         problem = None
         try:
@@ -490,7 +496,3 @@ class ShardedAdaBelief(Optimizer):
         self._continue_from(
             int(sharding["skipped_steps"]), int(sharding.get("seed", self._options.seed))
         )
-
-
-def _is_unscaled(grad_scaler: GradScaler, optimizer: Optimizer) -> bool:
-    return bool(grad_scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -164,6 +165,34 @@ def copy_shard_(
         own["step"] = int(entry["step"])
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
+
+
+@contextmanager
+def load_hooks(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Run the hooks that users have registered for `load_state_dict` around the loading itself.
+
+    torch runs them inside its own `load_state_dict`, which ours check and complete: a hook that
+    converts a state must come before the check, and one that looks at the result after all.
+
+    Yields:
+        What is to be loaded: the argument, or what the pre-hooks have made of it.
+    """
+    hooks = vars(optimizer)
+    before = hooks["_optimizer_load_state_dict_pre_hooks"]
+    after = hooks["_optimizer_load_state_dict_post_hooks"]
+    state_dict = state_dict.copy() if before else state_dict
+    for hook in before.values():
+        changed = hook(optimizer, state_dict)
+        if changed is not None:
+            state_dict = changed
+    names = ("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks")
+    try:
+        hooks.update({name: OrderedDict() for name in names})
+        yield state_dict
+    finally:
+        hooks.update(zip(names, (before, after), strict=True))
+    for hook in after.values():
+        hook(optimizer)
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
@@ -105,7 +106,11 @@ def _label(wrapper: Any) -> str:
 
 
 def _backend(optimizer: AdaBelief | ShardedAdaBelief) -> str:
-    param = optimizer.param_groups[0]["params"][0]
+    # ZeRO-3 leaves groups without parameters between steps, and all of them before the first.
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not params:
+        return kernels.serving(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    param = params[0]
     if isinstance(optimizer, ShardedAdaBelief):
         return kernels.serving(param.device)
     if kernels.prefers_foreach(param, optimizer._foreach, optimizer._fused):

@@ -13,6 +13,8 @@ module call after everything has arrived (it cannot leave while one of its own c
 
 from __future__ import annotations
 
+import os
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -53,6 +55,30 @@ def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
             yield from _tensors(value)
 
 
+def _in_a_block_of_others() -> bool:
+    """Return whether a mode is entered that the user will leave, such as `with torch.device(...)`.
+
+    Modes are popped by position: the end of such a block would take a guard above it away, and
+    leave the user's own mode for good. The default device set by `torch.set_default_device` stays.
+    """
+    default = getattr(torch._GLOBAL_DEVICE_CONTEXT, "device_context", None)
+    stack = _get_current_function_mode_stack()
+    return any(not isinstance(mode, ReadGuard) and mode is not default for mode in stack)
+
+
+# Guards that may have something to wait for, in any thread.
+_armed: weakref.WeakSet[ReadGuard] = weakref.WeakSet()
+
+
+def _wait_before_fork() -> None:
+    """Complete all parameters: a forked child has the memory, and no thread that receives."""
+    for guard in list(_armed):
+        guard.wait_all()
+
+
+os.register_at_fork(before=_wait_before_fork)
+
+
 class ReadGuard(TorchFunctionMode):
     """Waits for pending parameters when they are first read.
 
@@ -74,9 +100,12 @@ class ReadGuard(TorchFunctionMode):
         self._keys[wait] = keys
 
     def arm(self) -> None:
-        """Start to watch, if anything is on the way."""
-        if self._pending and not self._active:
+        """Start to watch, if anything is on the way; wait for it where that is not possible."""
+        if self._pending and _in_a_block_of_others():
+            self.wait_all()
+        elif self._pending and not self._active:
             self._active = True
+            _armed.add(self)
             self.__enter__()  # type: ignore[no-untyped-call]  # torch's modes carry no types
             self._hook = register_module_forward_pre_hook(self._before_forward)
 
