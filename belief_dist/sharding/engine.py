@@ -34,7 +34,9 @@ from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.grad_reducer import GradReducer
 from belief_dist.sharding.layout import Bucket, Layout, plan_layout
+from belief_dist.sharding.outer_reducers import OuterReducerCheck
 from belief_dist.sharding.param_specs import param_label, param_specs
+from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.process_groups import ModelParallel
 from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
 from belief_dist.sharding.read_guard import ReadGuard
@@ -174,7 +176,10 @@ class ShardEngine:
         ]
         for tensors in self._gathered_with:
             tensors += [part for p in list(tensors) if (part := local_part(p)) is not p]
+        self._label = partial(param_label, param_groups)
+        self._storage = ParamStorage(params, layout, self.buckets, comm.shard_index, self._label)
         self._note_versions()
+        self._outer_reducers = OuterReducerCheck(params)
         self.consensus.forget_order()
         # Two reducers with hooks on one parameter would both count its gradient.
         if hasattr(self, "reducer"):
@@ -186,8 +191,9 @@ class ShardEngine:
             comm,
             options,
             self.driver,
+            self._storage,
             in_norm=[self._counts_in_norm(plan, param_groups) for plan in layout.buckets],
-            label=partial(param_label, param_groups),
+            label=self._label,
         )
 
     def _compare_ranks(self, layout: Layout, param_groups: ParamGroups) -> None:
@@ -240,12 +246,15 @@ class ShardEngine:
             ValueError: On all ranks: they are at different steps, or have different options or loss
                 scales. Nothing was updated.
         """
+        self._outer_reducers.end()
+        self._check_owner()
         self.sync_masters_from_params()
         reducer, consensus = self.reducer, self.consensus
         reducer.finish()
         decision = consensus.decide(reducer, self.buckets, _options_of(param_groups), loss_scale)
         if not consensus.defers:
             self._raise_if_apart(Verdict(int(decision.verdict)), param_groups)
+        self._check_amsgrad(param_groups)
         # Steps are counted before the verdict is known, and counted back if it is not to update:
         # the host need not wait for the device to launch the updates.
         skip = decision.skip
@@ -268,6 +277,23 @@ class ShardEngine:
         if not consensus.defers:
             self.read_verdict(param_groups)
         return skip
+
+    def _check_owner(self) -> None:
+        if self.reducer.is_closed:
+            raise RuntimeError(
+                "another ShardedAdaBelief was built over parameters of this one and trains them "
+                "now; drop this one, or build a new one to take them back."
+            )
+
+    def _check_amsgrad(self, param_groups: ParamGroups) -> None:
+        """Refuse a switch that the states were not made for; all ranks have the same options."""
+        for bucket in self.buckets:
+            wanted = param_groups[bucket.bucket.group]["amsgrad"]
+            if wanted != ("max_exp_avg_sq" in bucket.states):
+                raise ValueError(
+                    f"amsgrad of param group {bucket.bucket.group} was set to {wanted} after "
+                    f"ShardedAdaBelief was built; its states are laid out by then. Build a new one."
+                )
 
     def _grad_scales(self, norm_bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
@@ -323,10 +349,14 @@ class ShardEngine:
                 "ranks that hold another part of the tensor-parallel model have come apart, see "
                 "their error. Nothing was updated."
             )
+        if verdict == Verdict.GRADIENTS_SPOILED:
+            sentences = self.comm.exchange(self.reducer.spoiled)
+            rank = next(rank for rank, each in enumerate(sentences) if each is not None)
+            raise RuntimeError(f"rank {rank}: {sentences[rank]}. Nothing was updated.")
         if verdict == Verdict.REPLICAS_DIFFER:
             # The comparison below reads parameters, and says which differ now.
             self.read_guard.wait_all()
-            labels = [param_label(param_groups, index) for index in range(len(self.params))]
+            labels = list(map(self._label, range(len(self.params))))
             copies = [
                 {labels[slot.param]: local_part(self.params[slot.param]) for slot in plan.slots}
                 for plan in self.layout.buckets
@@ -342,6 +372,7 @@ class ShardEngine:
 
     def sync_masters_from_params(self) -> None:
         """Copy parameters that were changed outside the optimizer into their masters."""
+        self._storage.take_over()
         # Every in-place change of a tensor counts its version up; our own updates write to the flat
         # buffers, which have other counters.
         versions = [param._version for param in self.params]
@@ -383,4 +414,13 @@ class ShardEngine:
 
 
 def _options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
-    return [{key: group[key] for key in (*OPTION_NAMES, "clip")} for group in param_groups]
+    """Return the options of all groups as numbers that `repr` tells apart to the last bit."""
+    keys = (*OPTION_NAMES, "clip")
+    return [{key: _plain(group[key]) for key in keys} for group in param_groups]
+
+
+def _plain(value: Any) -> Any:
+    # A tensor prints four digits, and its device; a list from JSON is the same pair as a tuple.
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, bool) else float(value)

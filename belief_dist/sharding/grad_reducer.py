@@ -42,6 +42,7 @@ from belief_dist.sharding.collectives import Collectives, ReduceRequest
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import is_dtensor, local_grad
 from belief_dist.sharding.grad_codec import codec_for
+from belief_dist.sharding.param_storage import ParamStorage
 
 # Flat buffers of gradients that exist at the same time: one fills while another travels. A pass
 # whose gradients arrive out of order may need more.
@@ -87,6 +88,7 @@ class GradReducer(ABC):
         comm: The process group.
         options: Overlap, and in which form gradients travel.
         driver: Knows which backward pass is the last one before a step.
+        storage: Looks whether parameters still lie in their buckets.
         in_norm: Tells of each bucket whether its gradients count in the norm, on this rank.
         label: Names a parameter in errors.
 
@@ -95,6 +97,10 @@ class GradReducer(ABC):
             buckets that count in the norm.
         unclipped_norm_bins: The same for all other buckets.
         schedule: The order of the reductions.
+        is_closed: Whether another reducer has taken the parameters over.
+        spoiled: After `finish`, why this step must not be taken on this rank: a sentence about a
+            gradient that was changed after its reduction, or added to one of an earlier step. None
+            if nothing is wrong.
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class GradReducer(ABC):
         comm: Collectives,
         options: EngineOptions,
         driver: Driver,
+        storage: ParamStorage,
         *,
         in_norm: Sequence[bool],
         label: Callable[[int], str],
@@ -117,6 +124,9 @@ class GradReducer(ABC):
         self._in_norm = in_norm
         self._label = label
         self.driver = driver
+        self._storage = storage
+        self.is_closed = False
+        self.spoiled: str | None = None
         self._param_indices = [[slot.param for slot in b.bucket.slots] for b in buckets]
         # Of every parameter, its bucket and its position there.
         self._param_slot = [(0, 0)] * len(params)
@@ -133,6 +143,9 @@ class GradReducer(ABC):
         self.schedule = Schedule(len(buckets), len(params))
         self._pool = BufferPool(_RECYCLED, max(map(self._message_nbytes, buckets), default=0))
         self.norm_bins = self.unclipped_norm_bins = torch.zeros(0)
+        # An optimizer of an earlier phase, or of a cell that was run before, may still be alive.
+        for earlier in {id(each): each for p in params for each in _reducers_of(p)}.values():
+            earlier.close()
         owner = weakref.ref(self)
         self._hooks = [_add_hook(param, owner, i) for i, param in enumerate(params)]
 
@@ -145,7 +158,8 @@ class GradReducer(ABC):
         )
 
     def close(self) -> None:
-        """Remove the hooks from the parameters."""
+        """Remove the hooks from the parameters: another reducer takes them over."""
+        self.is_closed = True
         for hook in self._hooks:
             hook.remove()
 
@@ -163,6 +177,7 @@ class GradReducer(ABC):
         task = _current_graph_task_id()
         if task != self._task:
             self._task, self._nested = task, _in_nested_backward()
+            self._storage.take_over()
             self._enter_backward()
         self._take(index)
         schedule = self.schedule
@@ -315,6 +330,13 @@ def _in_nested_backward() -> bool:
     return depth > outermost
 
 
+def _reducers_of(param: Tensor) -> list[GradReducer]:
+    """Return the reducers whose hooks are on a parameter."""
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    owners = [getattr(hook, "belief_dist_owner", None) for hook in hooks.values()]
+    return [reducer for owner in owners if owner is not None and (reducer := owner()) is not None]
+
+
 def _add_hook(param: Tensor, owner: weakref.ref[GradReducer], index: int) -> RemovableHandle:
     def on_gradient(param: Tensor) -> None:
         reducer = owner()  # a weak reference: hooks do not keep the buffers alive
@@ -326,6 +348,7 @@ def _add_hook(param: Tensor, owner: weakref.ref[GradReducer], index: int) -> Rem
         else:
             reducer.on_gradient(index)
 
+    on_gradient.belief_dist_owner = owner  # type: ignore[attr-defined]
     # torch refuses the hook while a parameter is frozen, but keeps one that was there before.
     trains = param.requires_grad
     param.requires_grad_(True)

@@ -75,18 +75,27 @@ def replica_fault(
     if len(set(map(tuple, everyone))) > 1:  # else the gather has spread one copy since
         param, odd = _first_difference(everyone)
         where = f"of parameter {list(buckets[bucket])[param]}"
+    if odd:
+        which = f"rank {' and '.join(map(str, odd))} differs from the others"
+    else:
+        which = "none has a majority, so that any may be the wrong one"
     return (
         f"the copies {where} (bucket {bucket}) differ between the {len(everyone)} ranks of the "
-        f"process group: rank {' and '.join(map(str, odd))} differs from the others. Code has "
+        f"process group: {which}. Code has "
         f"changed it on some ranks only, or memory or the network is faulty. Nothing was updated; "
         f"give all ranks equal weights, for example from a checkpoint."
     )
 
 
 def _first_difference(everyone: Sequence[Sequence[int]]) -> tuple[int, list[int]]:
-    """Return the first position at which ranks differ, and the ranks that are in the minority."""
+    """Return the first position at which ranks differ, and the ranks that differ from most.
+
+    If no value has a majority, that is no rank.
+    """
     for position, values in enumerate(zip(*everyone, strict=True)):
         if len(set(values)) > 1:
-            most = Counter(values).most_common(1)[0][0]
+            most, count = Counter(values).most_common(1)[0]
+            if 2 * count <= len(values):
+                return position, []
             return position, [rank for rank, value in enumerate(values) if value != most]
     raise AssertionError("all ranks are equal")

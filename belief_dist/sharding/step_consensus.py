@@ -8,6 +8,7 @@ words                meaning
 ``norm.NUM_WORDS``   exact squares of the gradients, and how many elements are not finite
 2                    fingerprint of the step: its number, all options, the loss scale
 2                    checksum of this rank's copy of all parameters
+1                    how many ranks have a gradient that must not be taken
 one per parameter    how many ranks have a gradient for it
 one per bucket       when its gradients were complete; in the first step only
 ===================  ============================================================================
@@ -41,7 +42,8 @@ class Verdict(IntEnum):
     NOT_FINITE = 1
     STEPS_DIFFER = 2
     REPLICAS_DIFFER = 3
-    MODEL_PARALLEL_PEER_FAILED = 4  # another part of a tensor-parallel model has one of the above
+    MODEL_PARALLEL_PEER_FAILED = 4  # another part of a tensor-parallel model has one of these
+    GRADIENTS_SPOILED = 5  # changed after their reduction, on some rank
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class StepConsensus:
             used=reducer.used(),
             step=fingerprint((self.calls, options), loss_scale, bins.device),
             replica=self.replica_sums.sum(),
+            spoiled=reducer.spoiled is not None,
             completed=completed,
             num_buckets=len(buckets),
         )
@@ -147,6 +150,7 @@ def agree(
     used: Sequence[bool],
     step: Tensor,
     replica: Tensor,
+    spoiled: bool = False,
     completed: Sequence[int] | None = None,
     num_buckets: int = 0,
 ) -> Decision:
@@ -160,6 +164,7 @@ def agree(
         used: Which parameters have a gradient on this rank.
         step: One element, int64: equal on ranks that are at the same step, see `fingerprint`.
         replica: One element, int64: the checksum of this rank's parameters, see `checksum`.
+        spoiled: Whether this rank has a gradient that must not be taken.
         completed: Buckets in the order in which their gradients were complete on this rank, or
             None to send nothing about it. All ranks must give it, or none.
         num_buckets: How many buckets there are.
@@ -167,10 +172,11 @@ def agree(
     # A word alone could agree by accident in its sum (x + 1 and x - 1): each travels with a square.
     device, count = norm_bins.device, len(used)
     own = torch.stack([step, _mixed(step), replica, _mixed(replica)])
+    fault = torch.full((1,), int(spoiled), dtype=torch.int64, device=device)
     flags = torch.ones(count, dtype=torch.int64, device=device)
     if not all(used):
         flags = torch.tensor(used, dtype=torch.int64, device=device)
-    words = [norm_bins, own, flags]
+    words = [norm_bins, own, fault, flags]
     if completed is not None:
         turns = list(range(num_buckets, 2 * num_buckets))  # after all that were complete
         for turn, bucket in enumerate(completed):
@@ -179,19 +185,21 @@ def agree(
     message = torch.cat(words)
     comm.sum_(message)
 
-    total, flags = message[:NUM_WORDS], message[NUM_WORDS + 4 :][:count]
+    total, rest = message[:NUM_WORDS], message[NUM_WORDS + 4 :]
+    fault, flags, times = rest[:1], rest[1 : 1 + count], rest[1 + count :]
     same = (message[NUM_WORDS : NUM_WORDS + 4] == own * comm.world_size).view(2, 2).all(1)
     # The graver finding wins: ranks at other steps may well have other gradients. Computed on the
     # device, so that the host need not wait.
     verdict = torch.where(nonfinite_count(total) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
+    verdict = torch.where(fault[0] > 0, Verdict.GRADIENTS_SPOILED, verdict)
     verdict = torch.where(same[1], verdict, Verdict.REPLICAS_DIFFER)
     verdict = torch.where(same[0], verdict, Verdict.STEPS_DIFFER)
     # A rank that has used every parameter need not wait for the answer of the others.
     agreed_use = list(used) if all(used) else (flags > 0).tolist()
     order = None
     if completed is not None:
-        times = message[NUM_WORDS + 4 + count :].tolist()
-        order = sorted(range(num_buckets), key=lambda bucket: (times[bucket], bucket))
+        turns = times.tolist()
+        order = sorted(range(num_buckets), key=lambda bucket: (turns[bucket], bucket))
     return Decision(total, verdict, agreed_use, order)
 
 

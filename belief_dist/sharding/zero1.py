@@ -36,6 +36,10 @@ class Zero1Reducer(GradReducer):
         # The version of a gradient when it was summed over the ranks.
         self._reduced_version: list[int | None] = [None] * len(self._params)
         self._in_no_sync = False
+        # Between a step and `zero_grad`: gradients are sums over the ranks, which were used.
+        self._is_spent = False
+        # Whether no gradient came since that step.
+        self._holds_sums = False
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -47,6 +51,7 @@ class Zero1Reducer(GradReducer):
             self._in_no_sync = before
 
     def _enter_backward(self) -> None:
+        self._holds_sums = False
         self._local_only = self._in_no_sync or not self.driver.is_last_backward()
 
     def _take(self, index: int) -> None:
@@ -55,7 +60,11 @@ class Zero1Reducer(GradReducer):
             view = self._views[index]
             # One in-place change since the reduction is this accumulation: onto a sum over ranks.
             onto_sum = self._params[index].grad is view and view._version == reduced + 1
-            if onto_sum or self.schedule.arrived[index]:
+            if onto_sum and self._is_spent:
+                # A pass of another network through this one, between this one's step and its
+                # zero_grad (GANs): no harm is done unless a step takes such gradients.
+                self._spoil(index)
+            elif onto_sum or self.schedule.arrived[index]:
                 raise RuntimeError(
                     f"backward reached parameter {self._label(index)} again after its gradient was "
                     f"summed over the ranks: call zero_grad() after step(), and run all but the "
@@ -83,6 +92,8 @@ class Zero1Reducer(GradReducer):
                 self._places[index].zero_()
             elif grad is not self._views[index]:
                 elsewhere.append(index)
+            elif self._reduced_version[index] is not None:
+                self._spoil(index)
         if elsewhere:
             self._adopt(elsewhere)
         # Padding was zero when the buffer was made, and nothing has written to it since.
@@ -93,7 +104,13 @@ class Zero1Reducer(GradReducer):
             self._reduced_version[index] = self._views[index]._version
 
     def finish(self) -> None:
-        """See `GradReducer.finish`."""
+        """See `GradReducer.finish`.
+
+        Called again without a new gradient, it leaves the sums as they are: as everywhere in torch,
+        a second step on one gradient takes the same gradient.
+        """
+        if self._holds_sums and self._find_changed() is None:
+            return
         # The usual case, every gradient in its place, is told without a loop in Python.
         grads = [param.grad for param in self._params]
         if not all(map(is_, grads, self._views)):
@@ -106,8 +123,39 @@ class Zero1Reducer(GradReducer):
                         f"summed over the ranks; change gradients before backward ends, or build "
                         f"the optimizer with overlap=False."
                     )
+        changed = self._find_changed()
+        if changed is not None and self._comm.world_size == 1:
+            # One rank: what the user has made of a gradient is the gradient.
+            self.schedule.begin_round()
+            self._reduced_version = [None] * len(self._params)
+        elif changed is not None:
+            self.spoiled = (
+                f"the gradient of parameter {self._label(changed)} was changed after it was summed "
+                f"over the ranks, where it is no gradient but a rank's share of the sum. Clip by "
+                f"max_grad_norm; change gradients in a hook that is registered before the "
+                f"optimizer is built; or build it with overlap=False, which reduces them in step()"
+            )
         self._launch()
         self._pool.drain()
+
+    def _find_changed(self) -> int | None:
+        """Return the first parameter whose gradient was changed in place since its reduction."""
+        versions = [view._version for view in self._views]
+        if versions == self._reduced_version:
+            return None
+        for index, (now, then) in enumerate(zip(versions, self._reduced_version, strict=True)):
+            has_view = self._params[index].grad is self._views[index]
+            if then is not None and now != then and has_view:
+                return index
+        return None
+
+    def _spoil(self, index: int) -> None:
+        if self.spoiled is None:
+            self.spoiled = (
+                f"the gradient of parameter {self._label(index)} holds the sum of the step before, "
+                f"and was added to or is mixed with new ones: call optimizer.zero_grad() after "
+                f"step(), or at the latest before the backward passes of the next step"
+            )
 
     def used(self) -> list[bool]:
         """See `GradReducer.used`."""
@@ -116,6 +164,7 @@ class Zero1Reducer(GradReducer):
     def end_step(self) -> None:
         """See `GradReducer.end_step`; gradients stay until `zero_grad`, as torch's users expect."""
         self.schedule.begin_round()
+        self._holds_sums = self._is_spent = True
 
     def zero_grad(self, *, set_to_none: bool) -> None:
         """See `GradReducer.zero_grad`; in the middle of a step it is called by all ranks."""
@@ -125,6 +174,8 @@ class Zero1Reducer(GradReducer):
             self._pool.drain()
             self.forget_errors()
         self.schedule.begin_round()
+        self._holds_sums = self._is_spent = False
+        self.spoiled = None
         self._reduced_version = [None] * len(self._params)
         # With None, autograd hands over the next gradients instead of adding to zeros.
         if set_to_none:

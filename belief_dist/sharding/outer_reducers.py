@@ -1,0 +1,56 @@
+"""Refuses a second reduction of the gradients: DistributedDataParallel or DataParallel around us.
+
+Both would average what the engine sums, before or while it does so, and training would go on with
+neither's gradient. They are noticed at the first forward, which comes before any gradient.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.hooks import RemovableHandle
+
+
+class OuterReducerCheck:
+    """Looks at every module that is called, until `end`."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        """Look for modules around any of `params`, which the caller keeps alive."""
+        self._ids = frozenset(map(id, params))
+        self._hook = _add_hook(weakref.ref(self))
+
+    def end(self) -> None:
+        """Look no longer."""
+        self._hook.remove()
+
+    def check(self, module: nn.Module) -> None:
+        """Refuse a module that reduces gradients of the parameters.
+
+        Raises:
+            RuntimeError: It does.
+        """
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            if any(id(param) in self._ids for param in module.parameters()):
+                name = type(module).__name__
+                raise RuntimeError(
+                    f"{name} is around a model that ShardedAdaBelief trains, and would reduce its "
+                    f"gradients a second time: pass the bare module to the training loop (the "
+                    f"optimizer gives all ranks equal parameters and averages gradients itself), "
+                    f"or use belief_dist.AdaBelief with {name}."
+                )
+
+
+def _add_hook(owner: weakref.ref[OuterReducerCheck]) -> RemovableHandle:
+    def before_forward(module: nn.Module, args: Any) -> None:
+        check = owner()
+        if check is None:  # the optimizer has been deleted
+            handle.remove()
+        else:
+            check.check(module)
+
+    handle = register_module_forward_pre_hook(before_forward)
+    return handle

@@ -1,0 +1,75 @@
+"""Parameters that were given another storage are moved back into their buckets.
+
+Assigning to `.data` does so: `module.half().float()`, `vector_to_parameters`, SAM's and averages'
+swaps. Without this, the former places would be trained in their stead, and nothing would tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.dtensor import local_part
+from belief_dist.sharding.layout import Layout
+
+
+class ParamStorage:
+    """Knows where every parameter lies, and looks whether it still does.
+
+    Looking costs a call into torch for each parameter, so it is done once for a backward pass and
+    once for a step, not where a parameter is used.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        layout: Layout,
+        buckets: Sequence[BucketBuffers],
+        shard_index: int,
+        label: Callable[[int], str],
+    ) -> None:
+        """Remember where the parameters lie now: in their buckets."""
+        self._local = [local_part(param) for param in params]
+        self._layout = layout
+        self._buckets = buckets
+        self._shard_index = shard_index
+        self._label = label
+        self._addresses = list(map(Tensor.data_ptr, self._local))
+
+    def take_over(self) -> None:
+        """Move what lies elsewhere now back to its place, with its values, masters included.
+
+        Raises:
+            ValueError: A parameter has another dtype, device or shape than its place.
+        """
+        addresses = list(map(Tensor.data_ptr, self._local))
+        if addresses == self._addresses:
+            return
+        pairs = enumerate(zip(self._addresses, addresses, strict=True))
+        for index in [index for index, (old, new) in pairs if old != new]:
+            self._take_over(index)
+
+    def _take_over(self, index: int) -> None:
+        param, (number, slot) = self._local[index], self._layout.place(index)
+        buffers = self._buckets[number]
+        position = buffers.bucket.slots.index(slot)
+        place = buffers.view(buffers.flat_param, position)
+        if (param.dtype, param.device, param.shape) != (place.dtype, place.device, place.shape):
+            raise ValueError(
+                f"parameter {self._label(index)} is {param.dtype} of shape {tuple(param.shape)} on "
+                f"{param.device} now, and was {place.dtype} of shape {tuple(place.shape)} on "
+                f"{place.device} when ShardedAdaBelief was built: convert and move the model "
+                f"first, and build the optimizer then."
+            )
+        place.copy_(param.detach())
+        param.data = place
+        part = self._layout.fragment(index, self._shard_index)
+        buffers.refresh_master(part.in_shard, part.in_shard + part.numel)
+        if buffers.flat_grad is not None:
+            # Modules convert gradients with their parameters, in the same way.
+            grad, place = buffers.grad_views[position], buffers.view(buffers.flat_grad, position)
+            if grad.data_ptr() != place.data_ptr():
+                place.copy_(grad)
+                grad.data = place

@@ -1,0 +1,348 @@
+"""What users really do to an optimizer: it counts, or is an error on all ranks."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.overrides import TorchFunctionMode
+
+from belief_dist import ShardedAdaBelief
+from belief_dist.options import DEFAULTS
+from belief_dist.sharding.rank_checks import _first_difference
+from tests.harness.models import HYPER, SHAPES, make_grad, make_params
+from tests.harness.ranks import run_ranks
+from tests.harness.reference import Reference, backward, compare
+
+Stage = Literal[1, 2]
+Params = list[nn.Parameter]
+OPTIONS = {**DEFAULTS, **HYPER}
+
+
+def own_grads(step: int) -> list[Tensor | None]:
+    return [make_grad(s, step, dist.get_rank(), i) for i, s in enumerate(SHAPES)]
+
+
+def all_grads(step: int) -> list[list[Tensor | None]]:
+    ranks = range(dist.get_world_size())
+    return [[make_grad(s, step, rank, i) for i, s in enumerate(SHAPES)] for rank in ranks]
+
+
+def snapshot(params: Params) -> list[Tensor]:
+    return [param.detach().clone() for param in params]
+
+
+# - Gradients
+
+
+def steps_on_one_gradient(overlap: bool) -> None:
+    """A second step without a new gradient takes the same gradient again."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, overlap=overlap, **HYPER)
+    reference = Reference(make_params(), [OPTIONS] * len(params))
+    for step in range(2):
+        backward(params, own_grads(step))
+        for _ in range(3):
+            optimizer.step()
+            reference.step(all_grads(step), None, dist.get_world_size())
+            assert optimizer.grad_norm.item() == reference.norm.item()
+            compare(optimizer, reference, f"overlap {overlap}, step {step}")
+        optimizer.zero_grad()
+
+
+def scale(params: Params) -> None:
+    for param in params:
+        assert param.grad is not None
+        param.grad.mul_(0.5)
+
+
+def mask(params: Params) -> None:
+    assert params[7].grad is not None
+    params[7].grad[:3] = 0
+
+
+def add_noise(params: Params) -> None:
+    torch._foreach_add_([param.grad for param in params if param.grad is not None], 0.1)
+
+
+CHANGES: dict[str, Callable[[Params], Any]] = {
+    "clip_grad_norm_": lambda params: nn.utils.clip_grad_norm_(params, 0.1),
+    "clip_grad_value_": lambda params: nn.utils.clip_grad_value_(params, 0.01),
+    "mul_": scale,
+    "mask": mask,
+    "noise": add_noise,
+}
+
+
+def gradients_changed_after_reduction(name: str) -> None:
+    """All ranks are told, nothing is updated, and zero_grad leads back."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, **HYPER)
+    before = snapshot(params)
+    backward(params, own_grads(0))
+    CHANGES[name](params)
+    with pytest.raises(
+        RuntimeError, match=r"rank 0: .* changed after it was summed.*max_grad_norm"
+    ):
+        optimizer.step()
+    assert all(map(torch.equal, before, params)), name
+    optimizer.zero_grad()
+    reference = Reference(make_params(), [OPTIONS] * len(params))
+    backward(params, own_grads(1))
+    optimizer.step()
+    reference.step(all_grads(1), None, dist.get_world_size())
+    compare(optimizer, reference, name)
+
+
+def gradients_changed_on_one_rank() -> None:
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, **HYPER)
+    backward(params, own_grads(0))
+    last = dist.get_world_size() - 1
+    if dist.get_rank() == last:
+        mask(params)
+    with pytest.raises(RuntimeError, match=f"rank {last}: the gradient of parameter number 7 "):
+        optimizer.step()
+
+
+def gradients_changed_before_reduction() -> None:
+    """Without overlap nothing is reduced before step: what users make of gradients counts."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, overlap=False, **HYPER)
+    reference = Reference(make_params(), [OPTIONS] * len(params))
+    backward(params, own_grads(0))
+    scale(params)
+    optimizer.step()
+    halves = [[None if g is None else g * 0.5 for g in grads] for grads in all_grads(0)]
+    reference.step(halves, None, dist.get_world_size())
+    compare(optimizer, reference, "overlap=False")
+
+
+def old_and_new_gradients_mixed() -> None:
+    """Without zero_grad, part of the gradients are new ones: told at the step, on all ranks."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, **HYPER)
+    backward(params, own_grads(0))
+    optimizer.step()
+    backward(params, [g if i % 2 else None for i, g in enumerate(own_grads(1))])
+    with pytest.raises(RuntimeError, match=r"sum of the step before.*optimizer.zero_grad\(\)"):
+        optimizer.step()
+    optimizer.zero_grad()
+    backward(params, own_grads(1))
+    optimizer.step()
+
+
+def usual_gan_loop(forgetful: bool) -> list[Tensor]:
+    """Return the weights after the DCGAN loop: zero_grad of each network before its own backward.
+
+    Unless `forgetful`, the critic's gradients from the generator's pass are dropped at once.
+    """
+    torch.manual_seed(0)
+    generator, critic = nn.Linear(3, 6), nn.Linear(6, 1)
+    nets = [
+        ShardedAdaBelief(net.parameters(), bucket_bytes=16, lr=0.05, eps=1e-2)
+        for net in (generator, critic)
+    ]
+    seeds = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(4):
+        nets[1].zero_grad()
+        fake = generator(torch.randn(4, 3, generator=seeds))
+        real = torch.randn(4, 6, generator=seeds)
+        (critic(fake.detach()).mean() - critic(real).mean()).backward()
+        nets[1].step()
+        if not forgetful:
+            nets[1].zero_grad()
+        nets[0].zero_grad()
+        (-critic(fake).mean()).backward()
+        nets[0].step()
+    return [*snapshot(list(generator.parameters())), *snapshot(list(critic.parameters()))]
+
+
+def gans_train() -> None:
+    assert all(map(torch.equal, usual_gan_loop(True), usual_gan_loop(False)))
+
+
+# - Parameters
+
+
+def assign(model: nn.Linear) -> None:
+    for param in model.parameters():
+        param.data = param.data.clone()
+
+
+def flatten(model: nn.Linear) -> None:
+    vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
+
+
+STORAGES: dict[str, Callable[[nn.Linear], Any]] = {
+    "p.data = x": assign,
+    "vector_to_parameters": flatten,
+    "double().float()": lambda model: model.double().float(),
+    "_apply": lambda model: model._apply(torch.clone),
+    "swapped and swapped back": lambda model: [assign(model), assign(model)],
+    "channels_last of a view": lambda model: model.to(memory_format=torch.contiguous_format),
+}
+
+
+def train_with_other_storage(change: Callable[[nn.Linear], Any] | None, stage: Stage) -> Params:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 7)
+    params = list(model.parameters())
+    optimizer = ShardedAdaBelief(params, bucket_bytes=64, stage=stage, lr=0.1, eps=1e-2)
+    inputs = torch.randn(4, 5, generator=torch.Generator().manual_seed(dist.get_rank()))
+    for step in range(4):
+        if step == 2 and change is not None:
+            change(model)
+        optimizer.zero_grad()
+        model(inputs).square().sum().backward()
+        if step == 3 and change is not None:
+            assign(model)  # between backward and step
+        optimizer.step()
+    optimizer.wait_pending()
+    return params
+
+
+def storage_that_was_replaced(stage: Stage) -> None:
+    """A parameter that lies elsewhere now goes on training, with its values."""
+    right = train_with_other_storage(None, stage)
+    for name, change in STORAGES.items():
+        ours = train_with_other_storage(change, stage)
+        assert all(map(torch.equal, ours, right)), (name, stage)
+
+
+def another_dtype_is_refused() -> None:
+    model = nn.Linear(3, 3)
+    optimizer = ShardedAdaBelief(model.parameters())
+    model.double()
+    loss = model(torch.ones(1, 3, dtype=torch.float64)).sum()
+    sentence = r"is torch.float64 .* and was torch.float32 .* convert"
+    with pytest.raises(ValueError, match=sentence):
+        loss.backward()
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.step()
+
+
+def two_optimizers_over_one_model(stage: Stage) -> None:
+    """The newer one trains, whether the older one still exists or not; the older one says so."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        model = nn.Linear(3, 3)
+        older = ShardedAdaBelief(model.parameters(), stage=stage)
+        newer = ShardedAdaBelief(model.parameters(), stage=stage)
+        for _ in range(3):
+            newer.zero_grad()
+            model(torch.ones(1, 3)).sum().backward()
+            newer.step()
+        with pytest.raises(RuntimeError, match="another ShardedAdaBelief was built over"):
+            older.step()
+        assert newer.state[model.weight]["step"] == 3
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def wrapped(outer: Callable[[nn.Module], nn.Module], first: bool) -> None:
+    """DistributedDataParallel around the model is refused before the first gradient."""
+    model = nn.Linear(3, 3)
+    around = outer(model) if first else None
+    optimizer = ShardedAdaBelief(model.parameters())
+    around = around or outer(model)
+    with pytest.raises(RuntimeError, match="is around a model that ShardedAdaBelief trains"):
+        around(torch.ones(1, 3))
+    model(torch.ones(1, 3)).sum().backward()  # bare, it trains
+    optimizer.step()
+    other = outer(nn.Linear(3, 3))  # of no concern
+    other(torch.ones(1, 3))
+
+
+# - Options and modes
+
+
+def learning_rates_as_tensors() -> None:
+    """They are compared as the numbers that they are, not as they print."""
+    rank = dist.get_rank()
+    dtype = torch.float64 if rank else torch.float32
+    same = ShardedAdaBelief(nn.Linear(3, 3).parameters(), lr=torch.tensor(0.5, dtype=dtype))
+    assert same.param_groups[0]["lr"] == 0.5
+    nearly = torch.tensor(1e-3 * (1 + 4e-5 * rank))
+    with pytest.raises(ValueError, match="disagree about the options of param group"):
+        ShardedAdaBelief(nn.Linear(3, 3).parameters(), lr=nearly)
+
+
+def amsgrad_switched_on_later() -> None:
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, **HYPER)
+    backward(params, own_grads(0))
+    optimizer.param_groups[0]["amsgrad"] = True
+    with pytest.raises(ValueError, match="amsgrad of param group 0 was set to True after"):
+        optimizer.step()
+
+
+class Log(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def steps_inside_a_block_of_the_user() -> None:
+    """The end of `with torch.device(...)` ends that block, and reads are right afterwards."""
+    for block in (Log(), torch.device("meta")):
+        model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(6)])
+        optimizer = ShardedAdaBelief(model.parameters(), bucket_bytes=1 << 14, lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 64)).square().mean().backward()
+            with block:
+                optimizer.step()
+            assert torch.ones(1).device.type == "cpu"
+            seen = snapshot(list(model.parameters()))
+            optimizer.wait_pending()
+            assert all(map(torch.equal, seen, model.parameters()))
+
+
+DDP = nn.parallel.DistributedDataParallel
+
+
+@pytest.mark.parametrize("world_size", [3, 4])
+def test_user_habits(world_size: int, tmp_path: Path) -> None:
+    run_ranks(
+        world_size,
+        tmp_path,
+        *(partial(steps_on_one_gradient, overlap) for overlap in (True, False)),
+        *(partial(gradients_changed_after_reduction, name) for name in CHANGES),
+        gradients_changed_on_one_rank,
+        gradients_changed_before_reduction,
+        old_and_new_gradients_mixed,
+        gans_train,
+        *(partial(storage_that_was_replaced, stage) for stage in (1, 2)),
+        another_dtype_is_refused,
+        *(partial(two_optimizers_over_one_model, stage) for stage in (1, 2)),
+        *(partial(wrapped, DDP, first) for first in (True, False)),
+        learning_rates_as_tensors,
+        amsgrad_switched_on_later,
+        steps_inside_a_block_of_the_user,
+    )
+
+
+def test_without_a_majority_no_rank_is_blamed() -> None:
+    assert _first_difference([[1, 2], [1, 3], [1, 2]]) == (1, [1])
+    assert _first_difference([[1, 2], [1, 3]]) == (1, [])
+    assert _first_difference([[5], [6], [5], [6]]) == (0, [])
+
+
+def test_one_rank_takes_gradients_as_the_user_left_them() -> None:
+    param = nn.Parameter(torch.ones(4))
+    optimizer = ShardedAdaBelief([param], max_grad_norm=1.0, lr=0.1)
+    (param * torch.arange(4.0)).sum().backward()
+    assert param.grad is not None
+    param.grad.mul_(2.0)
+    optimizer.step()
+    assert optimizer.grad_norm.item() == pytest.approx(2 * 14**0.5, rel=1e-12)
