@@ -148,8 +148,9 @@ def traffic_is_as_documented() -> None:
     def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal messages
         messages += 1
-        # Two words each for step and replica, one for every parameter, and first for every bucket.
-        words = NUM_WORDS + 4 + len(SHAPES)
+        # Two words each for step and replica, one for spoiled gradients, one for every parameter,
+        # and first for every bucket.
+        words = NUM_WORDS + 5 + len(SHAPES)
         assert tensor.numel() == words + (0 if messages > 1 else len(optimizer.layout.buckets))
         return all_reduce(tensor, *args, **kwargs)
 
