@@ -31,7 +31,7 @@ from belief_dist.sharding.buffer_pool import BufferPool, Handle
 from belief_dist.sharding.grad_codec import AS_IS, Codec
 
 # Reductions whose receive buffers exist at the same time. A third would only wait for the wire.
-_RECEIVING = 2
+RECEIVING = 2
 
 # torch 2.13 renamed these two and deprecates the old names.
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -204,7 +204,7 @@ class AllToAll(Collectives):
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         super().__init__(group)
-        self._inboxes = BufferPool(_RECEIVING)
+        self._inboxes = BufferPool(RECEIVING)
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""

@@ -242,9 +242,10 @@ class ShardEngine:
             Whether the step is skipped: one element, bool, on the device of the parameters.
 
         Raises:
-            RuntimeError: On all ranks: their parameters differ. Nothing was updated.
+            RuntimeError: On all ranks: their parameters differ, or a gradient of one of them must
+                not be taken. Nothing was updated. Or another optimizer has the parameters now.
             ValueError: On all ranks: they are at different steps, or have different options or loss
-                scales. Nothing was updated.
+                scales, or amsgrad was switched. Nothing was updated.
         """
         self._outer_reducers.end()
         self._check_owner()
@@ -350,7 +351,7 @@ class ShardEngine:
                 "their error. Nothing was updated."
             )
         if verdict == Verdict.GRADIENTS_SPOILED:
-            sentences = self.comm.exchange(self.reducer.spoiled)
+            sentences = self.comm.exchange(self.consensus.spoiled)
             rank = next(rank for rank, each in enumerate(sentences) if each is not None)
             raise RuntimeError(f"rank {rank}: {sentences[rank]}. Nothing was updated.")
         if verdict == Verdict.REPLICAS_DIFFER:

@@ -9,12 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from belief_dist.sharding.buffer_pool import BufferPool, Handle
-from belief_dist.sharding.collectives import Collectives, ReduceRequest, Works
+from belief_dist.sharding.collectives import RECEIVING, Collectives, ReduceRequest, Works
 
 # Larger messages let the two directions of a TCP connection take turns instead of running at once.
 _CHUNK_BYTES = 1 << 20
-# Reductions whose receive buffers exist at the same time. A third would only wait for the wire.
-_RECEIVING = 2
 
 
 class PointToPoint(Collectives):
@@ -23,7 +21,7 @@ class PointToPoint(Collectives):
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         super().__init__(group)
         assert group is not None
-        self._inboxes = BufferPool(_RECEIVING)
+        self._inboxes = BufferPool(RECEIVING)
         members = dist.get_process_group_ranks(group)
         # In each round (global rank and shard to send to, to receive from); no two are alike, so
         # that in a round every rank is sent to by one other.

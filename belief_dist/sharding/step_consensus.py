@@ -78,6 +78,8 @@ class StepConsensus:
         unread: What was decided about the last step and the host has not read yet: the verdict, and
             the parameters whose steps were counted.
         replica_sums: (number of buckets,), int64: what this rank sent of its parameters.
+        spoiled: What this rank knew of a gradient that must not be taken, see `GradReducer`; kept
+            like the sums, because the reducer forgets it when the gradients are forgotten.
     """
 
     def __init__(
@@ -99,6 +101,7 @@ class StepConsensus:
         self.defers = defers
         self.unread: tuple[Tensor, list[int]] | None = None
         self.replica_sums = torch.zeros(0, dtype=torch.int64)
+        self.spoiled: str | None = None
 
     def forget_order(self) -> None:
         """Ask in the next step for the order in which gradients are complete."""
@@ -126,6 +129,7 @@ class StepConsensus:
         self.replica_sums = bins.new_zeros(len(buckets))
         if self._compares_replicas:
             self.replica_sums = checksums([bucket.flat_param for bucket in buckets])
+        self.spoiled = reducer.spoiled
         completed = None if self._knows_order else reducer.schedule.completed
         self._knows_order = True
         decision = agree(
@@ -134,7 +138,7 @@ class StepConsensus:
             used=reducer.used(),
             step=fingerprint((self.calls, options), loss_scale, bins.device),
             replica=self.replica_sums.sum(),
-            spoiled=reducer.spoiled is not None,
+            spoiled=self.spoiled is not None,
             completed=completed,
             num_buckets=len(buckets),
         )

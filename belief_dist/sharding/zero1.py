@@ -92,8 +92,8 @@ class Zero1Reducer(GradReducer):
                 self._places[index].zero_()
             elif grad is not self._views[index]:
                 elsewhere.append(index)
-            elif self._reduced_version[index] is not None:
-                self._spoil(index)
+            elif self._reduced_version[index] is not None and self._places[index].any():
+                self._spoil(index)  # left by the last step, and not zeroed in place since
         if elsewhere:
             self._adopt(elsewhere)
         # Padding was zero when the buffer was made, and nothing has written to it since.
@@ -109,7 +109,7 @@ class Zero1Reducer(GradReducer):
         Called again without a new gradient, it leaves the sums as they are: as everywhere in torch,
         a second step on one gradient takes the same gradient.
         """
-        if self._holds_sums and self._find_changed() is None:
+        if self._holds_sums and self._reduced_version == [v._version for v in self._views]:
             return
         # The usual case, every gradient in its place, is told without a loop in Python.
         grads = [param.grad for param in self._params]
@@ -143,14 +143,17 @@ class Zero1Reducer(GradReducer):
         versions = [view._version for view in self._views]
         if versions == self._reduced_version:
             return None
-        for index, (now, then) in enumerate(zip(versions, self._reduced_version, strict=True)):
-            has_view = self._params[index].grad is self._views[index]
-            if then is not None and now != then and has_view:
-                return index
+        schedule = self.schedule
+        for bucket in schedule.order[: schedule.next]:  # those of this round
+            for index in self._param_indices[bucket]:
+                has_view = self._params[index].grad is self._views[index]
+                if has_view and versions[index] != self._reduced_version[index]:
+                    return index
         return None
 
     def _spoil(self, index: int) -> None:
-        if self.spoiled is None:
+        # On one rank a sum over the ranks is a gradient like any other.
+        if self.spoiled is None and self._comm.world_size > 1:
             self.spoiled = (
                 f"the gradient of parameter {self._label(index)} holds the sum of the step before, "
                 f"and was added to or is mixed with new ones: call optimizer.zero_grad() after "

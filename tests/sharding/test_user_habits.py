@@ -140,6 +140,46 @@ def old_and_new_gradients_mixed() -> None:
     optimizer.step()
 
 
+def told_late() -> None:
+    """Where the host must not wait, the next step tells, although zero_grad came in between."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, **HYPER)
+    before = snapshot(params)
+    optimizer._engine.consensus.defers = True  # as on a CUDA device
+    backward(params, own_grads(0))
+    scale(params)
+    optimizer.step()
+    assert all(map(torch.equal, before, params))
+    optimizer.zero_grad()
+    backward(params, own_grads(1))
+    with pytest.raises(RuntimeError, match=r"rank 0: .* was changed after it was summed"):
+        optimizer.step()
+
+
+def zeroed_in_place(idle_rank: bool) -> None:
+    """Gradients that the model zeroes in place are zeros, also of parameters that go unused."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, **HYPER)
+    reference = Reference(make_params(), [OPTIONS] * len(params))
+    backward(params, own_grads(0))
+    optimizer.step()
+    reference.step(all_grads(0), None, dist.get_world_size())
+    for param in params:
+        assert param.grad is not None
+        param.grad.zero_()
+    grads = all_grads(1)
+    for rank, each in enumerate(grads):
+        for index in range(len(each)):
+            if index % 2 or (idle_rank and rank == 1):
+                each[index] = torch.zeros(SHAPES[index])
+    if not (idle_rank and dist.get_rank() == 1):
+        own = grads[dist.get_rank()]
+        backward(params, [None if index % 2 else grad for index, grad in enumerate(own)])
+    optimizer.step()
+    reference.step(grads, None, dist.get_world_size())
+    compare(optimizer, reference, f"idle rank: {idle_rank}")
+
+
 def usual_gan_loop(forgetful: bool) -> list[Tensor]:
     """Return the weights after the DCGAN loop: zero_grad of each network before its own backward.
 
@@ -321,6 +361,8 @@ def test_user_habits(world_size: int, tmp_path: Path) -> None:
         gradients_changed_on_one_rank,
         gradients_changed_before_reduction,
         old_and_new_gradients_mixed,
+        told_late,
+        *(partial(zeroed_in_place, idle_rank) for idle_rank in (False, True)),
         gans_train,
         *(partial(storage_that_was_replaced, stage) for stage in (1, 2)),
         another_dtype_is_refused,
