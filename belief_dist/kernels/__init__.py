@@ -30,6 +30,7 @@ from belief_dist.rule import StepScalars, compute_dtype
 
 __all__ = [
     "backends",
+    "checksum",
     "foreach_update_",
     "ordered_sum_",
     "prefers_foreach",
@@ -223,3 +224,18 @@ def squared_norm_bins_(bins: Tensor, values: Tensor) -> None:
         kernel.add_squares_(bins, values)
     else:
         norm.add_squares_(bins, values)
+
+
+def checksum(flat: Tensor, first: int) -> Tensor:
+    """Return one int64 element on the device of `flat`; see `eager.checksum`.
+
+    Args:
+        flat: Contiguous, a multiple of 8 bytes.
+        first: The position of its first 64-bit word among all that are added up.
+    """
+    kernel = _kernel(flat.device)
+    if isinstance(kernel, TritonKernel):
+        return kernel.checksum(flat, first)
+    if isinstance(kernel, CppKernel) and flat.is_cpu:
+        return torch.tensor(kernel.checksum(flat, first))
+    return eager.checksum(flat, first)

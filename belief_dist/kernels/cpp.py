@@ -44,10 +44,12 @@ class CppKernel:
             "belief_update": [size, pointer, *[code] * 4, pointer, code, size, code],
             "belief_sum": [size, pointer, pointer, code, code, code, pointer, code],
             "belief_squares": [size, pointer, code, pointer, code],
+            "belief_checksum": [size, pointer, size, code],
         }
         for name, arguments in signatures.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
+        library.belief_checksum.restype = ctypes.c_int64
         self._library = library
         library.belief_isa.restype = ctypes.c_char_p
         self.description = f"C++, {library.belief_isa().decode()}, {origin}"
@@ -128,6 +130,14 @@ class CppKernel:
             bins.data_ptr(),
             torch.get_num_threads(),
         )
+
+    def checksum(self, flat: Tensor, first: int) -> int:
+        """Return what `eager.checksum` does."""
+        words = flat.nbytes // 8
+        total: int = self._library.belief_checksum(
+            words, flat.data_ptr(), first, torch.get_num_threads()
+        )
+        return total
 
 
 @lru_cache(maxsize=256)

@@ -661,6 +661,26 @@ void sum_all(int64_t n, T* out, void* const* data, int type, int count, bool acc
   });
 }
 
+// ---------------------------------------------------------------- checksums
+
+// The sum of (low + k(i)) * (high + k'(i)) over the 64-bit words, each two halves of 32 bits, with
+// keys that depend on the position: words in another order, and two changes that would cancel in a
+// plain sum, are noticed. It wraps around, so that parts add in any order.
+//
+// Source: Black et al., "UMAC", CRYPTO 1999, section 4.2 (NH); here the keys are no secret.
+PORTABLE_SIMD uint64_t checksum(const uint64_t* words, int64_t begin, int64_t end,
+                                uint32_t first) {
+  uint64_t total = 0;
+  for (int64_t i = begin; i < end; ++i) {
+    const uint32_t place = first + static_cast<uint32_t>(i);
+    const uint64_t word = words[i];
+    const uint32_t low = static_cast<uint32_t>(word) + place * 0x9E3779B1u + 0x7FEB352Du;
+    const uint32_t high = static_cast<uint32_t>(word >> 32) + place * 0x85EBCA77u + 0x846CA68Bu;
+    total += static_cast<uint64_t>(low) * high;
+  }
+  return total;
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------- what cpp.py calls
@@ -705,4 +725,14 @@ EXPORT void belief_squares(int64_t n, void* values, int type, int64_t* words, in
   if (type == kFloat64) bin_all<double>(n, {values, type}, bins, threads);
   else bin_all<float>(n, {values, type}, bins, threads);
   store(bins, words);
+}
+
+EXPORT uint64_t belief_checksum(int64_t n, const uint64_t* words, int64_t first, int threads) {
+  const int64_t share = (n + threads - 1) / threads;
+  uint64_t total = 0;
+#pragma omp parallel for num_threads(threads) reduction(+ : total)
+  for (int thread = 0; thread < threads; ++thread)
+    total += checksum(words, std::min(thread * share, n), std::min((thread + 1) * share, n),
+                      static_cast<uint32_t>(first));
+  return total;
 }

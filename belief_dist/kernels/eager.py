@@ -19,6 +19,9 @@ from belief_dist.state_formats import update_stored_reference_
 _PIECE = 1 << 15
 _LEAN_PIECE = 1 << 17
 _ACCELERATOR_PIECE = 1 << 26
+# Words of 8 bytes.
+_CHECKSUM_PIECE = 1 << 14
+_LOW_HALF = (1 << 32) - 1
 
 
 def update_(
@@ -114,3 +117,29 @@ def ordered_sum_(out: Tensor, pieces: Sequence[Tensor], *, accumulate: bool = Fa
         for piece in pieces[1:]:
             part += piece[start:stop].to(out.dtype)
         out[start:stop] = part
+
+
+def checksum(flat: Tensor, first: int) -> Tensor:
+    """Return a sum over 64-bit words that depends on their order, as one int64 element.
+
+    Each word counts as (low half + key) * (high half + another key), all modulo 2**32 and the sum
+    modulo 2**64, with keys made from the position. So it notices words in another order, and two
+    changes that would cancel in a plain sum (two flipped signs); others pass with 2**-32.
+
+    Args:
+        flat: A multiple of 8 bytes.
+        first: The position of its first word.
+
+    Source: Black et al., "UMAC", CRYPTO 1999, section 4.2 (NH); here the keys are no secret.
+    """
+    halves = flat.view(torch.int32).view(-1, 2)
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    size = _CHECKSUM_PIECE if _on_cpu(flat) else _ACCELERATOR_PIECE
+    for start in range(0, len(halves), size):
+        chunk = halves[start : start + size].to(torch.int64)
+        place = torch.arange(first + start, first + start + len(chunk), device=flat.device)
+        place &= _LOW_HALF
+        low = (chunk[:, 0] + place * 0x9E3779B1 + 0x7FEB352D) & _LOW_HALF
+        high = (chunk[:, 1] + place * 0x85EBCA77 + 0x846CA68B) & _LOW_HALF
+        total += (low * high).sum()
+    return total

@@ -156,6 +156,21 @@ class TritonKernel:
             else:
                 self._update_many(work[0], table, values)
 
+    def checksum(self, flat: Tensor, first: int) -> Tensor:
+        """Return what `eager.checksum` does, in one launch."""
+        total = torch.zeros((), dtype=torch.int64, device=flat.device)
+        count = flat.nbytes // 8
+        tile = self._kernel.CHECKSUM_TILE
+        on_device: AbstractContextManager[Any] = (
+            torch.cuda.device(flat.device) if flat.is_cuda else nullcontext()
+        )
+        with on_device:
+            if count:
+                self._kernel.checksum[(-(-count // tile),)](
+                    flat.view(torch.int32), total, count, _signed(first), TILE=tile
+                )
+        return total
+
     def _values(
         self,
         scalars: StepScalars | DeviceScalars,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from belief_dist import AdaBelief, kernels
 from belief_dist.device_scalars import device_scalars
-from belief_dist.kernels import triton_kernel
+from belief_dist.kernels import eager, triton_kernel
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import StepScalars, compute_dtype, step_scalars
@@ -246,3 +246,10 @@ def test_the_benchmark_compares_bits(capsys: pytest.CaptureFixture[str]) -> None
     """What benchmarks/gpu.py asserts on a GPU, here for its own sake."""
     assert compare_bits("cpu", 700)
     assert "OTHER" not in capsys.readouterr().out
+
+
+def test_checksums() -> None:
+    for dtype, count in ((F32, 9002), (BF16, 4), (F64, 4096), (F32, 0)):
+        flat = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
+        for first in (0, 3, (1 << 33) + 5):
+            assert torch.equal(kernels.checksum(flat, first), eager.checksum(flat, first))
