@@ -100,9 +100,11 @@ class EngineOptions:
     seed: int = field(default=0, metadata={"check": _integer})
     bucket_bytes: int = field(default=32 << 20, metadata={"check": _positive_integer})
     max_grad_norm: float | None = field(default=None, metadata={"check": _positive_or_none})
+    max_grad_value: float | None = field(default=None, metadata={"check": _positive_or_none})
     overlap: bool = field(default=True, metadata={"check": _true_or_false})
     offload: Literal["cpu"] | None = field(default=None, metadata={"check": _one_of(None, "cpu")})
     check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
+    sync_buffers: bool = field(default=True, metadata={"check": _true_or_false})
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any]) -> EngineOptions:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from operator import is_
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -166,3 +167,50 @@ def _is_exempt(name: str | None, tensor: Tensor, no_decay: NoDecay, where: str) 
     if not isinstance(exempt, bool):
         raise TypeError(f"{where}: no_decay must return True or False, got {exempt!r} for {label}.")
     return exempt
+
+
+def refuse_edits(
+    param_groups: Sequence[Mapping[str, Any]],
+    params: Sequence[Tensor],
+    state: Mapping[Tensor, Mapping[str, Any]],
+    states: Sequence[Mapping[str, Any]],
+) -> None:
+    """Refuse groups and states that were edited by hand where they stand for others.
+
+    Args:
+        param_groups: As they are now.
+        params: The parameters that are trained, in their order.
+        state: As it is now.
+        states: Those that are trained with, one for each parameter.
+
+    Raises:
+        ValueError: A group has other parameters, or a parameter another state.
+    """
+    listed = [param for group in param_groups for param in group["params"]]
+    if len(listed) != len(params) or not all(map(is_, listed, params)):
+        raise ValueError(
+            "the parameters of a group were edited: ShardedAdaBelief keeps them in buffers of its "
+            'own, and would not train what param_groups[i]["params"] has now. Use '
+            "add_param_group, or build a new optimizer."
+        )
+    if len(state) == len(states) and all(map(is_, state.values(), states)):
+        return
+    if not all(map(is_, map(state.get, params), states)):  # they may be in another order
+        raise ValueError(
+            "optimizer.state was edited: the states that ShardedAdaBelief trains with are views of "
+            "its buffers. Write into the tensors, use load_state_dict, or build a new optimizer to "
+            "begin anew."
+        )
+
+
+def refuse_copies(optimizer: Any, protocol: Any) -> NoReturn:
+    """Serve as `__reduce_ex__` of an optimizer that can be neither copied nor pickled.
+
+    Raises:
+        TypeError: Always.
+    """
+    raise TypeError(
+        f"{type(optimizer).__name__} cannot be copied or pickled: its hooks, buffers and process "
+        f"groups belong to this process. Save it by belief_dist.checkpoint.save or state_dict(), "
+        f"and build a new one for a copy of the model."
+    )

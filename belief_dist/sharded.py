@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,8 @@ from belief_dist.params import (
     as_groups,
     common_device,
     prepare_group,
+    refuse_copies,
+    refuse_edits,
     split_by_decay,
 )
 from belief_dist.sharding.collectives import Collectives
@@ -36,6 +38,7 @@ from belief_dist.sharding.dtensor import coordinate_of, find_mesh
 from belief_dist.sharding.engine import ShardEngine
 from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
+from belief_dist.sharding.module_buffers import spread_buffers
 from belief_dist.sharding.param_specs import param_label
 from belief_dist.sharding.process_groups import connect, connect_model_parallel
 from belief_dist.sharding.rank_checks import raise_together
@@ -65,9 +68,9 @@ class ShardedAdaBelief(Optimizer):
         process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
             dimension; None means all. A mesh of two dimensions shards over the last and keeps a
             copy of all shards for each index of the first (HSDP: a node for each row).
-        stage: 1 shards states and masters over the ranks. 2 shards the gradients too: after
-            backward `param.grad` is None, and `step` uses the gradients up. Each of several
-            backward passes of a step is then reduced at once, so all ranks must run equally many.
+        stage: 1 shards states and masters over the ranks. 2 shards the gradients too: `param.grad`
+            has no values after backward, see `sharding.sharded_grad`. All ranks must run equally
+            many backward passes outside of `no_sync`.
         reduction: "ordered" sums gradients in rank order in float32; "native" uses the backend's
             reduce-scatter.
         reduce_dtype: Gradients are rounded to this dtype before they travel, and summed in float32:
@@ -84,13 +87,16 @@ class ShardedAdaBelief(Optimizer):
         seed: Of the noise that rounds them.
         bucket_bytes: Size of a communication bucket in bytes.
         max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
+        max_grad_value: Clip every element of the mean gradient to [-value, value] before its norm
+            is clipped, or None. `grad_norm` is that of the unclipped gradient.
         overlap: Reduce during backward and gather behind the next forward. False does both inside
             `step`, with the same bits.
         offload: "cpu" keeps master weights and states in the host's memory and updates them there:
             gradients come over and parameters go back bucket by bucket. The bits are the same.
-        check_replicas: Compare a checksum of all ranks' parameters in every step, so that a change
-            on some ranks only is an error and not a silent divergence.
-        timeout: After which a rank that does not answer becomes an error.
+        check_replicas: In every step, raise if a checksum of the ranks' parameters differs.
+        sync_buffers: Give all ranks the first rank's buffers of all live modules that hold any of
+            the parameters, once, as DistributedDataParallel does.
+        timeout: After which a rank that does not answer is an error; None: the process group's.
 
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
         parameters' dtype (no flat gradients at stage 2); master, exp_avg and exp_avg_sq are
@@ -133,10 +139,12 @@ class ShardedAdaBelief(Optimizer):
         seed: int = 0,
         bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
         overlap: bool = True,
         offload: Literal["cpu"] | None = None,
         check_replicas: bool = True,
-        timeout: timedelta = timedelta(minutes=10),
+        sync_buffers: bool = True,
+        timeout: timedelta | None = None,
         **other_spellings: Any,
     ) -> None:
         """See the class."""
@@ -176,6 +184,8 @@ class ShardedAdaBelief(Optimizer):
             model_parallel=self._model_parallel,
             options=self._options,
         )
+        if self._options.sync_buffers:
+            spread_buffers(comm, self._params)
         observers.notify(observers.on_built, self)
 
     # - Parameters
@@ -268,17 +278,7 @@ class ShardedAdaBelief(Optimizer):
         self._check_params()
         self._engine.build(self._params, self.param_groups, self.state, keep_buckets=False)
 
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuse to be copied or pickled.
-
-        Raises:
-            TypeError: Always.
-        """
-        raise TypeError(
-            "ShardedAdaBelief cannot be copied or pickled: its hooks, buffers and process groups "
-            "belong to this process. Save it by belief_dist.checkpoint.save or state_dict(), and "
-            "build a new one for a copy of the model."
-        )
+    __reduce_ex__ = refuse_copies
 
     # - Step
 
@@ -290,7 +290,7 @@ class ShardedAdaBelief(Optimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients locally: no communication in backward passes inside the context.
 
-        At stage 2 it changes nothing: keeping a full gradient is what that stage avoids.
+        Without it, each pass is reduced. At stage 2 it changes nothing: that avoids full gradients.
         """
         return self._engine.reducer.no_sync()
 
@@ -303,8 +303,8 @@ class ShardedAdaBelief(Optimizer):
     ) -> float | None:
         """Average the gradients over the ranks and update the parameters; called by all ranks.
 
-        If a gradient is not finite on any rank, all ranks skip the step: parameters, states and
-        step counts stay as they are, and `skipped_steps` grows by one.
+        If a gradient is not finite on any rank, all skip the step: nothing changes but that
+        `skipped_steps` grows by one.
 
         Args:
             closure: Computes the loss again and returns it; runs with gradients enabled.
@@ -325,24 +325,27 @@ class ShardedAdaBelief(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        refuse_edits(self.param_groups, self._params, self.state, self._engine.update.states)
         self._wait()
         # What follows looks at thousands of tensors, each through every torch function mode there
         # is: another optimizer's guard, say. It needs none of them.
         with torch._C.DisableTorchFunction():
             loss_scale = None if grad_scaler is None else grad_scaler._get_scale_async()
-            skip = self._engine.step(self.param_groups, loss_scale)
+            verdict = self._engine.step(self.param_groups, loss_scale)
             if grad_scaler is not None:
-                tell_scaler(grad_scaler, self, skip)
+                tell_scaler(grad_scaler, self, verdict)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget all gradients; the flat buffers stay.
 
+        After an exception in backward (out of memory, say) on some ranks, it gives the step up on
+        these, while the others call `step`: all skip it, `skipped_steps` grows, training can go on.
+
         Args:
-            set_to_none: Let backward write the next gradients instead of adding to zeros. At stage
-                2 it makes no difference.
+            set_to_none: Let backward write the next gradients, and not add to zeros (at stage 1).
         """
-        self._engine.reducer.zero_grad(set_to_none=set_to_none)
+        self._engine.zero_grad(self.param_groups, set_to_none=set_to_none)
 
     # - What a user may read
 
@@ -353,7 +356,7 @@ class ShardedAdaBelief(Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped because a gradient was not finite."""
+        """How many steps were skipped: a gradient was not finite, or backward raised on a rank."""
         self._engine.read_verdict(self.param_groups)
         return self._engine.skipped_steps
 
@@ -393,7 +396,7 @@ class ShardedAdaBelief(Optimizer):
         self._engine.sync_masters_from_params()
 
     def settle(self) -> None:
-        """Wait as `wait_pending` does: the former spelling, which warns once."""
+        """Wait as `wait_pending` does, the new name; warns once."""
         warn_once("ShardedAdaBelief.settle() is spelled wait_pending() now.", stacklevel=2)
         self.wait_pending()
 
@@ -422,9 +425,8 @@ class ShardedAdaBelief(Optimizer):
     @torch.no_grad()
     def refresh_masters(self) -> None:
         """Copy all parameters into their masters, whether they seem to have changed or not."""
-        self.wait_pending()
-        for bucket in self._engine.buckets:
-            bucket.refresh_master()
+        self._wait()
+        self._engine.refresh_masters()
 
     def _continue_from(self, skipped_steps: int, seed: int) -> None:
         self._options = replace(self._options, seed=seed)

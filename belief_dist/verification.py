@@ -7,11 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.optim import Optimizer
 
 from belief_dist import kernels
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.sharding.module_buffers import modules_around
 
 _JSON = '"optimizer": {"type": "AdaBelief", "params": {...}} in the DeepSpeed JSON'
 
@@ -40,10 +42,12 @@ class Running:
         """Return the line."""
         under = f" under {' > '.join(self.wrappers)}" if self.wrappers else ""
         group = self.optimizer.param_groups[0]
+        lr, planned = float(group["lr"]), float(group.get("initial_lr", group["lr"]))
+        schedule = "" if lr == planned else f" (of {planned:g}, by a schedule)"
         return (
             f"{type(self.optimizer).__name__} runs{under} on {self.ranks} "
             f"{'rank' if self.ranks == 1 else 'ranks'} with the {self.backend} kernel, "
-            f"lr {float(group['lr']):g}, eps {group['eps']:g}"
+            f"lr {lr:g}{schedule}, eps {group['eps']:g}"
         )
 
 
@@ -61,18 +65,33 @@ def verify(training: Any) -> Running:
 
     Raises:
         NotAdaBelief: Another optimizer runs; the message names it, the cause if known, and what to
-            do.
+            do. Or gradients of a ShardedAdaBelief would be reduced a second time.
     """
     chain = _chain(training)
     optimizer = chain[-1]
     if not isinstance(optimizer, (AdaBelief, ShardedAdaBelief)):
         raise NotAdaBelief(_explain(optimizer, chain))
+    if isinstance(optimizer, ShardedAdaBelief):
+        _refuse_outer_reducer(optimizer)
     return Running(
         optimizer=optimizer,
         wrappers=tuple(map(_label, chain[:-1])),
         ranks=dist.get_world_size() if dist.is_initialized() else 1,
         backend=_backend(optimizer),
     )
+
+
+def _refuse_outer_reducer(optimizer: ShardedAdaBelief) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for module in modules_around(params):
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            name = type(module).__name__
+            raise NotAdaBelief(
+                f"{name} is around a model that ShardedAdaBelief trains, and would reduce its "
+                f"gradients a second time: its first forward will be refused. Keep the model out "
+                f"of accelerator.prepare() or Lightning's DDP strategy, or use "
+                f"belief_dist.AdaBelief with {name}."
+            )
 
 
 def _chain(training: Any) -> list[Any]:

@@ -21,18 +21,20 @@ kernels.cpp kernels.eager kernels.triton_launch
 kernels
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
-sharding.loss_scale sharding.outer_reducers
+sharding.outer_reducers sharding.sharded_grad
 sharding.grad_codec sharding.param_specs
 sharding.bucket sharding.collectives
-sharding.param_storage
+sharding.module_buffers
+sharding.param_storage sharding.data_edits
 sharding.point_to_point sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.process_groups sharding.grad_reducer sharding.shard_update
 sharding.zero1 sharding.zero2 sharding.step_consensus
-sharding.engine
+sharding.engine sharding.loss_scale
 
 optimizer sharded
 
-checkpoint.names checkpoint.chunks checkpoint.checksummed_files checkpoint.plain_values
+checkpoint.names checkpoint.chunks checkpoint.safe_reader checkpoint.plain_values
+checkpoint.checksummed_files
 checkpoint.errors checkpoint.dcp_tensor checkpoint.run_directory
 checkpoint.local_shards checkpoint.metadata
 checkpoint.entries

@@ -42,8 +42,8 @@ class BucketBuffers:
         grad_views: The place of each parameter's gradient in `flat_grad`.
         gaps: Ranges [start, stop) of the bucket that are padding.
         param_shard: (bucket.shard_numel,), this rank's piece of `flat_param`.
-        grad_shard: (bucket.shard_numel,) in the compute dtype: where reduced gradients arrive. It
-            is this rank's piece of `flat_grad` if there is one in that dtype.
+        grad_shard: (bucket.shard_numel,) in the compute dtype: where reduced gradients arrive. For
+            one rank it is `flat_grad`, if there is one in that dtype.
         master: (bucket.shard_numel,): the parameters that are updated, in the compute dtype. It is
             `param_shard` itself unless parameters are 16 bits wide or it is on the host. With
             remainders, the bfloat16 parameters whose other half is in `remainder`.
@@ -64,6 +64,7 @@ class BucketBuffers:
         options: EngineOptions,
         *,
         amsgrad: bool,
+        is_alone: bool,
     ) -> None:
         """Move `params` (one for each slot) into flat storage; their values stay.
 
@@ -73,10 +74,12 @@ class BucketBuffers:
             shard_index: Which shard to keep.
             options: What to keep, in which form and where.
             amsgrad: Also keep the largest s so far.
+            is_alone: There is no other rank.
         """
         first = params[0]
         compute = compute_dtype(first.dtype)
         start, stop = bucket.shard_range(shard_index)
+        self._start = start
         self.bucket = bucket
         self.params = list(params)
         self._strides = [_dense_stride(param) for param in params]
@@ -113,8 +116,8 @@ class BucketBuffers:
             self.master = self._on_host_like(self.param_shard, compute)
         elif is_low:
             self.master = self.param_shard.to(compute)
-        if self.flat_grad is not None and first.dtype == compute:
-            self.grad_shard = self.flat_grad[start:stop]
+        if self.flat_grad is not None and first.dtype == compute and is_alone:
+            self.grad_shard = self.flat_grad
         else:
             self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)
 
@@ -146,6 +149,11 @@ class BucketBuffers:
             return flat[slot.start : slot.stop].view(shape)
         return flat.as_strided(shape, self._strides[position], flat.storage_offset() + slot.start)
 
+    def own_grad(self, position: int) -> Tensor:
+        """Return the part of `grad_shard` that belongs to the parameter at `position`."""
+        slot = self.bucket.slots[position]
+        return self.grad_shard[max(slot.start - self._start, 0) : max(slot.stop - self._start, 0)]
+
     @property
     def has_master(self) -> bool:
         """Whether float32 or float64 master weights are stored apart from the parameters."""
@@ -159,6 +167,19 @@ class BucketBuffers:
         if self.remainder is not None:
             self.remainder[window].zero_()
         self.refresh_upper_halves(window)
+
+    def refresh_edited(self) -> None:
+        """Copy those parameters of the shard into their masters that are not rounded from them."""
+        now = self.param_shard.to(self.master.device)
+        if self.on_host and self.low_param is not None:
+            edited = now != self.low_param
+            self.low_param.copy_(now)
+        else:
+            edited = now != self.master.to(now.dtype)
+        if self.has_master:
+            self.master.copy_(torch.where(edited, now.to(self.master.dtype), self.master))
+        if self.remainder is not None:
+            self.remainder.masked_fill_(edited, 0)
 
     def refresh_upper_halves(self, window: slice = slice(None)) -> None:
         """Take the host's copies of 16-bit parameters from the parameters; remainders stay."""
@@ -182,7 +203,7 @@ class BucketBuffers:
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that are really allocated, by kind."""
         grads = 0 if self.flat_grad is None else self.flat_grad.nbytes
-        if self.flat_grad is None or self.grad_shard.dtype != self.flat_grad.dtype:
+        if self.grad_shard is not self.flat_grad:
             grads += self.grad_shard.nbytes
         masters = self.master.nbytes if self.has_master else 0
         if self.remainder is not None:

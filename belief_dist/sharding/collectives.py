@@ -19,7 +19,8 @@ All names of torch.distributed that differ between releases are looked up here a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class ReduceRequest:
     Attributes:
         flat: (num_shards * piece_numel,), this rank's addends in the codec's form. It must not
             change before the sum is complete.
-        shard: (shard_numel,), receives the sum of this rank's piece; may be that piece of `flat`.
+        shard: (shard_numel,), receives the sum of this rank's piece; for one rank it may be `flat`.
         norm_bins: (norm.NUM_WORDS,), int64; receives the squares of the sum when `shard` is
             complete, so that the bins of all ranks have every element once. None if nothing reads
             them.
@@ -74,7 +75,7 @@ class ReduceRequest:
 
     def add_own_(self, piece: Tensor) -> None:
         """Complete the shard from a single piece, without a copy where it is in place already."""
-        # At ZeRO-1 in float32 the shard is a piece of the gradients' own buffer.
+        # For one rank at ZeRO-1 in float32, the shard is the gradients' own buffer.
         if piece.data_ptr() != self.shard.data_ptr():
             self.add_([piece])
         elif self.norm_bins is not None:
@@ -101,6 +102,41 @@ class Works:
             if work is not None:
                 work.wait()
         self._works = ()  # and with them the buffers that they hold
+
+
+class CommunicationError(RuntimeError):
+    """A collective of the optimizer has failed, or a rank has not answered in time."""
+
+
+@contextmanager
+def naming(comm: Collectives, what: str) -> Iterator[None]:
+    """Say in an error of torch.distributed which rank was doing what.
+
+    Raises:
+        CommunicationError: For a RuntimeError inside.
+    """
+    try:
+        yield
+    except CommunicationError:
+        raise  # of an operation that had to end first
+    except RuntimeError as error:
+        raise CommunicationError(
+            f"rank {comm.rank} of {comm.world_size}, {what}: {error}. A rank has ended, or is late "
+            f"by more than the timeout; its own error is the one to look at."
+        ) from error
+
+
+class Named:
+    """An operation whose failure says what it was."""
+
+    def __init__(self, operation: Handle, comm: Collectives, what: str) -> None:
+        """Wait for `operation` as `naming` does."""
+        self._operation, self._comm, self._what = operation, comm, what
+
+    def wait(self) -> None:
+        """Wait for it."""
+        with naming(self._comm, self._what):
+            self._operation.wait()
 
 
 class Collectives(ABC):
@@ -180,12 +216,17 @@ class SingleRank(Collectives):
 class BackendReduceScatter(Collectives):
     """The backend's reduce-scatter."""
 
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        super().__init__(group)
+        self._sums = BufferPool(RECEIVING)
+
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; 16-bit gradients are summed as the backend likes."""
-        # Into the own piece, which nothing reads any more: no buffer for the result.
-        mine = request.flat.view(self.num_shards, -1)[self.shard_index]
-        work = _reduce_scatter(mine, request.flat, group=self._group, async_op=True)
-        return _ReduceScatterSum(work, mine, request)
+        flat, shard = request.flat, request.shard
+        fits = shard.dtype == flat.dtype and not request.accumulate
+        out = shard if fits else self._sums.take(shard.numel(), flat.dtype, flat.device)
+        work = _reduce_scatter(out, flat, group=self._group, async_op=True)
+        return self._sums.lend(_ReduceScatterSum(work, out, request), None if fits else out)
 
 
 class _ReduceScatterSum:

@@ -27,18 +27,19 @@ from belief_dist.norm import norm_from_bins
 from belief_dist.operands import BLOCK
 from belief_dist.options import OPTION_NAMES
 from belief_dist.sharding.bucket import BucketBuffers
-from belief_dist.sharding.collectives import Collectives
+from belief_dist.sharding.collectives import Collectives, Named
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
+from belief_dist.sharding.data_edits import DataEdits
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_codec import codec_for
-from belief_dist.sharding.grad_reducer import GradReducer
+from belief_dist.sharding.grad_reducer import INTERRUPTED, GradReducer
 from belief_dist.sharding.layout import Bucket, Layout, plan_layout
 from belief_dist.sharding.outer_reducers import OuterReducerCheck
 from belief_dist.sharding.param_specs import param_label, param_specs
 from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.process_groups import ModelParallel
-from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
+from belief_dist.sharding.rank_checks import compare_order, compare_ranks, replica_fault
 from belief_dist.sharding.read_guard import ReadGuard
 from belief_dist.sharding.shard_update import ShardUpdate
 from belief_dist.sharding.step_consensus import StepConsensus, Verdict
@@ -157,7 +158,7 @@ class ShardEngine:
         )
         # Before anything is allocated or sent: ranks with other buckets would wait for each other
         # in the broadcasts below, and the old layout is still whole if this raises.
-        self._compare_ranks(layout, param_groups)
+        self._compare_ranks(layout, params, param_groups)
         self.params, self.layout = params, layout
         kept = {each.bucket: each for each in self.buckets} if keep_buckets else {}
         self.buckets = [
@@ -178,6 +179,7 @@ class ShardEngine:
             tensors += [part for p in list(tensors) if (part := local_part(p)) is not p]
         self._label = partial(param_label, param_groups)
         self._storage = ParamStorage(params, layout, self.buckets, comm.shard_index, self._label)
+        self._data_edits = DataEdits(self.buckets, defers=self.consensus.defers)
         self._note_versions()
         self._outer_reducers = OuterReducerCheck(params)
         self.consensus.forget_order()
@@ -196,7 +198,9 @@ class ShardEngine:
             label=self._label,
         )
 
-    def _compare_ranks(self, layout: Layout, param_groups: ParamGroups) -> None:
+    def _compare_ranks(
+        self, layout: Layout, params: Sequence[Tensor], param_groups: ParamGroups
+    ) -> None:
         """Compare model and options over the ranks: a mismatch is an error and not a hang."""
         options: dict[str, list[Any]] = {
             "options of param group": _options_of(param_groups),
@@ -207,6 +211,7 @@ class ShardEngine:
             "parameter": list(layout.params),
         }
         compare_ranks(self.comm, {**model, **options})
+        compare_order(self.comm, layout.params, list(map(local_part, params)))
         # Ranks of other parts hold tensors of other shapes, but train with the same options.
         compare_ranks(self._model_parallel.comm, options)
 
@@ -217,6 +222,7 @@ class ShardEngine:
             self.comm.shard_index,
             self.options,
             amsgrad=param_groups[plan.group]["amsgrad"],
+            is_alone=self.comm.world_size == 1,
         )
         # One message for all parameters of the bucket. Masters were made from this rank's own.
         self.comm.broadcast_(bucket.flat_param)
@@ -231,15 +237,18 @@ class ShardEngine:
 
     # - One step
 
-    def step(self, param_groups: ParamGroups, loss_scale: Tensor | None) -> Tensor:
+    def step(
+        self, param_groups: ParamGroups, loss_scale: Tensor | None, *, gives_up: bool = False
+    ) -> Tensor:
         """Reduce what is left, update the shards and start to gather; called by all ranks.
 
         Args:
             param_groups: With the options of each.
             loss_scale: By which gradients are too large; one element, or None.
+            gives_up: Have all ranks skip this step.
 
         Returns:
-            Whether the step is skipped: one element, bool, on the device of the parameters.
+            What all ranks do: a `Verdict`, one element, int64, on the device of the parameters.
 
         Raises:
             RuntimeError: On all ranks: their parameters differ, or a gradient of one of them must
@@ -249,10 +258,19 @@ class ShardEngine:
         """
         self._outer_reducers.end()
         self._check_owner()
-        self.sync_masters_from_params()
+        edited = self.sync_masters_from_params()
         reducer, consensus = self.reducer, self.consensus
+        if reducer.is_interrupted and not gives_up:
+            reducer.spoiled = INTERRUPTED
         reducer.finish()
-        decision = consensus.decide(reducer, self.buckets, _options_of(param_groups), loss_scale)
+        decision = consensus.decide(
+            reducer,
+            self.buckets,
+            _options_of(param_groups),
+            loss_scale,
+            gives_up=gives_up,
+            edited=edited,
+        )
         if not consensus.defers:
             self._raise_if_apart(Verdict(int(decision.verdict)), param_groups)
         self._check_amsgrad(param_groups)
@@ -261,23 +279,41 @@ class ShardEngine:
         skip = decision.skip
         counted = self.update.count_steps(decision.used)
         scales = self._grad_scales(decision.norm_bins, loss_scale)
+        self._clip_values(scales[False])
         # Forward needs first what backward has reached last.
         order = reversed(reducer.schedule.order)
         for number in self.update.run(order, decision.used, param_groups, scales, skip):
             if self.comm.num_shards > 1:
                 gather = self.comm.start_gather(self.buckets[number].flat_param)
-                self.read_guard.expect(self._gathered_with[number], gather.wait)
+                named = Named(gather, self.comm, f"gathering the parameters of bucket {number}")
+                self.read_guard.expect(self._gathered_with[number], named.wait)
         if self.options.overlap:
             self.read_guard.arm()
         else:
             self.read_guard.wait_all()
+        self._data_edits.note()
         reducer.end_step()
         if decision.order is not None:
             reducer.schedule.set_order(decision.order)
         consensus.unread = (decision.verdict, counted)
         if not consensus.defers:
             self.read_verdict(param_groups)
-        return skip
+        return decision.verdict
+
+    def zero_grad(self, param_groups: ParamGroups, *, set_to_none: bool) -> None:
+        """Forget all gradients; after an exception in backward, give the step up with all ranks.
+
+        Args:
+            param_groups: With the options of each.
+            set_to_none: See `GradReducer.zero_grad`.
+        """
+        if self.reducer.is_interrupted:
+            # The other ranks have this round's sums, or wait for them, and go on to their step.
+            self.read_verdict(param_groups)
+            self.read_guard.wait_all()
+            with torch.no_grad():
+                self.step(param_groups, None, gives_up=True)
+        self.reducer.zero_grad(set_to_none=set_to_none)
 
     def _check_owner(self) -> None:
         if self.reducer.is_closed:
@@ -288,13 +324,15 @@ class ShardEngine:
 
     def _check_amsgrad(self, param_groups: ParamGroups) -> None:
         """Refuse a switch that the states were not made for; all ranks have the same options."""
-        for bucket in self.buckets:
-            wanted = param_groups[bucket.bucket.group]["amsgrad"]
-            if wanted != ("max_exp_avg_sq" in bucket.states):
-                raise ValueError(
-                    f"amsgrad of param group {bucket.bucket.group} was set to {wanted} after "
-                    f"ShardedAdaBelief was built; its states are laid out by then. Build a new one."
-                )
+        for bucket, groups in zip(self.buckets, self.update.groups_of, strict=True):
+            for number in groups:
+                wanted = param_groups[number]["amsgrad"]
+                if wanted != ("max_exp_avg_sq" in bucket.states):
+                    raise ValueError(
+                        f"amsgrad of param group {number} was set to {wanted} after "
+                        f"ShardedAdaBelief was built; its states are laid out by then. Build a new "
+                        f"one."
+                    )
 
     def _grad_scales(self, norm_bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
@@ -310,6 +348,14 @@ class ShardEngine:
             # The same formula as torch.nn.utils.clip_grad_norm_.
             clipped = mean * (limit / (self.grad_norm + 1e-6)).clamp(max=1.0)
         return {True: clipped, False: mean}
+
+    def _clip_values(self, mean: Tensor) -> None:
+        """Clip the elements of the mean gradient, which is `mean` times the sums in the shards."""
+        if self.options.max_grad_value is not None:
+            limit = self.options.max_grad_value / mean
+            for bucket in self.buckets:
+                bound = limit.to(bucket.grad_shard.dtype)
+                bucket.grad_shard.clamp_(min=-bound, max=bound)
 
     def read_verdict(self, param_groups: ParamGroups) -> None:
         """Read whether the last step was skipped, and count it back if so.
@@ -332,10 +378,10 @@ class ShardEngine:
         self.skipped_steps += 1
         self.reducer.forget_errors()
         if self.comm.shard_index == 0:
-            logger.warning(
-                "a gradient is not finite: step skipped on all ranks (%d so far)",
-                self.skipped_steps,
-            )
+            reason = "a gradient is not finite"
+            if verdict == Verdict.GIVEN_UP:
+                reason = "backward has raised on some rank"
+            logger.warning("%s: step skipped on all ranks (%d so far)", reason, self.skipped_steps)
 
     def _raise_if_apart(self, verdict: Verdict, param_groups: ParamGroups) -> None:
         if verdict == Verdict.STEPS_DIFFER:
@@ -350,10 +396,24 @@ class ShardEngine:
                 "ranks that hold another part of the tensor-parallel model have come apart, see "
                 "their error. Nothing was updated."
             )
+        if verdict == Verdict.PARAMS_EDITED:
+            raise RuntimeError(
+                "parameters were changed through `.data`, of which their masters on this device do "
+                "not know. Nothing was updated: call optimizer.refresh_masters() after such a "
+                "change, or change the parameter itself under torch.no_grad()."
+            )
         if verdict == Verdict.GRADIENTS_SPOILED:
-            sentences = self.comm.exchange(self.consensus.spoiled)
-            rank = next(rank for rank, each in enumerate(sentences) if each is not None)
-            raise RuntimeError(f"rank {rank}: {sentences[rank]}. Nothing was updated.")
+            known = self.comm.exchange((self.consensus.spoiled, self.consensus.dropped))
+            for rank, (sentence, _) in enumerate(known):
+                if sentence is not None:
+                    raise RuntimeError(f"rank {rank}: {sentence}. Nothing was updated.")
+            first = min(min(dropped) for _, dropped in known if dropped)
+            ranks = [rank for rank, (_, dropped) in enumerate(known) if first in dropped]
+            raise RuntimeError(
+                f"the gradient of parameter {self._label(first)} was set to None after its "
+                f"reduction, but only by rank {ranks}: all ranks must do so, or none, and all must "
+                f"have used it. Nothing was updated."
+            )
         if verdict == Verdict.REPLICAS_DIFFER:
             # The comparison below reads parameters, and says which differ now.
             self.read_guard.wait_all()
@@ -370,20 +430,31 @@ class ShardEngine:
     def _note_versions(self) -> None:
         """Take the parameters as they are now for those of the masters."""
         self._param_versions = [param._version for param in self.params]
+        self._data_edits.note()
 
-    def sync_masters_from_params(self) -> None:
-        """Copy parameters that were changed outside the optimizer into their masters."""
-        self._storage.take_over()
+    def sync_masters_from_params(self) -> Tensor | None:
+        """Copy parameters that were changed outside the optimizer into their masters.
+
+        Returns:
+            What is left to do, see `DataEdits.take_over`.
+        """
+        moved = self._storage.take_over()
         # Every in-place change of a tensor counts its version up; our own updates write to the flat
         # buffers, which have other counters.
         versions = [param._version for param in self.params]
-        if versions == self._param_versions:
-            return
-        pairs = zip(self._param_versions, versions, strict=True)
-        for index in (index for index, (old, new) in enumerate(pairs) if old != new):
+        pairs = enumerate(zip(self._param_versions, versions, strict=True))
+        changed = [] if versions == self._param_versions else [i for i, (a, b) in pairs if a != b]
+        for index in changed:
             part = self.layout.fragment(index, self.comm.shard_index)
             self.buckets[part.bucket].refresh_master(part.in_shard, part.in_shard + part.numel)
         self._param_versions = versions
+        return self._data_edits.take_over(known=moved or bool(changed))
+
+    def refresh_masters(self) -> None:
+        """Copy all parameters into their masters."""
+        for bucket in self.buckets:
+            bucket.refresh_master()
+        self._note_versions()
 
     def sync_params_from_masters(self) -> None:
         """Make all parameters those of the masters; called by all ranks."""

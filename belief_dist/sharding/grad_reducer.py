@@ -3,12 +3,18 @@
 A hook on every parameter counts its bucket down; a full bucket is reduced while backward goes on.
 Reductions start in one order on every rank, whatever the order in which gradients arrive, so that
 ranks which use parameters differently still match: at first that of the layout, later the one that
-all ranks together have seen in the first step. There are two ways to hold what is not yet reduced:
+all ranks together have seen in the first step. When backward ends, every rank starts what is left:
+a reduction never waits for the `step` of a peer, which may stand behind a collective of the script.
+All buckets once are a *round*, and every backward pass is one. There are two ways to hold what is
+not yet reduced:
 
-* `zero1.Zero1Reducer`: every gradient has its place in a flat buffer for good, and several backward
-  passes add up there (`no_sync`) before one reduction.
-* `zero2.Zero2Reducer`: a gradient lives in a recycled buffer until its bucket is reduced. Every
-  backward pass is one *round* of reductions that adds to the shard.
+* `zero1.Zero1Reducer`: every gradient has its place in a flat buffer for good, where it adds up
+  over backward passes. A later round sums all of it again; `no_sync` saves earlier ones.
+* `zero2.Zero2Reducer`: a gradient lives in a recycled buffer until its bucket is reduced. A later
+  round adds to the shard.
+
+An exception inside backward leaves a round half done, on this rank alone perhaps. `zero_grad`
+then completes it and gives the step up, together with the `step` of the other ranks.
 
 With ordered reduction the shard holds, bit for bit, what one process gets that adds the gradients
 of every round and in it of every rank, in that order, in the compute dtype.
@@ -35,18 +41,26 @@ from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
 from belief_dist.engine_options import EngineOptions
+from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.buffer_pool import BufferPool
-from belief_dist.sharding.collectives import Collectives, ReduceRequest
+from belief_dist.sharding.collectives import Collectives, Named, ReduceRequest, naming
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import is_dtensor, local_grad
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.param_storage import ParamStorage
 
+INTERRUPTED = "a backward pass has raised, and was not taken back: call optimizer.zero_grad()"
+
 # Flat buffers of gradients that exist at the same time: one fills while another travels. A pass
 # whose gradients arrive out of order may need more.
 _RECYCLED = 2
+
+
+# Bytes from which a gradient is copied into its place at once, while it is in cache. Smaller ones
+# wait for their bucket and go together: one call, on a GPU one kernel, for thousands.
+_AT_ONCE = 1 << 16
 
 
 class Schedule:
@@ -99,8 +113,9 @@ class GradReducer(ABC):
         schedule: The order of the reductions.
         is_closed: Whether another reducer has taken the parameters over.
         spoiled: After `finish`, why this step must not be taken on this rank: a sentence about a
-            gradient that was changed after its reduction, or added to one of an earlier step. None
-            if nothing is wrong.
+            gradient that was changed after its reduction. None if nothing is wrong.
+        dropped: After `finish`, the parameters whose gradients were set to None after their
+            reduction; it must be the same on all ranks.
     """
 
     def __init__(
@@ -127,6 +142,7 @@ class GradReducer(ABC):
         self._storage = storage
         self.is_closed = False
         self.spoiled: str | None = None
+        self.dropped: list[int] = []
         self._param_indices = [[slot.param for slot in b.bucket.slots] for b in buckets]
         # Of every parameter, its bucket and its position there.
         self._param_slot = [(0, 0)] * len(params)
@@ -134,10 +150,12 @@ class GradReducer(ABC):
             for position, index in enumerate(indices):
                 self._param_slot[index] = (b, position)
         self._is_dtensor = [is_dtensor(param) for param in params]
+        self._moves_at_once = [is_dtensor(p) or p.nbytes >= _AT_ONCE for p in params]
         self._has_densified = False
         # - The running backward pass
         self._task = -1  # autograd's number of it
         self._nested = False  # called by another one
+        self._pass: int | None = None  # the outermost one, until it has ended
         self._local_only = False  # its gradients stay on this rank for now
         # - The running round of reductions
         self.schedule = Schedule(len(buckets), len(params))
@@ -179,6 +197,8 @@ class GradReducer(ABC):
             self._task, self._nested = task, _in_nested_backward()
             self._storage.take_over()
             self._enter_backward()
+            if not self._nested and task != self._pass:
+                self._begin_pass(task)
         self._take(index)
         schedule = self.schedule
         if self._local_only or self._nested or schedule.arrived[index]:
@@ -194,6 +214,36 @@ class GradReducer(ABC):
             schedule.completed.append(bucket)
             if self._overlap:
                 self._launch(pending)
+
+    def _begin_pass(self, task: int) -> None:
+        if self.is_interrupted:
+            raise RuntimeError(f"{INTERRUPTED} before the next backward.")
+        self._pass, self._local_only = task, self._stays_local()
+        owner = weakref.ref(self)
+
+        def end_of_backward() -> None:
+            reducer = owner()
+            if reducer is not None:
+                reducer._pass = None
+                if not reducer._local_only:
+                    reducer._end_round()
+
+        # Autograd calls back on every rank that ran a pass, whatever parameters it has used; but
+        # not if the pass raises.
+        torch.autograd.Variable._execution_engine.queue_callback(end_of_backward)
+
+    @property
+    def is_interrupted(self) -> bool:
+        """Whether a backward pass has raised, so that other ranks wait for the rest of its round.
+
+        Asked between backward passes.
+        """
+        return self._pass is not None and not self._local_only
+
+    def end_interrupted(self) -> None:
+        """Send what is left of the round that was interrupted, whatever it is worth."""
+        self._end_round()
+        self._pass = None
 
     def _count_gradients(self) -> list[int]:
         """Return how many gradients each bucket waits for; frozen parameters get none."""
@@ -211,11 +261,29 @@ class GradReducer(ABC):
                 return
             if schedule.next == 0:
                 # Squares of an earlier round are those of incomplete sums: the last round counts.
-                device = self._buckets[0].param_shard.device
-                self.norm_bins = torch.zeros(NUM_WORDS, dtype=torch.int64, device=device)
-                self.unclipped_norm_bins = torch.zeros_like(self.norm_bins)
+                self._clear_bins()
             self._reduce(bucket)
             schedule.next += 1
+
+    def _clear_bins(self) -> None:
+        device = self._buckets[0].param_shard.device
+        self.norm_bins = torch.zeros(NUM_WORDS, dtype=torch.int64, device=device)
+        self.unclipped_norm_bins = torch.zeros_like(self.norm_bins)
+
+    def _bins_of(self, bucket: int) -> Tensor:
+        return self.norm_bins if self._in_norm[bucket] else self.unclipped_norm_bins
+
+    def _forget_sums(self, indices: Sequence[int]) -> None:
+        """Take the gradients of some parameters out of the sums, and out of their squares."""
+        for index in indices:
+            bucket, position = self._param_slot[index]
+            self._buckets[bucket].own_grad(position).zero_()
+        self._clear_bins()
+        replica = self._comm.rank // self._comm.num_shards
+        for bucket, buffers in enumerate(self._buckets):
+            # Of ranks that keep the same shard, each counts its part.
+            counted = buffers.grad_shard.view(self._comm.num_replicas, -1)[replica]
+            squared_norm_bins_(self._bins_of(bucket), counted)
 
     def _send(self, bucket: int, flat: Tensor, *, accumulate: bool, recycled: bool) -> None:
         """Start to sum `flat` over the ranks; it goes back to the pool if it is `recycled`."""
@@ -227,9 +295,12 @@ class GradReducer(ABC):
             if recycled:
                 self._pool.give_back(flat)
             recycled = True
-        bins = self.norm_bins if self._in_norm[bucket] else self.unclipped_norm_bins
+        bins = self._bins_of(bucket)
         request = ReduceRequest(message, buffers.grad_shard, bins, codec, accumulate)
-        self._pool.lend(self._comm.start_reduce(request), message if recycled else None)
+        what = f"summing the gradients of bucket {bucket}"
+        with naming(self._comm, what):  # it may wait for an earlier one
+            handle = self._comm.start_reduce(request)
+        self._pool.lend(Named(handle, self._comm, what), message if recycled else None)
 
     def _idle_errors(self, bucket: int) -> list[Tensor]:
         """Return the places of rounding errors whose parameters have no gradient on this rank."""
@@ -256,8 +327,12 @@ class GradReducer(ABC):
         """Return a context in which gradients add up without communication, where that helps."""
 
     @abstractmethod
+    def _stays_local(self) -> bool:
+        """Return whether the gradients of the pass that begins stay on this rank for now."""
+
+    @abstractmethod
     def _enter_backward(self) -> None:
-        """Notice that a backward pass has begun, or a nested one has ended."""
+        """Notice that a backward pass has begun, or a nested one has begun or ended."""
 
     @abstractmethod
     def _take(self, index: int) -> None:
@@ -266,6 +341,10 @@ class GradReducer(ABC):
     @abstractmethod
     def _reduce(self, bucket: int) -> None:
         """Start the reduction of a bucket."""
+
+    @abstractmethod
+    def _end_round(self) -> None:
+        """Start what is left of the round."""
 
     @abstractmethod
     def finish(self) -> None:
@@ -277,7 +356,7 @@ class GradReducer(ABC):
 
     @abstractmethod
     def end_step(self) -> None:
-        """Be ready for the next step's gradients."""
+        """Notice that a step has taken the gradients."""
 
     @abstractmethod
     def zero_grad(self, *, set_to_none: bool) -> None:

@@ -1,8 +1,8 @@
 """Where every element of every parameter lies: pure arithmetic on integers.
 
 Parameters are cut into *buckets*, the units of communication. A bucket holds whole parameters of
-one param group and one dtype, in reverse registration order, because backward produces gradients
-roughly in that order. Rank r owns piece r of every bucket, its *shard*: elements
+one dtype and one kind, of any param groups, in reverse registration order, because backward
+produces gradients roughly in that order. Rank r owns piece r of every bucket, its *shard*: elements
 ``[r * shard_numel, (r + 1) * shard_numel)``, wherever parameters happen to begin or end.
 
 Two alignments hold: every parameter starts at a multiple of 16 bytes inside its bucket, and every
@@ -54,7 +54,7 @@ class Slot:
 class Bucket:
     """Parameters that are communicated together."""
 
-    group: int
+    group: int  # that of its last parameter, in the order of registration
     dtype: str
     itemsize: int
     slots: tuple[Slot, ...]
@@ -161,18 +161,18 @@ def plan_layout(
         raise ValueError(f"num_shards must be >= 1, got {num_shards}.")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be >= 1, got {bucket_bytes}.")
-    open_slots: dict[tuple[int, str, int, str], list[Slot]] = {}
-    # With several groups or dtypes, buckets are ordered by their parameter that backward reaches
+    open_slots: dict[tuple[str, int, str], list[Slot]] = {}
+    # With several kinds or dtypes, buckets are ordered by their parameter that backward reaches
     # last, which is the one with the smallest index.
     closed: list[Bucket] = []
     for index in range(len(params) - 1, -1, -1):
         spec = params[index]
-        key = (spec.group, spec.dtype, spec.itemsize, spec.kind)
+        key = (spec.dtype, spec.itemsize, spec.kind)
         slots = open_slots.setdefault(key, [])
         align = max(PARAM_ALIGN_BYTES // spec.itemsize, block)
         start = _round_up(slots[-1].stop if slots else 0, align)
         if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
-            closed.append(_close(spec, slots, num_shards, num_replicas, block))
+            closed.append(_close(params[slots[0].param], slots, num_shards, num_replicas, block))
             slots.clear()
             start = 0
         slots.append(Slot(index, start, start + spec.numel))

@@ -8,6 +8,7 @@ from torch.amp.grad_scaler import GradScaler, OptState
 from torch.optim import Optimizer
 
 from belief_dist.engine_options import EngineOptions
+from belief_dist.sharding.step_consensus import Verdict
 
 
 def check_scaler(scaler: GradScaler, optimizer: Optimizer, options: EngineOptions) -> None:
@@ -28,7 +29,12 @@ def check_scaler(scaler: GradScaler, optimizer: Optimizer, options: EngineOption
         )
 
 
-def tell_scaler(scaler: GradScaler, optimizer: Optimizer, skip: Tensor) -> None:
-    """Tell the scaler whether the step was skipped, without waiting for the device."""
-    checks = {skip.device: skip.to(torch.float32)}
-    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = checks
+def tell_scaler(scaler: GradScaler, optimizer: Optimizer, verdict: Tensor) -> None:
+    """Tell the scaler whether gradients were finite, without waiting for the device."""
+    not_finite = (verdict == Verdict.NOT_FINITE).to(torch.float32)
+    scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {
+        verdict.device: not_finite
+    }
+    if scaler._growth_tracker is not None:
+        # Ranks that gave the step up do not count it as one that went well.
+        scaler._growth_tracker -= (verdict == Verdict.GIVEN_UP).to(scaler._growth_tracker)

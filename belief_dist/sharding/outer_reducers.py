@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
@@ -46,6 +47,8 @@ class OuterReducerCheck:
 
 def _add_hook(owner: weakref.ref[OuterReducerCheck]) -> RemovableHandle:
     def before_forward(module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # a hook has no place in a graph
+            return
         check = owner()
         if check is None:  # the optimizer has been deleted
             handle.remove()

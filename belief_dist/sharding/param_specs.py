@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from belief_dist.sharding.dtensor import describe, local_part
 from belief_dist.sharding.layout import ParamSpec
 
@@ -34,10 +36,21 @@ def param_specs(
                     dtype=str(param.dtype).removeprefix("torch."),
                     itemsize=param.element_size(),
                     group=number,
-                    kind=describe(param) + ("" if param.requires_grad else "frozen"),
+                    kind=_kind(group, param, len(known)),
                 )
             )
     return specs
+
+
+def _kind(group: Mapping[str, Any], param: Tensor, num_known: int) -> str:
+    """Return what sets a parameter's bucket apart: all in which its parameters must be alike."""
+    marks = {
+        "frozen": not param.requires_grad,
+        "amsgrad": group["amsgrad"],
+        "unclipped": not group["clip"],
+        f"after {num_known}": num_known > 0,  # buckets that exist stay as they are
+    }
+    return describe(param) + " ".join(mark for mark, holds in marks.items() if holds)
 
 
 def param_label(param_groups: Sequence[Mapping[str, Any]], index: int) -> str:

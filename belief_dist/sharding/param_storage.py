@@ -38,18 +38,22 @@ class ParamStorage:
         self._label = label
         self._addresses = list(map(Tensor.data_ptr, self._local))
 
-    def take_over(self) -> None:
+    def take_over(self) -> bool:
         """Move what lies elsewhere now back to its place, with its values, masters included.
+
+        Returns:
+            Whether there was any.
 
         Raises:
             ValueError: A parameter has another dtype, device or shape than its place.
         """
         addresses = list(map(Tensor.data_ptr, self._local))
         if addresses == self._addresses:
-            return
+            return False
         pairs = enumerate(zip(self._addresses, addresses, strict=True))
         for index in [index for index, (old, new) in pairs if old != new]:
             self._take_over(index)
+        return True
 
     def _take_over(self, index: int) -> None:
         param, (number, slot) = self._local[index], self._layout.place(index)

@@ -46,7 +46,7 @@ class PointToPoint(Collectives):
             received = []
             for peers in self._rounds:
                 place = arriving[peers.from_shard][start:stop]
-                received.append(dist.irecv(place, peers.source, group=group))
+                received.append((dist.irecv(place, peers.source, group=group), peers.source))
                 sent.append(dist.isend(outgoing[peers.to_shard, start:stop], peers.to, group=group))
             chunks.append(_Chunk(start, stop, received))
         return self._inboxes.lend(_OrderedSum(chunks, sent, arriving, request), inbox)
@@ -75,7 +75,7 @@ class _Round(NamedTuple):
 class _Chunk(NamedTuple):
     start: int
     stop: int
-    received: list[dist.Work | None]
+    received: list[tuple[dist.Work | None, int]]  # with the global rank of the sender
 
 
 def _chunks(numel: int, itemsize: int, unit: int) -> list[tuple[int, int]]:
@@ -100,7 +100,11 @@ class _OrderedSum:
 
     def wait(self) -> None:
         for start, stop, received in self._chunks:
-            Works(received).wait()
+            for work, source in received:
+                try:
+                    Works([work]).wait()
+                except RuntimeError as error:
+                    raise RuntimeError(f"nothing from rank {source} ({error})") from error
             # While the chunk is still in cache.
             self._request.add_([piece[start:stop] for piece in self._arriving], start, stop)
         # The caller may write to the gradients again when this returns.

@@ -32,7 +32,7 @@ def connect(
     ranks: dist.ProcessGroup | DeviceMesh | None,
     reduction: Reduction,
     device: torch.device,
-    timeout: timedelta,
+    timeout: timedelta | None,
 ) -> Collectives:
     """Return the operations for a process group.
 
@@ -41,7 +41,7 @@ def connect(
             sharded over and the first holds copies. None means all ranks.
         reduction: "ordered" or "native".
         device: Where the parameters are.
-        timeout: After which a missing rank becomes an error.
+        timeout: After which a missing rank becomes an error; None takes that of `ranks`.
 
     Raises:
         TypeError: `ranks` is something else.
@@ -69,6 +69,7 @@ def connect(
         )
     group = ranks.get_group(0) if isinstance(ranks, DeviceMesh) else ranks
     backend = str(dist.get_backend(group))
+    timeout = timeout or timeout_of(group, device)
 
     def over(members: Sequence[int]) -> Collectives:
         if len(members) == 1:
@@ -100,7 +101,22 @@ class ModelParallel(NamedTuple):
     comm: Collectives
 
 
-def connect_model_parallel(mesh: DeviceMesh | None, timeout: timedelta) -> ModelParallel:
+def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta:
+    """Return after how long a process group, None being all ranks, gives up on a rank.
+
+    Backends that do not tell, such as those written in Python, get torch's default for NCCL.
+    """
+    everyone = group or dist.group.WORLD
+    assert everyone is not None
+    try:
+        backend = everyone._get_backend(device)
+        found = getattr(getattr(backend, "options", backend), "_timeout", None)
+    except RuntimeError:
+        found = None
+    return found if isinstance(found, timedelta) else timedelta(minutes=10)
+
+
+def connect_model_parallel(mesh: DeviceMesh | None, timeout: timedelta | None) -> ModelParallel:
     """Connect all ranks of a mesh, of any number of dimensions; called by all of them.
 
     Args:
@@ -111,7 +127,9 @@ def connect_model_parallel(mesh: DeviceMesh | None, timeout: timedelta) -> Model
     if mesh is None or len(members) == 1:
         return ModelParallel(mesh, SingleRank())
     with _in_equally_many_groups(_groups_of(mesh)):
-        group = _new_group(members, str(dist.get_backend(mesh.get_group(0))), timeout)
+        row = mesh.get_group(0)
+        timeout = timeout or timeout_of(row, torch.device(mesh.device_type))
+        group = _new_group(members, str(dist.get_backend(row)), timeout)
         return ModelParallel(mesh, BackendReduceScatter(group))
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from belief_dist.kernels import checksum
 from belief_dist.sharding.collectives import Collectives
-
-# Integers of an element's size, as which bits are summed.
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+from belief_dist.sharding.layout import ParamSpec
 
 
 def raise_together(comm: Collectives, problem: Exception | None) -> None:
@@ -56,6 +55,44 @@ def compare_ranks(comm: Collectives, mine: dict[str, list[Any]]) -> None:
     raise ValueError("ranks disagree about how many param groups there are.")
 
 
+def compare_order(comm: Collectives, specs: Sequence[ParamSpec], params: Sequence[Tensor]) -> None:
+    """Check that parameters without names come in one order; called by all ranks.
+
+    Names and shapes have been compared. Where neither tells parameters apart, their values may:
+    ranks that begin from one seed have the same ones, each in its place.
+
+    Args:
+        comm: The process group.
+        specs: Descriptions of all parameters.
+        params: What this rank stores of each, before it gets the first rank's values.
+
+    Raises:
+        ValueError: On all ranks: one has the values of the first rank in another order.
+    """
+    if comm.world_size == 1:
+        return
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for index, spec in enumerate(specs):
+        if spec.name == str(index):
+            alike.setdefault((spec.shape, spec.dtype, spec.group, spec.kind), []).append(index)
+    doubtful = [each for each in alike.values() if len(each) > 1]
+    mine = [tuple(_digest(params[index]) for index in each) for each in doubtful]
+    everyone = comm.exchange(mine)
+    for place, each in enumerate(doubtful):
+        orders: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
+        for rank, theirs in enumerate(everyone):
+            orders.setdefault(tuple(sorted(theirs[place])), {}).setdefault(theirs[place], rank)
+        for ranks in orders.values():
+            if len(ranks) > 1:
+                first, second, *_ = ranks.values()
+                raise ValueError(
+                    f"ranks {first} and {second} have the parameters {each} in another order: they "
+                    f"are alike but for their values, which are the same ones at other places. "
+                    f"List parameters in one order on every rank, and pass "
+                    f"model.named_parameters(), whose names are compared."
+                )
+
+
 def replica_fault(
     comm: Collectives, sums: list[int], buckets: Sequence[Mapping[str, Tensor]]
 ) -> str:
@@ -70,7 +107,7 @@ def replica_fault(
     """
     bucket, odd = _first_difference(comm.exchange(sums))
     where = f"of one of the parameters {', '.join(buckets[bucket])}"
-    params = [int(p.contiguous().view(_WORDS[p.itemsize]).sum()) for p in buckets[bucket].values()]
+    params = [_digest(param) for param in buckets[bucket].values()]
     everyone = comm.exchange(params)
     if len(set(map(tuple, everyone))) > 1:  # else the gather has spread one copy since
         param, odd = _first_difference(everyone)
@@ -85,6 +122,14 @@ def replica_fault(
         f"changed it on some ranks only, or memory or the network is faulty. Nothing was updated; "
         f"give all ranks equal weights, for example from a checkpoint."
     )
+
+
+def _digest(tensor: Tensor) -> int:
+    """Return a checksum of the bits of a tensor."""
+    values = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    words = values.new_zeros(-(-values.numel() // 8) * 8)
+    words[: values.numel()] = values
+    return int(checksum(words, 0))
 
 
 def _first_difference(everyone: Sequence[Sequence[int]]) -> tuple[int, list[int]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
@@ -163,6 +164,9 @@ class ReadGuard(TorchFunctionMode):
         kwargs = kwargs or {}
         if self._pending and func not in _HARMLESS:
             for tensor in _tensors((*args, *kwargs.values())):
+                if is_functorch_wrapped_tensor(tensor):  # torch.func hides what is inside
+                    self.wait_all()
+                    break
                 wait = self._pending.get(id(tensor))
                 if wait is not None:
                     self._wait(wait)

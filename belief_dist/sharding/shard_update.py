@@ -32,6 +32,7 @@ class ShardUpdate:
         states: The state of every parameter, as in `Optimizer.state`: its step, and views of the
             part of its states that this rank owns.
         host_gradients: Where gradients are copied to with offload, else None.
+        groups_of: The param groups of each bucket's parameters.
     """
 
     def __init__(
@@ -49,6 +50,8 @@ class ShardUpdate:
         self._seed = options.seed
         self._work: dict[tuple[int, int], _Work] = {}
         self._param_indices = [[slot.param for slot in plan.slots] for plan in layout.buckets]
+        self._group_of = [spec.group for spec in layout.params]
+        self.groups_of = [{self._group_of[i] for i in each} for each in self._param_indices]
         self.host_gradients = HostGradients(buckets) if options.offload else None
         self.states: list[dict[str, Any]] = []
 
@@ -129,10 +132,10 @@ class ShardUpdate:
         ]
         buckets = [self._buckets[number] for number in changed]
         for number, bucket, grads in zip(changed, buckets, self._incoming(buckets), strict=True):
-            group = param_groups[bucket.bucket.group]
-            for step, work in self._work_of(number, grads, used).items():
-                scalars = step_scalars(group, step)
-                kernels.update_(work, scalars, grad_scale=scales[group["clip"]], skip=skip)
+            for (group, step), work in self._work_of(number, grads, used).items():
+                options = param_groups[group]
+                scalars = step_scalars(options, step)
+                kernels.update_(work, scalars, grad_scale=scales[options["clip"]], skip=skip)
             bucket.send_back()
             yield number
 
@@ -144,12 +147,12 @@ class ShardUpdate:
 
     def _work_of(
         self, number: int, grads: Tensor, used: list[bool]
-    ) -> dict[int, Sequence[Operands]]:
-        """Return what to update of this rank's shard of a bucket, by number of the step.
+    ) -> dict[tuple[int, int], Sequence[Operands]]:
+        """Return what to update of this rank's shard of a bucket, by group and number of the step.
 
-        Almost always that is the whole shard at once. Parameters with another step count than
-        their neighbours, or without a gradient on any rank, break it up; and so does stochastic
-        rounding, whose noise belongs to the elements of a parameter.
+        Almost always that is the whole shard at once. Parameters of another group or with another
+        step count than their neighbours, or without a gradient on any rank, break it up; and so
+        does stochastic rounding, whose noise belongs to the elements of a parameter.
         """
         # With offload, two host buffers take turns, and views of each are made once.
         key = (number, grads.data_ptr())
@@ -158,13 +161,16 @@ class ShardUpdate:
             work = self._work[key] = self._plan_work(number, grads)
         indices = self._param_indices[number]
         steps = {self.states[index]["step"] if used[index] else 0 for index in indices}
-        if len(steps) == 1 and not self._is_stochastic:
-            return {step: [work.whole] for step in steps if step}
-        # One call for all parameters of equal step: launches do not grow with their number.
-        found: dict[int, list[Operands]] = {}
+        groups = self.groups_of[number]
+        if len(steps) == len(groups) == 1 and not self._is_stochastic:
+            (group,) = groups
+            return {(group, step): [work.whole] for step in steps if step}
+        # One call for all parameters that are alike: launches do not grow with their number.
+        found: dict[tuple[int, int], list[Operands]] = {}
         for index, part in work.parts:
             if used[index]:
-                found.setdefault(self.states[index]["step"], []).append(part)
+                key_of = self._group_of[index], self.states[index]["step"]
+                found.setdefault(key_of, []).append(part)
         return dict(found)
 
     def _plan_work(self, number: int, grads: Tensor) -> _Work:

@@ -8,8 +8,10 @@ words                meaning
 ``norm.NUM_WORDS``   exact squares of the gradients, and how many elements are not finite
 2                    fingerprint of the step: its number, all options, the loss scale
 2                    checksum of this rank's copy of all parameters
-1                    how many ranks have a gradient that must not be taken
-one per parameter    how many ranks have a gradient for it
+3                    how many ranks have a gradient that must not be taken; how many give up; how
+                     many have parameters that were changed without their masters
+one per parameter    how many ranks have a gradient for it, and world_size + 1 for each rank where
+                     it was set to None after its reduction
 one per bucket       when its gradients were complete; in the first step only
 ===================  ============================================================================
 
@@ -23,14 +25,16 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from belief_dist.kernels import checksum
 from belief_dist.norm import NUM_WORDS, nonfinite_count
 from belief_dist.sharding.bucket import BucketBuffers
-from belief_dist.sharding.collectives import Collectives
+from belief_dist.sharding.collectives import Collectives, naming
 from belief_dist.sharding.grad_reducer import GradReducer
 from belief_dist.sharding.process_groups import ModelParallel
 
@@ -40,10 +44,12 @@ class Verdict(IntEnum):
 
     UPDATE = 0
     NOT_FINITE = 1
-    STEPS_DIFFER = 2
-    REPLICAS_DIFFER = 3
-    MODEL_PARALLEL_PEER_FAILED = 4  # another part of a tensor-parallel model has one of these
-    GRADIENTS_SPOILED = 5  # changed after their reduction, on some rank
+    GIVEN_UP = 2  # after an exception in backward, on some rank
+    STEPS_DIFFER = 3
+    REPLICAS_DIFFER = 4
+    MODEL_PARALLEL_PEER_FAILED = 5  # another part of a tensor-parallel model has one of these
+    GRADIENTS_SPOILED = 6  # changed after their reduction, on some rank
+    PARAMS_EDITED = 7  # without their masters, on some rank
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,7 @@ class StepConsensus:
         replica_sums: (number of buckets,), int64: what this rank sent of its parameters.
         spoiled: What this rank knew of a gradient that must not be taken, see `GradReducer`; kept
             like the sums, because the reducer forgets it when the gradients are forgotten.
+        dropped: Likewise, of which parameters this rank had dropped the gradients.
     """
 
     def __init__(
@@ -102,6 +109,7 @@ class StepConsensus:
         self.unread: tuple[Tensor, list[int]] | None = None
         self.replica_sums = torch.zeros(0, dtype=torch.int64)
         self.spoiled: str | None = None
+        self.dropped: list[int] = []
 
     def forget_order(self) -> None:
         """Ask in the next step for the order in which gradients are complete."""
@@ -113,6 +121,9 @@ class StepConsensus:
         buckets: Sequence[BucketBuffers],
         options: Any,
         loss_scale: Tensor | None,
+        *,
+        gives_up: bool,
+        edited: Tensor | None,
     ) -> Decision:
         """Exchange the message of a step; called by all ranks when all reductions have ended.
 
@@ -121,6 +132,8 @@ class StepConsensus:
             buckets: Whose parameters are compared.
             options: What must be equal on all ranks, by its `repr`.
             loss_scale: Likewise; one element, or None.
+            gives_up: Whether this rank has no gradient for the step, see `grad_reducer`.
+            edited: From `DataEdits.take_over`.
         """
         self.calls += 1
         bins = reducer.norm_bins.clone()
@@ -129,16 +142,19 @@ class StepConsensus:
         self.replica_sums = bins.new_zeros(len(buckets))
         if self._compares_replicas:
             self.replica_sums = checksums([bucket.flat_param for bucket in buckets])
-        self.spoiled = reducer.spoiled
+        self.spoiled, self.dropped = reducer.spoiled, list(reducer.dropped)
         completed = None if self._knows_order else reducer.schedule.completed
         self._knows_order = True
         decision = agree(
             self._comm,
             norm_bins=bins,
             used=reducer.used(),
+            dropped=reducer.dropped,
             step=fingerprint((self.calls, options), loss_scale, bins.device),
             replica=self.replica_sums.sum(),
             spoiled=self.spoiled is not None,
+            gives_up=gives_up,
+            edited=edited,
             completed=completed,
             num_buckets=len(buckets),
         )
@@ -154,7 +170,10 @@ def agree(
     used: Sequence[bool],
     step: Tensor,
     replica: Tensor,
+    dropped: Sequence[int] = (),
     spoiled: bool = False,
+    gives_up: bool = False,
+    edited: Tensor | None = None,
     completed: Sequence[int] | None = None,
     num_buckets: int = 0,
 ) -> Decision:
@@ -166,9 +185,12 @@ def agree(
         comm: The process group.
         norm_bins: (norm.NUM_WORDS,), int64: the squares of this rank's shards.
         used: Which parameters have a gradient on this rank.
+        dropped: Which parameters, by index, had one when it was reduced.
         step: One element, int64: equal on ranks that are at the same step, see `fingerprint`.
         replica: One element, int64: the checksum of this rank's parameters, see `checksum`.
         spoiled: Whether this rank has a gradient that must not be taken.
+        gives_up: Whether this rank gives the step up.
+        edited: One element: whether parameters were changed without their masters on this rank.
         completed: Buckets in the order in which their gradients were complete on this rank, or
             None to send nothing about it. All ranks must give it, or none.
         num_buckets: How many buckets there are.
@@ -176,30 +198,44 @@ def agree(
     # A word alone could agree by accident in its sum (x + 1 and x - 1): each travels with a square.
     device, count = norm_bins.device, len(used)
     own = torch.stack([step, _mixed(step), replica, _mixed(replica)])
-    fault = torch.full((1,), int(spoiled), dtype=torch.int64, device=device)
+    faults = torch.zeros(3, dtype=torch.int64, device=device)
+    if spoiled or gives_up:
+        faults = torch.tensor([spoiled, gives_up, False], dtype=torch.int64, device=device)
+    if edited is not None:
+        faults[2] = edited
     flags = torch.ones(count, dtype=torch.int64, device=device)
+    of_dropped = comm.world_size + 1
     if not all(used):
-        flags = torch.tensor(used, dtype=torch.int64, device=device)
-    words = [norm_bins, own, fault, flags]
+        each = list(map(int, used))
+        for index in dropped:
+            each[index] = of_dropped
+        flags = torch.tensor(each, dtype=torch.int64, device=device)
+    words = [norm_bins, own, faults, flags]
     if completed is not None:
         turns = list(range(num_buckets, 2 * num_buckets))  # after all that were complete
         for turn, bucket in enumerate(completed):
             turns[bucket] = turn
         words.append(torch.tensor(turns, dtype=torch.int64, device=device))
     message = torch.cat(words)
-    comm.sum_(message)
+    with naming(comm, "agreeing about the step"):
+        comm.sum_(message)
 
     total, rest = message[:NUM_WORDS], message[NUM_WORDS + 4 :]
-    fault, flags, times = rest[:1], rest[1 : 1 + count], rest[1 + count :]
+    faults, flags, times = rest[:3], rest[3 : 3 + count], rest[3 + count :]
     same = (message[NUM_WORDS : NUM_WORDS + 4] == own * comm.world_size).view(2, 2).all(1)
     # The graver finding wins: ranks at other steps may well have other gradients. Computed on the
     # device, so that the host need not wait.
     verdict = torch.where(nonfinite_count(total) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
-    verdict = torch.where(fault[0] > 0, Verdict.GRADIENTS_SPOILED, verdict)
+    # Its gradient is in the sums of some ranks, and not of others.
+    torn = ((flags >= of_dropped) & (flags != of_dropped * comm.world_size)).any()
+    verdict = torch.where(torn | (faults[0] > 0), Verdict.GRADIENTS_SPOILED, verdict)
+    verdict = torch.where(faults[2] > 0, Verdict.PARAMS_EDITED, verdict)
     verdict = torch.where(same[1], verdict, Verdict.REPLICAS_DIFFER)
     verdict = torch.where(same[0], verdict, Verdict.STEPS_DIFFER)
+    # A rank that gives up knows nothing of the others' loss scale, and nothing is updated anyway.
+    verdict = torch.where(faults[1] > 0, Verdict.GIVEN_UP, verdict)
     # A rank that has used every parameter need not wait for the answer of the others.
-    agreed_use = list(used) if all(used) else (flags > 0).tolist()
+    agreed_use = list(used) if all(used) else (flags % of_dropped > 0).tolist()
     order = None
     if completed is not None:
         turns = times.tolist()
@@ -222,6 +258,7 @@ def agree_with_other_parts(comm: Collectives, decision: Decision) -> Decision:
     comm.sum_(message)
     verdicts = message[NUM_WORDS:]
     joint = torch.where(verdicts[Verdict.NOT_FINITE] > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
+    joint = torch.where(verdicts[Verdict.GIVEN_UP] > 0, Verdict.GIVEN_UP, joint)
     has_failed = verdicts[Verdict.STEPS_DIFFER :].sum() > 0
     joint = torch.where(has_failed, Verdict.MODEL_PARALLEL_PEER_FAILED, joint)
     own = decision.verdict
@@ -245,6 +282,7 @@ def fingerprint(facts: Any, loss_scale: Tensor | None, device: torch.device) -> 
 
 
 def checksums(flats: Sequence[Tensor]) -> Tensor:
-    """Return one int64 sum for each flat buffer, which changes with any bit of it."""
+    """Return one int64 sum for each flat buffer, which changes with any bit or order of it."""
     # Buckets are multiples of 128 bytes. Integers wrap around, and so add in any order.
-    return torch.stack([flat.view(torch.int64).sum() for flat in flats])
+    places = accumulate((flat.nbytes // 8 for flat in flats), initial=0)
+    return torch.stack([checksum(flat, first) for flat, first in zip(flats, places, strict=False)])

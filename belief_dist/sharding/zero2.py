@@ -2,45 +2,72 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from belief_dist.sharding.grad_reducer import GradReducer
+from belief_dist.sharding.sharded_grad import ShardedGrad
 
 
 class Zero2Reducer(GradReducer):
-    """`param.grad` is None after backward: the gradient is in the shards."""
+    """`param.grad` is a `ShardedGrad` after backward: the gradient is in the shards."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """See `GradReducer`."""
         super().__init__(*args, **kwargs)
         self._filling: dict[int, Tensor] = {}  # flat buffers by bucket
-        self._placed = [False] * len(self._params)  # in one of these
-        self._rounds = 0
+        self._views: dict[tuple[int, int], list[Tensor]] = {}  # of these, by bucket and address
+        # Of the running round: whose gradients have come, and which of them lie in a flat buffer.
+        self._arrived = [False] * len(self._params)
+        self._in_flat = [False] * len(self._params)
+        self._rounds = 0  # whose sums are in the shards
+        self._is_spent = False  # a step has taken them
         self._used = [False] * len(self._params)
+        # What `param.grad` is once a round has ended, for parameters unused on this rank as well.
+        self._stand_ins = list(map(ShardedGrad, self._params))
+        self._has_stand_in = [False] * len(self._params)
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Do nothing: a full gradient that waits is what ZeRO-2 saves."""
         yield
 
+    def _stays_local(self) -> bool:
+        return False
+
     def _enter_backward(self) -> None:
-        # A round ends with its backward pass, so that the next one can add to the shards. Autograd
-        # calls back on every rank that ran a pass, whatever parameters it has used.
-        if not self._nested:
-            owner = weakref.ref(self)
+        if self._rounds and not any(self._arrived):
+            self._find_dropped()
+            if not any(self._has_stand_in):  # as after `zero_grad`: nothing to add to
+                self._rounds = 0
+                self.forget_errors()
 
-            def end_of_backward() -> None:
-                reducer = owner()
-                if reducer is not None and any(reducer._placed):
-                    reducer._end_round()
+    def _forget_arrivals(self) -> None:
+        self._arrived = [False] * len(self._params)
+        self._in_flat = [False] * len(self._params)
 
-            torch.autograd.Variable._execution_engine.queue_callback(end_of_backward)
+    def _find_dropped(self) -> list[int]:
+        """Forget sums whose `param.grad` was set to None, or to zero, and return the former."""
+        gone, zeroed = [], []
+        for index, param in enumerate(self._params):
+            if self._has_stand_in[index]:
+                grad = param.grad
+                if not isinstance(grad, ShardedGrad):
+                    gone.append(index)
+                    self._stand_ins[index].take_added()
+                    self._has_stand_in[index] = self._used[index] = False
+                elif grad.is_zeroed:
+                    zeroed.append(index)
+                    grad.is_zeroed = False
+        if gone or zeroed:
+            self._pool.drain()
+            self._forget_sums([*gone, *zeroed])
+        return gone
 
     def _take(self, index: int) -> None:
         bucket, position = self._param_slot[index]
@@ -50,34 +77,58 @@ class Zero2Reducer(GradReducer):
                 f"reduced; use torch.utils.checkpoint with use_reentrant=False, or stage=1 with "
                 f"overlap=False."
             )
-        param, buffers = self._params[index], self._buckets[bucket]
-        grad = self._local_grad(index)
-        if bucket not in self._filling:
-            numel = buffers.bucket.numel
-            self._filling[bucket] = self._pool.take(numel, param.dtype, param.device)
-        # A parameter that is used twice in re-entrant passes gets its gradient in parts.
-        view = buffers.view(self._filling[bucket], position)
-        if self._placed[index]:
-            view.add_(grad)
-        else:
-            view.copy_(grad)
-        self._placed[index] = self._used[index] = True
-        param.grad = None
+        param = self._params[index]
+        if isinstance(param.grad, ShardedGrad):
+            param.grad = param.grad.take_added()
+            if param.grad is None:
+                return
+        self._arrived[index] = self._used[index] = self._has_stand_in[index] = True
+        grad = param.grad
+        assert grad is not None
+        if self._moves_at_once[index] or self._in_flat[index] or grad.is_sparse:
+            views = self._views_of(bucket)
+            # A parameter that is used twice in re-entrant passes gets its gradient in parts.
+            if self._in_flat[index]:
+                views[position].add_(self._local_grad(index))
+            else:
+                views[position].copy_(self._local_grad(index))
+            self._in_flat[index] = True
+            param.grad = self._stand_ins[index]
+
+    def _views_of(self, bucket: int) -> list[Tensor]:
+        """Return the places of a bucket's gradients in the buffer that it fills."""
+        buffers = self._buckets[bucket]
+        flat = self._filling.get(bucket)
+        if flat is None:
+            like = buffers.flat_param
+            flat = self._filling[bucket] = self._pool.take(like.numel(), like.dtype, like.device)
+        # The pool has a few buffers, which come back in turn.
+        key = (bucket, flat.data_ptr())
+        views = self._views.get(key)
+        if views is None:
+            places = range(len(buffers.bucket.slots))
+            views = self._views[key] = [buffers.view(flat, position) for position in places]
+        return views
 
     def _reduce(self, bucket: int) -> None:
-        buffers = self._buckets[bucket]
-        flat = self._filling.pop(bucket, None)
-        if flat is None:  # no parameter of the bucket is used on this rank; the others still wait
-            like = buffers.flat_param
-            flat = self._pool.take(like.numel(), like.dtype, like.device)
-            flat.zero_()
-        else:
-            # A recycled buffer holds another bucket's gradients wherever this one has none.
-            for start, stop in buffers.gaps:
-                flat[start:stop].zero_()
-            for position, index in enumerate(self._param_indices[bucket]):
-                if not self._placed[index]:
-                    buffers.view(flat, position).zero_()
+        views = self._views_of(bucket)
+        flat = self._filling.pop(bucket)
+        # A recycled buffer holds another bucket's gradients wherever this one has none.
+        indices = self._param_indices[bucket]
+        empty = [flat[start:stop] for start, stop in self._buckets[bucket].gaps]
+        empty += [view for view, i in zip(views, indices, strict=True) if not self._arrived[i]]
+        if empty:
+            torch._foreach_zero_(empty)
+        waiting = [
+            (view, index)
+            for view, index in zip(views, indices, strict=True)
+            if self._arrived[index] and not self._in_flat[index]
+        ]
+        if waiting:
+            grads = [self._local_grad(index) for _, index in waiting]
+            torch._foreach_copy_([view for view, _ in waiting], grads)
+            for _, index in waiting:
+                self._params[index].grad = self._stand_ins[index]
         self._send(bucket, flat, accumulate=self._rounds > 0, recycled=True)
         if not self._overlap:  # then one buffer serves all buckets in turn
             self._pool.drain()
@@ -85,16 +136,29 @@ class Zero2Reducer(GradReducer):
     def _end_round(self) -> None:
         self._launch()
         self._rounds += 1
-        self._placed = [False] * len(self._params)
+        self._is_spent = False
+        self._forget_arrivals()
         self.schedule.begin_round()
+        if not all(self._has_stand_in):
+            for index, param in enumerate(self._params):
+                if param.grad is None and param.requires_grad:
+                    param.grad = self._stand_ins[index]
+                    self._has_stand_in[index] = True
 
     def finish(self) -> None:
         """See `GradReducer.finish`."""
+        if self.is_interrupted:  # no rank takes what this one has
+            self.end_interrupted()
+            self._pool.drain()
+            return
+        if self._rounds:
+            self.dropped = self._find_dropped()
         for index, param in enumerate(self._params):
-            if param.grad is not None:
+            grad = param.grad
+            if grad is not None and (not isinstance(grad, ShardedGrad) or grad.added is not None):
                 self._take(index)
         # A rank that has no gradient takes part all the same.
-        if any(self._placed) or self._rounds == 0:
+        if any(self._arrived) or self._rounds == 0:
             self._end_round()
         self._pool.drain()
 
@@ -103,24 +167,32 @@ class Zero2Reducer(GradReducer):
         return self._used
 
     def end_step(self) -> None:
-        """See `GradReducer.end_step`; the step has used the gradients up."""
-        self._rounds = 0
-        self._used = [False] * len(self._params)
+        """See `GradReducer.end_step`; the sums stay until `zero_grad`, as torch's users expect."""
+        self._is_spent = True
+        self.dropped = []
 
     def zero_grad(self, *, set_to_none: bool) -> None:
         """See `GradReducer.zero_grad`."""
         if self.has_begun:
             self.forget_errors()
         self._pool.drain()
-        self._drop_grads()
+        for stand_in in compress(self._stand_ins, self._has_stand_in):
+            stand_in.take_added()  # of a pass that has raised
+            stand_in.is_zeroed = False
         for flat in self._filling.values():
             self._pool.give_back(flat)
         self._filling.clear()
-        self._placed = [False] * len(self._params)
+        self._forget_arrivals()
         self.schedule.begin_round()
-        self.end_step()
+        self._drop_grads()
+        self._rounds = 0
+        self._used = [False] * len(self._params)
+        self._has_stand_in = [False] * len(self._params)
+        self._is_spent = False
+        self.spoiled = None
+        self.dropped = []
 
     @property
     def has_begun(self) -> bool:
         """See `GradReducer.has_begun`."""
-        return self._rounds > 0 or any(self._placed)
+        return (self._rounds > 0 and not self._is_spent) or any(self._arrived)

@@ -99,7 +99,12 @@ def memory_is_as_documented() -> None:
     """README's bytes per parameter, counted on the storages that the optimizer really holds."""
     world_size, count = dist.get_world_size(), 3 * 128 * 1000
     per_param = {
-        torch.float32: {"parameters": 4, "gradients": 4, "masters": 0, "states": 8 / world_size},
+        torch.float32: {
+            "parameters": 4,
+            "gradients": 4 + (4 / world_size if world_size > 1 else 0),
+            "masters": 0,
+            "states": 8 / world_size,
+        },
         torch.bfloat16: {
             "parameters": 2,
             "gradients": 2 + 4 / world_size,
@@ -148,9 +153,9 @@ def traffic_is_as_documented() -> None:
     def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal messages
         messages += 1
-        # Two words each for step and replica, one for spoiled gradients, one for every parameter,
-        # and first for every bucket.
-        words = NUM_WORDS + 5 + len(SHAPES)
+        # Two words each for step and replica, three for what is wrong on a rank, one for every
+        # parameter, and first for every bucket.
+        words = NUM_WORDS + 7 + len(SHAPES)
         assert tensor.numel() == words + (0 if messages > 1 else len(optimizer.layout.buckets))
         return all_reduce(tensor, *args, **kwargs)
 

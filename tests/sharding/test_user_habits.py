@@ -43,10 +43,10 @@ def snapshot(params: Params) -> list[Tensor]:
 # - Gradients
 
 
-def steps_on_one_gradient(overlap: bool) -> None:
+def steps_on_one_gradient(overlap: bool, stage: Stage) -> None:
     """A second step without a new gradient takes the same gradient again."""
     params = make_params()
-    optimizer = ShardedAdaBelief(params, bucket_bytes=600, overlap=overlap, **HYPER)
+    optimizer = ShardedAdaBelief(params, bucket_bytes=600, overlap=overlap, stage=stage, **HYPER)
     reference = Reference(make_params(), [OPTIONS] * len(params))
     for step in range(2):
         backward(params, own_grads(step))
@@ -126,20 +126,6 @@ def gradients_changed_before_reduction() -> None:
     compare(optimizer, reference, "overlap=False")
 
 
-def old_and_new_gradients_mixed() -> None:
-    """Without zero_grad, part of the gradients are new ones: told at the step, on all ranks."""
-    params = make_params()
-    optimizer = ShardedAdaBelief(params, bucket_bytes=600, **HYPER)
-    backward(params, own_grads(0))
-    optimizer.step()
-    backward(params, [g if i % 2 else None for i, g in enumerate(own_grads(1))])
-    with pytest.raises(RuntimeError, match=r"sum of the step before.*optimizer.zero_grad\(\)"):
-        optimizer.step()
-    optimizer.zero_grad()
-    backward(params, own_grads(1))
-    optimizer.step()
-
-
 def told_late() -> None:
     """Where the host must not wait, the next step tells, although zero_grad came in between."""
     params = make_params()
@@ -178,36 +164,6 @@ def zeroed_in_place(idle_rank: bool) -> None:
     optimizer.step()
     reference.step(grads, None, dist.get_world_size())
     compare(optimizer, reference, f"idle rank: {idle_rank}")
-
-
-def usual_gan_loop(forgetful: bool) -> list[Tensor]:
-    """Return the weights after the DCGAN loop: zero_grad of each network before its own backward.
-
-    Unless `forgetful`, the critic's gradients from the generator's pass are dropped at once.
-    """
-    torch.manual_seed(0)
-    generator, critic = nn.Linear(3, 6), nn.Linear(6, 1)
-    nets = [
-        ShardedAdaBelief(net.parameters(), bucket_bytes=16, lr=0.05, eps=1e-2)
-        for net in (generator, critic)
-    ]
-    seeds = torch.Generator().manual_seed(dist.get_rank())
-    for _ in range(4):
-        nets[1].zero_grad()
-        fake = generator(torch.randn(4, 3, generator=seeds))
-        real = torch.randn(4, 6, generator=seeds)
-        (critic(fake.detach()).mean() - critic(real).mean()).backward()
-        nets[1].step()
-        if not forgetful:
-            nets[1].zero_grad()
-        nets[0].zero_grad()
-        (-critic(fake).mean()).backward()
-        nets[0].step()
-    return [*snapshot(list(generator.parameters())), *snapshot(list(critic.parameters()))]
-
-
-def gans_train() -> None:
-    assert all(map(torch.equal, usual_gan_loop(True), usual_gan_loop(False)))
 
 
 # - Parameters
@@ -256,6 +212,91 @@ def storage_that_was_replaced(stage: Stage) -> None:
     for name, change in STORAGES.items():
         ours = train_with_other_storage(change, stage)
         assert all(map(torch.equal, ours, right)), (name, stage)
+
+
+EDITS: dict[str, Callable[[Tensor], Any]] = {
+    "clamp_": lambda data: data.clamp_(-0.01, 0.01),
+    "normal_": lambda data: data.normal_(0, 0.01, generator=torch.Generator().manual_seed(1)),
+    "mul_": lambda data: data.mul_(0.5),
+    "copy_": lambda data: data.copy_(torch.full_like(data, 0.25)),
+    "one element": lambda data: data.view(-1)[3:4].fill_(0.125),
+    "rows in another order": lambda data: data.copy_(data.flip(0)),
+    "NaN": lambda data: data.view(-1)[:1].fill_(float("nan")),
+}
+FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "float32": (torch.float32, {}),
+    "bfloat16": (torch.bfloat16, {}),
+    "float16": (torch.float16, {}),
+    "float32, offload": (torch.float32, {"offload": "cpu"}),
+    "bfloat16, offload": (torch.bfloat16, {"offload": "cpu"}),
+    "bfloat16, remainder, offload": (torch.bfloat16, {"master": "remainder", "offload": "cpu"}),
+}
+
+
+def train_with_edits(form: str, stage: Stage, through_data: bool) -> list[list[Tensor]]:
+    """Return the weights after every step, each of which follows another edit."""
+    torch.manual_seed(0)
+    dtype, more = FORMS[form]
+    model = nn.Linear(6, 6).to(dtype)
+    optimizer = ShardedAdaBelief(
+        model.parameters(), stage=stage, lr=1e-3, bucket_bytes=64, eps=1e-2, **more
+    )
+    seen = []
+    for edit in (torch.clone, *EDITS.values()):
+        optimizer.wait_pending()
+        with torch.no_grad():
+            for param in model.parameters():
+                edit(param.data if through_data else param)
+        optimizer.zero_grad()
+        model(torch.ones(2, 6, dtype=dtype)).float().mean().backward()
+        optimizer.step()
+        seen.append(snapshot(list(model.parameters())))
+    return seen
+
+
+def edits_through_data(form: str, stage: Stage) -> None:
+    """Changes in place through `.data` reach the masters, wherever these are."""
+    edited, plain = (train_with_edits(form, stage, through) for through in (True, False))
+    for name, *both in zip(("none", *EDITS), edited, plain, strict=True):
+        for one, other in zip(*both, strict=True):
+            # Masters of elements that were not changed keep what their parameter rounds off, here
+            # alone; the smallest difference of two 16-bit numbers is several times a step.
+            torch.testing.assert_close(
+                one.float(), other.float(), atol=1e-3, rtol=1e-2, equal_nan=True, msg=name
+            )
+
+
+def edits_that_are_told_late() -> None:
+    """Where the host must not wait, the step is skipped, and the next one says so."""
+    model = nn.Linear(6, 6).bfloat16()
+    optimizer = ShardedAdaBelief(model.parameters(), lr=1e-3)
+    optimizer._engine.consensus.defers = optimizer._engine._data_edits._defers = True
+
+    def train() -> None:
+        optimizer.zero_grad()
+        model(torch.ones(2, 6, dtype=torch.bfloat16)).float().mean().backward()
+        optimizer.step()
+
+    train()
+    optimizer.wait_pending()
+    with torch.no_grad():
+        model.weight.clamp_(-0.01, 0.01)  # its version tells
+    train()
+    optimizer.wait_pending()
+    model.weight.data.clamp_(-0.01, 0.01)
+    optimizer.refresh_masters()
+    train()
+    optimizer.wait_pending()
+    model.weight.data.clamp_(-0.001, 0.001)
+    before = model.weight.detach().clone()
+    train()
+    with pytest.raises(RuntimeError, match=r"through `.data`.*refresh_masters"):
+        train()
+    assert torch.equal(model.weight, before)
+    optimizer.refresh_masters()
+    train()
+    optimizer.wait_pending()
+    assert not torch.equal(model.weight, before)
 
 
 def another_dtype_is_refused() -> None:
@@ -356,15 +397,15 @@ def test_user_habits(world_size: int, tmp_path: Path) -> None:
     run_ranks(
         world_size,
         tmp_path,
-        *(partial(steps_on_one_gradient, overlap) for overlap in (True, False)),
+        *(partial(steps_on_one_gradient, o, s) for o in (True, False) for s in (1, 2)),
         *(partial(gradients_changed_after_reduction, name) for name in CHANGES),
         gradients_changed_on_one_rank,
         gradients_changed_before_reduction,
-        old_and_new_gradients_mixed,
         told_late,
         *(partial(zeroed_in_place, idle_rank) for idle_rank in (False, True)),
-        gans_train,
         *(partial(storage_that_was_replaced, stage) for stage in (1, 2)),
+        *(partial(edits_through_data, form, stage) for form in FORMS for stage in (1, 2)),
+        edits_that_are_told_late,
         another_dtype_is_refused,
         *(partial(two_optimizers_over_one_model, stage) for stage in (1, 2)),
         *(partial(wrapped, DDP, first) for first in (True, False)),
