@@ -27,9 +27,18 @@ def is_state_init_step() -> bool:
 
 def is_called_by(names: Collection[str]) -> bool:
     """Return whether a function with one of these names is among the callers."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_name in names:
-            return True
+    return _caller(names) is not None
+
+
+def wants_full_state() -> bool:
+    """Return whether torch's get_optimizer_state_dict asks, with full_state_dict=True."""
+    frame = _caller(TORCH_STATE_DICT[:1])
+    info = None if frame is None else frame.f_locals.get("info")
+    return bool(getattr(info, "full_state_dict", False))
+
+
+def _caller(names: Collection[str]) -> FrameType | None:
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None and frame.f_code.co_name not in names:
         frame = frame.f_back
-    return False
+    return frame

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from belief_dist.checkpoint.dcp_tensor import DcpChunk, DcpTensor
+from belief_dist.checkpoint.entries import METADATA_KEY
 from belief_dist.checkpoint.errors import CheckpointError, run_together
 from belief_dist.checkpoint.saving import Saved, check_arguments, comm_of, contents, write
 from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
@@ -33,7 +34,11 @@ class Staging:
         self._buffers: dict[tuple[str, torch.Size], Tensor] = {}
 
     def stage(self, entries: Mapping[str, Any], comm: Collectives) -> dict[str, Any]:
-        """Return copies of this rank's share; of replicated tensors every rank copies a part."""
+        """Return copies of this rank's share; of replicated tensors every rank copies a part.
+
+        Buffers are among the entries of the rank that writes them, and of no other.
+        """
+        buffers = set(entries[METADATA_KEY][0]["buffers"])
         staged: dict[str, Any] = {}
         turn = 0  # replicated tensors are dealt out to the ranks in turn
         for key, value in entries.items():
@@ -44,6 +49,8 @@ class Staging:
                         continue
                 chunks = [self._copy(key, chunk) for chunk in value.chunks.values()]
                 staged[key] = DcpTensor(value.shape, value.dtype, chunks)
+            elif key in buffers:
+                staged[key] = value.detach().cpu().clone()
             elif isinstance(value, Tensor):
                 turn += 1
                 if hasattr(value, "device_mesh") or turn % comm.world_size == comm.rank:
@@ -123,7 +130,13 @@ class BackgroundSaver:
 
         def collect() -> dict[str, Any]:
             check_arguments(step, self._keep)
-            entries = contents(self._model, self._optimizer, self._scaler, extra)
+            entries = contents(
+                self._model,
+                self._optimizer,
+                self._scaler,
+                extra,
+                has_buffers=self._comm.rank == 0,
+            )
             return self._staging.stage(entries, self._comm)
 
         staged = run_together(self._flags, f"cannot save step {step} to {self._run}", collect)
@@ -144,6 +157,8 @@ class BackgroundSaver:
             self._result = Saved(path, step, blocked, time.perf_counter() - begin, nbytes)
         except BaseException as error:
             self._failure = error
+            # At once: a script that ends without `close` would never say it.
+            logger.error("step %d could not be saved in the background: %s", step, error)
 
     def wait(self) -> Saved | None:
         """Wait for the save in flight, and return the result of the last save.

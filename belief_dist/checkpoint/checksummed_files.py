@@ -23,6 +23,8 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from belief_dist.checkpoint.safe_reader import check_name, check_regular
+
 MANIFEST = "manifest.json"
 _READ_BYTES = 1 << 22
 
@@ -160,11 +162,20 @@ def _write_item(item: WriteItem, planner: Any, stream: Any) -> None:
     torch.save(tensor, stream)
 
 
-def write_manifest(directory: Path, checksums: Mapping[str, Checksum], step: int) -> None:
-    """Write the manifest: all files of a checkpoint with their checksums; then fsync."""
+def write_manifest(
+    directory: Path, checksums: Mapping[str, Checksum], step: int, serial: int
+) -> None:
+    """Write the manifest: all files of a checkpoint with their checksums; then fsync.
+
+    Args:
+        directory: The checkpoint.
+        checksums: Of its files.
+        step: Which it is of.
+        serial: Counts the saves of a run.
+    """
     files = {name: checksum._asdict() for name, checksum in sorted(checksums.items())}
     with open(directory / MANIFEST, "w") as file:
-        json.dump({"step": step, "files": files}, file, indent=1)
+        json.dump({"step": step, "serial": serial, "files": files}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -176,16 +187,23 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, Checksum]]:
         ValueError: The manifest is missing or damaged.
     """
     path = directory / MANIFEST
+    if not path.exists():
+        raise ValueError(f"{directory} is no complete checkpoint: it has no {MANIFEST}.")
+    check_regular(path)
     try:
         manifest = json.loads(path.read_text())
-        return int(manifest["step"]), {
-            name: Checksum(int(entry["nbytes"]), int(entry["crc32"]))
+        return _natural(manifest["step"]), {
+            check_name(name): Checksum(_natural(entry["nbytes"]), _natural(entry["crc32"]))
             for name, entry in manifest["files"].items()
         }
-    except FileNotFoundError:
-        raise ValueError(f"{directory} is no complete checkpoint: it has no {MANIFEST}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
+
+
+def _natural(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r:.40} is no count")
+    return value
 
 
 def check_files(directory: Path, checksums: Mapping[str, Checksum], names: Sequence[str]) -> None:
@@ -196,10 +214,7 @@ def check_files(directory: Path, checksums: Mapping[str, Checksum], names: Seque
     """
     for name in names:
         path, expected = directory / name, checksums[name]
-        try:
-            size = path.stat().st_size
-        except FileNotFoundError:
-            raise ValueError(f"file {path} is missing.") from None
+        size = check_regular(path).st_size
         if size != expected.nbytes:
             raise ValueError(f"file {path} has {size} bytes, and {expected.nbytes} were written.")
         crc = 0

@@ -14,7 +14,6 @@ import torch.distributed.checkpoint.state_dict_loader as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.optim import Optimizer
 
@@ -30,6 +29,7 @@ from belief_dist.checkpoint.errors import from_dcp_failure, run_together
 from belief_dist.checkpoint.local_shards import LocalShard, local_shards
 from belief_dist.checkpoint.metadata import apply_options, check_format, match_groups
 from belief_dist.checkpoint.names import bare, model_tensors, parameter_names
+from belief_dist.checkpoint.safe_reader import SafeReader
 from belief_dist.checkpoint.saving import comm_of, silence_single_process_warning, wait_pending
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
@@ -94,7 +94,7 @@ def read_metadata(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, Any]]
         ValueError: The checkpoint was not saved by belief_dist.
     """
     silence_single_process_warning()
-    reader = FileSystemReader(path)
+    reader = SafeReader(path)
     dcp_metadata = reader.read_metadata()
     if METADATA_KEY not in dcp_metadata.state_dict_metadata:
         raise ValueError(f"{path} is a checkpoint of torch, but was not saved by belief_dist.")
@@ -162,7 +162,7 @@ def load(
     try:
         dcp.load(
             plan.entries,
-            storage_reader=FileSystemReader(path),
+            storage_reader=SafeReader(path),
             planner=SafePlanner(),
             process_group=comm.group,
             no_dist=comm.world_size == 1,

@@ -5,13 +5,18 @@
     run/latest                 the name of the newest checkpoint, replaced last
     run/step-00000200/         complete: renamed to this when all of it was on the disk
     run/.saving-step-00000300  being written, or left over from a killed process
+    run/.replaced-step-...     the former checkpoint of a step that is saved again: complete, and
+                               the one that counts until the new one has its name
+    run/.removed-step-...      being removed
 
 All functions here are called by one rank only.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,6 +27,8 @@ from belief_dist.checkpoint.checksummed_files import MANIFEST
 LATEST = "latest"
 _SAVING = ".saving-"
 _REPLACED = ".replaced-"
+_REMOVED = ".removed-"
+_NAME = re.compile(r"(\.replaced-)?step-(?P<step>\d{8,})(?(1)-[0-9a-f]{8})")
 
 
 def directory_name(step: int) -> str:
@@ -32,8 +39,10 @@ def directory_name(step: int) -> str:
 def begin(run: Path, step: int) -> Path:
     """Return a new, empty directory to write to; leftovers of killed processes are removed."""
     run.mkdir(parents=True, exist_ok=True)
+    needed = set(complete(run))
     for left in run.iterdir():
-        if left.name.startswith((_SAVING, _REPLACED)) and left.is_dir():
+        is_left = left.name.startswith((_SAVING, _REPLACED, _REMOVED))
+        if is_left and left.is_dir() and left not in needed:
             shutil.rmtree(left, ignore_errors=True)
     temporary = run / f"{_SAVING}{directory_name(step)}-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
@@ -43,7 +52,8 @@ def begin(run: Path, step: int) -> Path:
 def publish(written: Path, step: int) -> Path:
     """Rename a written checkpoint to its final name, then point `latest` to it.
 
-    An older checkpoint of this step is moved away just before, and removed at the end.
+    An older checkpoint of this step is moved away just before, and removed at the end. If the
+    process is killed in between, `complete` finds it under its other name.
     """
     run = written.parent
     final = run / directory_name(step)
@@ -67,35 +77,57 @@ def publish(written: Path, step: int) -> Path:
 
 
 def retain(run: Path, keep: int) -> None:
-    """Keep the `keep` checkpoints that were completed last, and always the one `latest` names."""
-    found = sorted(complete(run), key=lambda path: (path / MANIFEST).stat().st_mtime_ns)
+    """Keep the `keep` checkpoints that were saved last, and always the one `latest` names."""
+    found = sorted(complete(run), key=_serial)
     newest = latest(run)
     for path in found[: max(0, len(found) - keep)]:
         if path != newest:
             # Renamed first, so that a partly removed checkpoint never looks complete.
-            removed = run / f"{_REPLACED}{path.name}-{uuid.uuid4().hex[:8]}"
+            removed = run / f"{_REMOVED}{path.name}-{uuid.uuid4().hex[:8]}"
             os.rename(path, removed)
             shutil.rmtree(removed, ignore_errors=True)
 
 
+def next_serial(run: Path) -> int:
+    """Return the number of the next save: clocks that jump, and copies, do not change the order."""
+    return 1 + max((_serial(path)[0] for path in complete(run)), default=0)
+
+
+def _serial(path: Path) -> tuple[int, int]:
+    """Return in which order a checkpoint was saved; before there were numbers, by its time."""
+    manifest = path / MANIFEST
+    try:
+        number = json.loads(manifest.read_text()).get("serial", 0)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        number = 0
+    return (number if type(number) is int else 0), manifest.stat().st_mtime_ns
+
+
 def complete(run: Path) -> Iterator[Path]:
     """Yield the complete checkpoints, in the order of their steps."""
-    for path in sorted(run.glob("step-*")):
-        if (path / MANIFEST).exists():
-            yield path
+    found: dict[int, Path] = {}
+    for path in sorted(run.iterdir()) if run.is_dir() else ():
+        # A replaced one has a name of its own only until its successor has the right one.
+        step = _NAME.fullmatch(path.name)
+        if step is not None and (path / MANIFEST).exists():
+            number = int(step["step"])
+            if number not in found or not path.name.startswith("."):
+                found[number] = path
+    for _, path in sorted(found.items()):
+        yield path
 
 
 def latest(run: Path) -> Path | None:
     """Return the newest complete checkpoint, or None if there is none."""
+    by_step = {_step(path): path for path in complete(run)}
     try:
-        path = run / (run / LATEST).read_text().strip()
-        if path.parent == run and (path / MANIFEST).exists():
-            return path
-    except OSError:
+        named = _NAME.fullmatch((run / LATEST).read_text().strip())
+        if named is not None and int(named["step"]) in by_step:
+            return by_step[int(named["step"])]
+    except (OSError, UnicodeDecodeError):
         pass
     # Without a valid pointer (a process was killed before it wrote one), take the last step.
-    found = list(complete(run))
-    return found[-1] if found else None
+    return by_step[max(by_step)] if by_step else None
 
 
 def find(path: Path, step: int | None) -> Path:
@@ -106,16 +138,21 @@ def find(path: Path, step: int | None) -> Path:
     """
     if (path / MANIFEST).exists() and step is None:
         return path
-    names = [found.name for found in complete(path)] if path.is_dir() else []
+    known = {_step(found): found for found in complete(path)}
     if step is not None:
-        name = directory_name(step)
-        if name not in names:
-            raise ValueError(f"{path} has no checkpoint of step {step}; it has {names}.")
-        return path / name
+        if step not in known:
+            raise ValueError(f"{path} has no checkpoint of step {step}; it has {list(known)}.")
+        return known[step]
     newest = latest(path) if path.is_dir() else None
     if newest is None:
         raise ValueError(f"there is no checkpoint in {path}.")
     return newest
+
+
+def _step(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match is not None
+    return int(match["step"])
 
 
 def _sync(directory: Path) -> None:

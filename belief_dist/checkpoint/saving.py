@@ -77,6 +77,8 @@ def contents(
     optimizer: Optimizer | None,
     scaler: Any = None,
     extra: Mapping[str, Any] | None = None,
+    *,
+    has_buffers: bool = True,
 ) -> dict[str, Any]:
     """Return all entries that this rank writes, as a state_dict for `torch.distributed.checkpoint`.
 
@@ -87,6 +89,8 @@ def contents(
         optimizer: `AdaBelief` or `ShardedAdaBelief`; None saves weights only.
         scaler: A `torch.amp.GradScaler`, or None.
         extra: Further plain values.
+        has_buffers: Whether this rank writes the model's buffers. Ranks may have different ones,
+            and a mean of one with a variance of another would be nobody's.
 
     Raises:
         ValueError: A parameter has no name, or something cannot be saved.
@@ -100,6 +104,7 @@ def contents(
     aliases: dict[str, str] = {}
     memory_order: dict[str, list[int]] = {}
     wrapped: list[str] = []
+    buffers: list[str] = []
     owned: dict[int, str] = {}  # by id of a tensor, the name it is saved under
     if optimizer is not None:
         names = parameter_names(optimizer, model)
@@ -111,7 +116,12 @@ def contents(
             if any(key.endswith("_exponent") for key in shard.tensors):
                 memory_order[shard.name] = list(shard.order)
     if model is not None:
+        ids = set(map(id, model.buffers()))
         for name, value in model_tensors(model):
+            if id(value) in ids:
+                buffers.append(weight_key(name))
+                if not has_buffers:
+                    continue
             held_as = owned.get(id(value))
             if held_as is None and isinstance(value, Tensor):
                 owned[id(value)] = name
@@ -127,6 +137,7 @@ def contents(
     metadata = make_metadata(optimizer, names, aliases)
     metadata["memory_order"] = memory_order
     metadata["wrapped"] = wrapped
+    metadata["buffers"] = buffers
     metadata["scaler"] = None if scaler is None else to_plain(scaler.state_dict(), "the scaler")
     # In tuples, because DCP would flatten dicts into one entry for each key.
     return {**found, METADATA_KEY: (metadata,), EXTRA_KEY: (plain,)}
@@ -173,7 +184,7 @@ def write(
         def publish() -> Path | None:
             if not is_first:
                 return None
-            write_manifest(temporary, checksums, step)
+            write_manifest(temporary, checksums, step, run_directory.next_serial(run))
             final = run_directory.publish(temporary, step)
             if keep is not None:
                 run_directory.retain(run, keep)
@@ -224,7 +235,7 @@ def save(
 
     def collect() -> dict[str, Any]:
         check_arguments(step, keep)
-        return contents(model, optimizer, scaler, extra)
+        return contents(model, optimizer, scaler, extra, has_buffers=comm.rank == 0)
 
     entries = run_together(comm, f"cannot save step {step} to {run}", collect)
     path, nbytes = write(comm, comm.group, run, step, entries, keep)

@@ -19,6 +19,7 @@ from belief_dist.checkpoint.local_shards import LocalShard, local_shards
 from belief_dist.checkpoint.metadata import apply_options
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.state_dict import answered_by
+from belief_dist.state_init_step import wants_full_state
 
 MASTER = "master"
 
@@ -74,6 +75,13 @@ class _LogicalForm:
 
     @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
+        if wants_full_state():
+            raise RuntimeError(
+                "full_state_dict=True asks for whole tensors, and a rank of ShardedAdaBelief has "
+                "its shard. Leave it out and save with torch.distributed.checkpoint, or use "
+                "belief_dist.checkpoint.save, and `belief-dist checkpoint convert --to torch` for "
+                "one file."
+            )
         optimizer = self._optimizer
         optimizer.wait_pending()
         states, count = {}, 0

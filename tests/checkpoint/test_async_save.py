@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
@@ -116,7 +118,7 @@ def test_arguments_and_errors(tmp_path: Path) -> None:
 
 
 def test_what_all_ranks_hold_is_copied_once() -> None:
-    """Under DDP every rank holds everything, and copies its share."""
+    """Under DDP every rank holds everything, and copies its share; buffers are the first one's."""
 
     class Team:
         world_size = 2
@@ -127,11 +129,37 @@ def test_what_all_ranks_hold_is_copied_once() -> None:
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     optimizer.step()
-    entries = checkpoint.contents(model, optimizer)
     shares = []
     for rank in range(2):
         team: Any = Team()
         team.rank = rank
+        entries = checkpoint.contents(model, optimizer, has_buffers=rank == 0)
         shares.append(Staging().stage(entries, team))
-    assert {*shares[0], *shares[1]} == set(entries)
+    assert {*shares[0], *shares[1]} == set(checkpoint.contents(model, optimizer))
+    assert {"model.mean", "model.count"} <= {*shares[0]}
     assert {*shares[0]} & {*shares[1]} == {"belief_dist", "extra"}
+
+
+LAST_SAVE = """
+import sys, torch
+from belief_dist import AdaBelief, checkpoint
+from belief_dist.checkpoint import checksummed_files
+def full(*arguments):
+    raise OSError(28, "No space left on device")
+checksummed_files._write_item = full
+model = torch.nn.Linear(4, 4)
+optimizer = AdaBelief(model.named_parameters())
+saver = checkpoint.BackgroundSaver(sys.argv[1], model=model, optimizer=optimizer)
+saver.save(3)
+"""
+
+
+def test_a_script_that_ends_says_that_its_last_save_failed(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LAST_SAVE, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "step 3 could not be saved in the background: cannot save step 3 to" in done.stderr
+    assert "No space left on device" in done.stderr

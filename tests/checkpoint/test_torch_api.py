@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -125,3 +126,13 @@ def test_a_shard_is_not_taken_for_the_whole() -> None:
     with pytest.raises(ValueError, match="states of 8 bits do not fit into torch's"):
         with logical_states(optimizer):
             pass
+
+
+def test_whole_tensors_are_refused() -> None:
+    model, optimizer = build()
+    with logical_states(optimizer):
+        with pytest.raises(RuntimeError, match="full_state_dict=True asks for whole tensors"):
+            get_optimizer_state_dict(
+                model, optimizer, options=StateDictOptions(full_state_dict=True)
+            )
+        get_optimizer_state_dict(model, optimizer)

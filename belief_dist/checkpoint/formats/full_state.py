@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint.state_dict_loader as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from belief_dist.checkpoint.checksummed_files import read_manifest
@@ -19,6 +18,7 @@ from belief_dist.checkpoint.loading import SafePlanner, read_metadata
 from belief_dist.checkpoint.metadata import FORMAT
 from belief_dist.checkpoint.names import dtype_name
 from belief_dist.checkpoint.run_directory import find
+from belief_dist.checkpoint.safe_reader import SafeReader
 from belief_dist.checkpoint.saving import write
 from belief_dist.options import DEFAULTS
 from belief_dist.sharding.collectives import SingleRank
@@ -74,7 +74,7 @@ def read_full_state(checkpoint: str | Path, *, step: int | None = None) -> FullS
         for key, entry in dcp_metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(entries, storage_reader=FileSystemReader(path), planner=SafePlanner(), no_dist=True)
+    dcp.load(entries, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=True)
     aliases = metadata["aliases"]
     weights = {
         key.removeprefix("model."): value
