@@ -289,8 +289,8 @@ class AdaBelief(Optimizer):
                 if entry is not None:
                     own = self._new_state(param, saved["amsgrad"], "meta")
                     check_state_entry(f"number {index}", entry, own)
-                    entries.append((param, entry))
-        super().load_state_dict(loaded)
+                    entries.append((param, {key: entry[key] for key in own}))
+        super().load_state_dict({**loaded, "param_groups": saved_groups})
         # torch has cast floating-point states to the parameter's dtype; take the originals again.
         for param, entry in entries:
             dtype = compute_dtype(param.dtype)

@@ -216,8 +216,14 @@ def normalize_group_names(group: Mapping[str, Any], where: str) -> dict[str, Any
     """
     for name in ("capturable", "no_decay"):
         if group.get(name):
+            hint = ""
+            if name == "no_decay":
+                hint = (
+                    " ZeroRedundancyOptimizer hands it to every group: give it two groups instead, "
+                    "one of them with weight_decay 0.0."
+                )
             raise ValueError(
-                f"{where} takes {name} for all groups or none: pass it to the constructor."
+                f"{where} takes {name} for all groups or none: pass it to the constructor.{hint}"
             )
     kept = {name: value for name, value in group.items() if _is_foreign(name)}
     options = {name: value for name, value in group.items() if name not in kept}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -86,9 +87,9 @@ def _install_hook() -> None:
 def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
     for watched in list(_unstepped):
         if watched.optimizer() is stepped:
-            _unstepped.remove(watched)
+            _forget(watched)
         elif type(stepped).__name__ != watched.name and watched.is_trained_by(stepped):
-            _unstepped.remove(watched)
+            _forget(watched)
             if is_first_rank():
                 logger.warning(
                     "%s trains the parameters that were given to %s, which has not taken a step: "
@@ -100,7 +101,12 @@ def _after_any_step(stepped: Optimizer, args: Any, kwargs: Any) -> None:
         else:
             watched.remaining -= 1
             if not watched.remaining or not watched.params:
-                _unstepped.remove(watched)
+                _forget(watched)
+
+
+def _forget(watched: _Watched) -> None:
+    with suppress(ValueError):  # another thread's step was faster
+        _unstepped.remove(watched)
 
 
 def _address(tensor: Tensor) -> object:

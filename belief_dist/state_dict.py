@@ -5,20 +5,33 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from belief_dist.options import OPTION_NAMES
+from belief_dist.options import DEFAULTS, OPTION_NAMES
 
 SHARD_FORMAT = 1  # of what ShardedAdaBelief.state_dict returns
+
+# Without these a saved group is another optimizer's; what else it lacks came later.
+_FIRST_OPTIONS = (
+    "lr betas eps weight_decay weight_decouple fixed_decay rectify degenerated_to_sgd"
+).split()
+# Further keys of a parameter's state are those of wrappers (Lookahead's slow weights).
+_OWN_KEYS = {
+    *["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "wire_error"],
+    *["exp_avg_exponent", "exp_avg_sq_exponent", "max_exp_avg_sq_exponent", "exp_avg_var"],
+}
 
 
 def check_state_dict(
     state_dict: Any, param_groups: list[dict[str, Any]], where: str
 ) -> list[dict[str, Any]]:
     """Return the saved param groups after comparing their form with the optimizer's.
+
+    Options that a group lacks get their defaults.
 
     Raises:
         ValueError: This is no optimizer's state_dict, or groups differ in number or length.
@@ -38,17 +51,19 @@ def check_state_dict(
             f"{want}; build the optimizer with the same model and groups as when saving."
         )
     for index, group in enumerate(saved):
-        missing = [name for name in OPTION_NAMES if name not in group]
+        missing = [name for name in _FIRST_OPTIONS if name not in group]
         if missing:
             raise ValueError(
                 f"{where}.load_state_dict: saved param group {index} has no {missing[0]!r}; "
                 f"this is the state_dict of another optimizer."
             )
-    return saved
+    return [{**{name: DEFAULTS[name] for name in OPTION_NAMES}, **group} for group in saved]
 
 
 def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Refuse one parameter's loaded state unless it has the keys and shapes of its `own` state.
+
+    Keys of others are let through.
 
     Args:
         label: Names the parameter in the error.
@@ -58,7 +73,8 @@ def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, An
     Raises:
         ValueError: It does not fit; the sentence tells whose state it looks like.
     """
-    if set(entry) != set(own):
+    own = {key: value for key, value in own.items() if key in _OWN_KEYS}
+    if set(entry) & _OWN_KEYS != set(own):
         origin = ""
         if "exp_avg_var" in entry:
             origin = " This is a state of adabelief-pytorch or timm, whose s is called exp_avg_var."
@@ -160,9 +176,10 @@ def copy_shard_(
     for index, own in enumerate(states):
         entry = state_dict["state"][index]
         for key, value in own.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and key in _OWN_KEYS:
                 value.copy_(entry[key])
         own["step"] = int(entry["step"])
+        own.update({key: deepcopy(entry[key]) for key in entry if key not in _OWN_KEYS})
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
 

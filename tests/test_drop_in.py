@@ -238,3 +238,39 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path, value: Any) -> None:
         with pytest.raises(checkpoint.CheckpointError, match="a checkpoint takes None, numbers"):
             checkpoint.save(tmp_path, 2, model=model, optimizer=optimizer, extra=extra, keep=1)
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+
+
+@pytest.mark.parametrize("kind", [AdaBelief, ShardedAdaBelief])
+def test_states_of_wrappers_are_carried(kind: Any) -> None:
+    """Lookahead keeps its slow weights in the state: saved, loaded, and trained on beside them."""
+    param = nn.Parameter(torch.ones(3))
+    optimizer = kind([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.state[param].update(slow=torch.full((3,), 0.5), since=4)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.state[param].update(slow=torch.zeros(3), since=0)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[param]["slow"], torch.full((3,), 0.5))
+    assert optimizer.state[param]["since"] == 4
+    optimizer.step()
+    assert optimizer.state[param]["step"] == 2
+    saved["state"][0]["exp_avg_var"] = saved["state"][0].pop("exp_avg_sq")
+    with pytest.raises(ValueError, match="adabelief-pytorch"):
+        optimizer.load_state_dict(saved)
+
+
+@pytest.mark.parametrize("kind", [AdaBelief, ShardedAdaBelief])
+def test_options_that_a_saved_group_lacks_get_their_defaults(kind: Any) -> None:
+    param = nn.Parameter(torch.ones(3))
+    optimizer = kind([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["param_groups"][0]["maximize"]
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["maximize"] is False
+    optimizer.step()
+    del saved["param_groups"][0]["rectify"]
+    with pytest.raises(ValueError, match="has no 'rectify'; this is the state_dict of another"):
+        optimizer.load_state_dict(saved)
