@@ -82,13 +82,16 @@ on_host() {
 
 # port_on HOST [PORT]: print PORT if it is free on HOST, or any free one.
 port_on() {
+    [[ ${2:-0} =~ ^[0-9]{1,5}$ ]] || die "MASTER_PORT must be a number, got \"$2\""
     on_host "$1" "'$python' -c 'import socket; s = socket.socket(); s.setsockopt(1, 2, 1); s.bind((\"\", ${2:-0})); print(s.getsockname()[1])'" 2>/dev/null ||
         die "MASTER_PORT is $2, which is taken on $1: choose another, or none"
 }
 
-# forwarded: print the names of the variables that every rank should see, one a line.
+# forwarded: print the names of the variables that every rank should see, one a line. Secrets are not
+# among them: launchers pass variables in command lines, which every user of a host can read.
 forwarded() {
-    compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(OMP|NCCL|GLOO|TORCH|TRITON|HF|UCX|DS|PYTHON|MPI4PY|BELIEF_DIST)_?[A-Z0-9_]*)$'
+    compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|VIRTUAL_ENV|(OMP|NCCL|GLOO|TORCH|TRITON|HF|UCX|DS|PYTHON|MPI4PY|BELIEF_DIST)_?[A-Z0-9_]*)$' |
+        grep -Ev 'TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$'
 }
 
 # end_job ID: end what is left of a job on all hosts, stopped processes too, and nothing else.

@@ -161,6 +161,7 @@ def test_settings_of_the_recipes_are_checked(environment: dict[str, str], tmp_pa
         torchrun = {"HEAD": "localhost", "NNODES": "2", "PORT": taken}
         for recipe, variables, said in [
             ("deepspeed.sh", {"MASTER_PORT": taken}, f"MASTER_PORT is {taken}, which is taken"),
+            ("deepspeed.sh", {"MASTER_PORT": "0); exit("}, "MASTER_PORT must be a number, got"),
             ("deepspeed.sh", {"DS_ENV_FILE": str(bad)}, 'expected NAME=VALUE, got "export B=2"'),
             ("deepspeed.sh", {"LAUNCHER": "rsh"}, "LAUNCHER must be pdsh or openmpi, got rsh"),
             ("torchrun.sh", torchrun, f"PORT is {taken}, which is taken on localhost"),
@@ -180,6 +181,20 @@ def test_settings_of_the_recipes_are_checked(environment: dict[str, str], tmp_pa
             assert done.returncode == 2, done.stderr
             (line,) = done.stderr.splitlines()
             assert said in line
+
+
+def test_secrets_are_not_passed_on(environment: dict[str, str]) -> None:
+    """Launchers put variables into command lines, which every user of a host can read."""
+    secrets = {
+        "HF_TOKEN": "t",
+        "HUGGING_FACE_HUB_TOKEN": "t",
+        "DS_SECRET": "t",
+        "TORCH_API_KEY": "t",
+    }
+    wanted = {"HF_HOME": "/models", "NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "1"}
+    command = ["bash", "-c", f"source {LAUNCH}/hosts.sh; forwarded"]
+    names = set(run(command, environment | secrets | wanted).stdout.split())
+    assert set(wanted) <= names and not names & set(secrets)
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (3, 3)])
