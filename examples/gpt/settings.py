@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -90,3 +91,28 @@ class Settings:
             )
         if self.timeout <= 0:
             raise ValueError(f"timeout must be positive, got {self.timeout}.")
+        if self.deepspeed_config is not None:
+            self._refuse_other_wishes(self.deepspeed_config)
+
+    def _refuse_other_wishes(self, path: Path) -> None:
+        """Refuse a DeepSpeed JSON that asks for something that these settings would overwrite."""
+        try:
+            asked = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"deepspeed_config {path} cannot be read: {error}.") from error
+        wishes = {
+            "batch": (asked.get("train_batch_size", "auto"), self.batch),
+            "accumulate": (asked.get("gradient_accumulation_steps", "auto"), self.accumulate),
+            "dtype": (
+                {True: "bfloat16", False: "float32"}.get(
+                    asked.get("bf16", {}).get("enabled", "auto"), "auto"
+                ),
+                self.dtype,
+            ),
+        }
+        for name, (wish, value) in wishes.items():
+            if wish not in ("auto", value):
+                raise ValueError(
+                    f"{name} is {value} here, and {path} asks for {wish}: pass --{name} {wish}, or "
+                    f"leave it out of the file."
+                )

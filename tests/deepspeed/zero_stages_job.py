@@ -75,6 +75,9 @@ def train(config: Path, rank: int) -> dict[str, Any]:
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=param_groups(model), config=str(config)
     )
+    import belief_dist  # only now: the type name alone has found the optimizer
+
+    verified = [str(belief_dist.verify(engine))]
     stage = engine.zero_optimization_stage()
     params = list(engine.module.parameters())
     dtype = params[0].dtype
@@ -107,6 +110,7 @@ def train(config: Path, rank: int) -> dict[str, Any]:
             }
     return {
         "optimizer": f"{type(optimizer).__module__}.{type(optimizer).__name__}",
+        "verified": [*verified, str(belief_dist.verify(engine))],
         "trajectory": trajectory,
         "states": states,
         "state_keys": {key for state in optimizer.state.values() for key in state},

@@ -130,6 +130,14 @@ def test_two_engines_train_alike(tmp_path: Path) -> None:
         (["--heads", "3"], "width must be a multiple of twice the heads"),
         (["--stop_at", "0"], "stop_at must be at least 1"),
         (["--engine", "deepspeed"], "engine=deepspeed and deepspeed_config go together"),
+        (
+            [*zero(2)[:2], "--deepspeed_config", f"{ROOT}/configs/deepspeed_zero2_bf16.json"],
+            "asks for bfloat16: pass --dtype bfloat16",
+        ),
+        (
+            [*zero(2)[:2], "--deepspeed_config", "nowhere.json"],
+            "deepspeed_config nowhere.json cannot be read",
+        ),
         (["--learning", "1"], "--learning"),
         (["--optimizer.speed", "1"], "speed"),
         (["--resume", "nowhere"], "there is no checkpoint under nowhere"),
