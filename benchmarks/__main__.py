@@ -38,6 +38,7 @@ from benchmarks.evidence import (
 )
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.gradients import recorded, synthetic
+from benchmarks.habits import HABITS, run_habits
 from benchmarks.mpi import run_mpi
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
@@ -220,6 +221,17 @@ def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> No
         json: Also write all timings here.
     """
     _tell({"overhead": run_overhead(count, rounds)}, json)
+
+
+def habits(only: list[str] | None = None, json: Path | None = None) -> None:
+    """Try what training loops do to gradients and weights, under every peer, on two ranks.
+
+    Args:
+        only: Words of which a habit must have one.
+        json: Also write what came out here.
+    """
+    chosen = [name for name in HABITS if only is None or any(word in name for word in only)]
+    print(run_habits(chosen, json))
 
 
 def checkpoint(
@@ -485,7 +497,7 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
-_ON_RANKS = [step, deepspeed, mpi, checkpoint, compatibility, resume, bits, overhead]
+_ON_RANKS = [step, deepspeed, mpi, checkpoint, compatibility, resume, bits, overhead, habits]
 _PREDICTED = [simulate, scale]
 _SHOWN = [plot, markdown]
 

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import step
 from benchmarks.bits import run_bits
 from benchmarks.engines import BY_JSON, ENGINES
+from benchmarks.habits import PEERS, run_habit, table
 from benchmarks.resume import compare_runs, draw_resume
 from benchmarks.step import chosen_engines, run_by_json
 from benchmarks.team import Turn, Workload, take_turn
@@ -153,3 +154,10 @@ def test_resumed_runs_are_compared_part_by_part(tmp_path: Path) -> None:
     assert [round(part.largest_difference, 9) for part in parts] == [0, 0, 0.25, 0.25]
     draw_resume(runs, tmp_path / "resume.png")
     assert (tmp_path / "resume.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_habits_are_tried_under_a_peer() -> None:
+    """A slice of `python -m benchmarks habits`; what it says of ours is tested elsewhere."""
+    assert run_habit("DDP", "`p.grad.mul_` after backward") == "as one process"
+    assert run_habit("stage=2", "`p.grad.mul_` after backward").startswith("error: RuntimeError")
+    assert table({"x": dict.fromkeys(PEERS, "y")}).splitlines()[2].count("y") == len(PEERS)
