@@ -275,6 +275,7 @@ class GradReducer(ABC):
 
     def _forget_sums(self, indices: Sequence[int]) -> None:
         """Take the gradients of some parameters out of the sums, and out of their squares."""
+        self._pool.drain()
         for index in indices:
             bucket, position = self._param_slot[index]
             self._buckets[bucket].own_grad(position).zero_()

@@ -41,18 +41,23 @@ class Zero2Reducer(GradReducer):
         return False
 
     def _enter_backward(self) -> None:
-        if self._rounds and not any(self._arrived):
-            self._find_dropped()
-            if not any(self._has_stand_in):  # as after `zero_grad`: nothing to add to
-                self._rounds = 0
+        if not self._rounds or any(self._arrived):
+            return
+        gone, zeroed = self._find_dropped()
+        if not any(self._has_stand_in):  # as after `zero_grad`: nothing to add to
+            self._pool.drain()
+            if not self._is_spent:
                 self.forget_errors()
+            self._rounds = 0
+        elif gone or zeroed:
+            self._forget_sums([*gone, *zeroed])
 
     def _forget_arrivals(self) -> None:
         self._arrived = [False] * len(self._params)
         self._in_flat = [False] * len(self._params)
 
-    def _find_dropped(self) -> list[int]:
-        """Forget sums whose `param.grad` was set to None, or to zero, and return the former."""
+    def _find_dropped(self) -> tuple[list[int], list[int]]:
+        """Return the parameters whose `grad` was set to None, and those where it was zeroed."""
         gone, zeroed = [], []
         for index, param in enumerate(self._params):
             if self._has_stand_in[index]:
@@ -64,10 +69,7 @@ class Zero2Reducer(GradReducer):
                 elif grad.is_zeroed:
                     zeroed.append(index)
                     grad.is_zeroed = False
-        if gone or zeroed:
-            self._pool.drain()
-            self._forget_sums([*gone, *zeroed])
-        return gone
+        return gone, zeroed
 
     def _take(self, index: int) -> None:
         bucket, position = self._param_slot[index]
@@ -152,7 +154,10 @@ class Zero2Reducer(GradReducer):
             self._pool.drain()
             return
         if self._rounds:
-            self.dropped = self._find_dropped()
+            gone, zeroed = self._find_dropped()
+            if gone or zeroed:
+                self._forget_sums([*gone, *zeroed])
+            self.dropped = gone
         for index, param in enumerate(self._params):
             grad = param.grad
             if grad is not None and (not isinstance(grad, ShardedGrad) or grad.added is not None):
