@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.optim import Optimizer
 
 from belief_dist import kernels
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.module_buffers import modules_around
+from belief_dist.sharding.outer_reducers import fault_of
 
 _JSON = '"optimizer": {"type": "AdaBelief", "params": {...}} in the DeepSpeed JSON'
 
@@ -84,13 +84,12 @@ def verify(training: Any) -> Running:
 def _refuse_outer_reducer(optimizer: ShardedAdaBelief) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for module in modules_around(params):
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            name = type(module).__name__
+        fault = fault_of(module)
+        if fault is not None:
             raise NotAdaBelief(
-                f"{name} is around a model that ShardedAdaBelief trains, and would reduce its "
-                f"gradients a second time: its first forward will be refused. Keep the model out "
-                f"of accelerator.prepare() or Lightning's DDP strategy, or use "
-                f"belief_dist.AdaBelief with {name}."
+                f"{fault}: its first forward will be refused. Keep the model out of "
+                f"accelerator.prepare() or Lightning's DDP strategy, or use belief_dist.AdaBelief "
+                f"with {type(module).__name__}."
             )
 
 

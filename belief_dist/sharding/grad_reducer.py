@@ -57,7 +57,6 @@ INTERRUPTED = "a backward pass has raised, and was not taken back: call optimize
 # whose gradients arrive out of order may need more.
 _RECYCLED = 2
 
-
 # Bytes from which a gradient is copied into its place at once, while it is in cache. Smaller ones
 # wait for their bucket and go together: one call, on a GPU one kernel, for thousands.
 _AT_ONCE = 1 << 16

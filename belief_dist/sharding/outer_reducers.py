@@ -16,6 +16,16 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.hooks import RemovableHandle
 
 
+def fault_of(module: nn.Module) -> str | None:
+    """Return what is wrong with a module around parameters of the engine, or None if nothing is."""
+    if not isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        return None
+    return (
+        f"{type(module).__name__} is around a model that ShardedAdaBelief trains, and would reduce "
+        f"its gradients a second time"
+    )
+
+
 class OuterReducerCheck:
     """Looks at every module that is called, until `end`."""
 
@@ -34,15 +44,13 @@ class OuterReducerCheck:
         Raises:
             RuntimeError: It does.
         """
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            if any(id(param) in self._ids for param in module.parameters()):
-                name = type(module).__name__
-                raise RuntimeError(
-                    f"{name} is around a model that ShardedAdaBelief trains, and would reduce its "
-                    f"gradients a second time: pass the bare module to the training loop (the "
-                    f"optimizer gives all ranks equal parameters and averages gradients itself), "
-                    f"or use belief_dist.AdaBelief with {name}."
-                )
+        fault = fault_of(module)
+        if fault is not None and any(id(param) in self._ids for param in module.parameters()):
+            raise RuntimeError(
+                f"{fault}: pass the bare module to the training loop (the optimizer gives all "
+                f"ranks equal parameters and averages gradients itself), or use "
+                f"belief_dist.AdaBelief with {type(module).__name__}."
+            )
 
 
 def _add_hook(owner: weakref.ref[OuterReducerCheck]) -> RemovableHandle:
