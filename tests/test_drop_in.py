@@ -240,13 +240,19 @@ def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path, value: Any) -> None:
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("kind", [AdaBelief, ShardedAdaBelief])
-def test_states_of_wrappers_are_carried(kind: Any) -> None:
-    """Lookahead keeps its slow weights in the state: saved, loaded, and trained on beside them."""
+def stepped(kind: Any) -> tuple[nn.Parameter, Any]:
+    """Return a parameter, and its optimizer after one step; the gradient is still there."""
     param = nn.Parameter(torch.ones(3))
     optimizer = kind([param])
     param.grad = torch.ones(3)
     optimizer.step()
+    return param, optimizer
+
+
+@pytest.mark.parametrize("kind", [AdaBelief, ShardedAdaBelief])
+def test_states_of_wrappers_are_carried(kind: Any) -> None:
+    """Lookahead keeps its slow weights in the state: saved, loaded, and trained on beside them."""
+    param, optimizer = stepped(kind)
     optimizer.state[param].update(slow=torch.full((3,), 0.5), since=4)
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.state[param].update(slow=torch.zeros(3), since=0)
@@ -262,10 +268,7 @@ def test_states_of_wrappers_are_carried(kind: Any) -> None:
 
 @pytest.mark.parametrize("kind", [AdaBelief, ShardedAdaBelief])
 def test_options_that_a_saved_group_lacks_get_their_defaults(kind: Any) -> None:
-    param = nn.Parameter(torch.ones(3))
-    optimizer = kind([param])
-    param.grad = torch.ones(3)
-    optimizer.step()
+    _, optimizer = stepped(kind)
     saved = copy.deepcopy(optimizer.state_dict())
     del saved["param_groups"][0]["maximize"]
     optimizer.load_state_dict(saved)
