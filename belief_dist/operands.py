@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -28,6 +29,18 @@ class Operands(NamedTuple):
     max_exp_avg_sq_exponent: Tensor | None = None  # likewise
     key: int = 0  # of the parameter, see `noise_key`; used where rounding is stochastic
     first: int = 0  # number of the first element in its parameter; with uint8, a multiple of 256
+
+
+class FixedOperands(list[Operands]):
+    """Operands of one update whose tensors stay where they are, and which are not changed.
+
+    Attributes:
+        kept: What kernels derive from them, such as a table of their addresses, by any key.
+    """
+
+    def __init__(self, operands: Iterable[Operands]) -> None:
+        super().__init__(operands)
+        self.kept: dict[Any, Any] = {}
 
 
 def cut(operands: Operands, start: int, stop: int) -> Operands:

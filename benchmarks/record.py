@@ -18,14 +18,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from belief_dist.kernels import ordered_sum_, update_
+from belief_dist.kernels import checksums, ordered_sum_, update_
 from belief_dist.norm import NUM_WORDS
 from belief_dist.operands import Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
 from belief_dist.sharding.layout import ParamSpec
 from belief_dist.sharding.point_to_point import PointToPoint
-from belief_dist.sharding.step_consensus import checksums
 from benchmarks import network
 from benchmarks.simulation import Device, Profile
 from benchmarks.team import Workload
@@ -138,7 +137,7 @@ def _speeds(work: Workload) -> Device:
     scalars = step_scalars(DEFAULTS, 1)
     update = _median_seconds(lambda: update_([operands], scalars))
     flat = torch.zeros(_ELEMENTS, dtype=dtype)
-    check = _median_seconds(lambda: checksums([flat]))
+    check = _median_seconds(lambda: checksums([flat], [0]))
     return Device(addends / seconds, shard / update, flat.nbytes / check, _send_cost(work))
 
 

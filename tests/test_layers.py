@@ -13,22 +13,26 @@ PACKAGE = Path(__file__).parent.parent / "belief_dist"
 
 # A module imports only from rows above its own. A folder stands for its `__init__`.
 CHAIN = """
-version deprecations rule operands options observers state_init_step
+version deprecations rule operands options observers state_init_step async_device
 engine_options device_scalars norm params state_dict state_formats
 
 kernels.build kernels.threads kernels.foreach kernels.triton_kernel
+kernels.triton_reduce kernels.triton_scales
+kernels.triton_reduce_launch
 kernels.cpp kernels.eager kernels.triton_launch
 kernels
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
-sharding.outer_reducers sharding.sharded_grad
+sharding.outer_reducers sharding.sharded_grad sharding.group_options
 sharding.grad_codec sharding.param_specs
 sharding.bucket sharding.collectives
 sharding.module_buffers
 sharding.param_storage sharding.data_edits
 sharding.point_to_point sharding.hsdp sharding.rank_checks sharding.cpu_offload
-sharding.process_groups sharding.grad_reducer sharding.shard_update
+sharding.process_groups sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus
+sharding.graph_counts sharding.disagreements
+sharding.shard_update
 sharding.engine sharding.loss_scale
 
 optimizer sharded
@@ -86,7 +90,7 @@ OPTIONAL = {
     "hf": {"transformers"},
 }
 # The only modules that may name an optional dependency at their top: none imports them at its own.
-LAZY = {"triton_kernel"}
+LAZY = {"triton_kernel", "triton_reduce", "triton_scales"}
 
 
 def module_of(path: Path) -> str:

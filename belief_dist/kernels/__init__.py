@@ -30,8 +30,9 @@ from belief_dist.rule import StepScalars, compute_dtype
 
 __all__ = [
     "backends",
-    "checksum",
+    "checksums",
     "foreach_update_",
+    "grad_scales",
     "ordered_sum_",
     "prefers_foreach",
     "require_fused",
@@ -204,38 +205,51 @@ def ordered_sum_(
         bins: Receives the squares of the sums, as from `squared_norm_bins_`, or None.
         accumulate: Add to the present values of `out`, as if it were the first piece.
     """
-    kernel = _cpp()
-    if (
-        isinstance(kernel, CppKernel)
-        and kernel.supports(out, *pieces)
-        and out.dtype == compute_dtype(pieces[0].dtype)
-    ):
-        kernel.ordered_sum_(out, pieces, bins, accumulate=accumulate)
-        return
+    kernel = _kernel(out.device)
+    if out.dtype == compute_dtype(pieces[0].dtype):
+        if isinstance(kernel, TritonKernel):
+            kernel.reductions.ordered_sum_(out, pieces, bins, accumulate=accumulate)
+            return
+        if isinstance(kernel, CppKernel) and kernel.supports(out, *pieces):
+            kernel.ordered_sum_(out, pieces, bins, accumulate=accumulate)
+            return
     eager.ordered_sum_(out, pieces, accumulate=accumulate)
     if bins is not None:
         norm.add_squares_(bins, out)
 
 
 def squared_norm_bins_(bins: Tensor, values: Tensor) -> None:
-    """Add the squares of `values` to `bins`, exactly; see `norm.add_squares_`."""
-    kernel = _cpp()
-    if isinstance(kernel, CppKernel) and kernel.supports(values):
+    """Add the squares of `values`, contiguous, to `bins`, exactly; see `norm.add_squares_`."""
+    kernel = _kernel(values.device)
+    if isinstance(kernel, TritonKernel):
+        kernel.reductions.add_squares_(bins, values)
+    elif isinstance(kernel, CppKernel) and kernel.supports(values):
         kernel.add_squares_(bins, values)
     else:
         norm.add_squares_(bins, values)
 
 
-def checksum(flat: Tensor, first: int) -> Tensor:
-    """Return one int64 element on the device of `flat`; see `eager.checksum`.
+def checksums(flats: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:
+    """Return `eager.checksum` of each buffer: (len(flats),), int64, on their device.
 
     Args:
-        flat: Contiguous, a multiple of 8 bytes.
-        first: The position of its first 64-bit word among all that are added up.
+        flats: Contiguous, multiples of 8 bytes; on a GPU they begin at multiples of 16.
+        firsts: The position of the first 64-bit word of each among all that are added up.
     """
-    kernel = _kernel(flat.device)
+    kernel = _kernel(flats[0].device)
     if isinstance(kernel, TritonKernel):
-        return kernel.checksum(flat, first)
-    if isinstance(kernel, CppKernel) and flat.is_cpu:
-        return torch.tensor(kernel.checksum(flat, first))
-    return eager.checksum(flat, first)
+        return kernel.reductions.checksums(flats, firsts)
+    pairs = zip(flats, firsts, strict=True)
+    if isinstance(kernel, CppKernel) and flats[0].is_cpu:
+        return torch.tensor([kernel.checksum(*pair) for pair in pairs])
+    return torch.stack([eager.checksum(*pair) for pair in pairs])
+
+
+def grad_scales(
+    bins: Tensor, *, world_size: int, loss_scale: Tensor | None, limit: float | None
+) -> Tensor:
+    """Return the norm of the mean gradient, and the factors on summed ones; see `eager`."""
+    kernel = _kernel(bins.device)
+    if isinstance(kernel, TritonKernel):
+        return kernel.reductions.grad_scales(bins, world_size, loss_scale, limit)
+    return eager.grad_scales(bins, world_size=world_size, loss_scale=loss_scale, limit=limit)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from belief_dist.norm import norm_from_bins
 from belief_dist.operands import Operands, cut
 from belief_dist.rule import Direction, StepScalars
 from belief_dist.state_formats import update_stored_reference_
@@ -143,3 +144,32 @@ def checksum(flat: Tensor, first: int) -> Tensor:
         high = (chunk[:, 1] + place * 0x85EBCA77 + 0x846CA68B) & _LOW_HALF
         total += (low * high).sum()
     return total
+
+
+def grad_scales(
+    bins: Tensor, *, world_size: int, loss_scale: Tensor | None, limit: float | None
+) -> Tensor:
+    """Return three numbers, float64: the norm of the mean gradient, and two factors.
+
+    Gradients are sums until the update. Mean, loss scale and clipping become one factor, which the
+    update multiplies by: no pass over the gradients of its own, and one rounding.
+
+    Args:
+        bins: (norm.NUM_WORDS,), int64: the squares of all summed gradients.
+        world_size: How many ranks' gradients are in the sums.
+        loss_scale: By which they are too large; one element, or None.
+        limit: Of the norm, or None.
+
+    Returns:
+        The norm, the factor with clipping to `limit`, and the factor without.
+    """
+    total = norm_from_bins(bins)
+    mean = torch.full_like(total, 1.0 / world_size)
+    if loss_scale is not None:
+        mean /= loss_scale
+    length = total * mean
+    clipped = mean
+    if limit is not None:
+        # The same formula as torch.nn.utils.clip_grad_norm_.
+        clipped = mean * (limit / (length + 1e-6)).clamp(max=1.0)
+    return torch.stack([length, clipped, mean])

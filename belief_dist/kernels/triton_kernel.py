@@ -23,7 +23,6 @@ import triton.language as tl
 TILE = 1024  # elements per program
 THREADS = TILE // 4
 CHUNK_TILES = 8  # consecutive tiles that share an entry in the map of `update_many`
-CHECKSUM_TILE = 4096  # words of 8 bytes
 
 _BLOCK = tl.constexpr(256)  # BLOCK of the 8-bit states
 _NAN = tl.constexpr(0x7FC00000)
@@ -405,22 +404,3 @@ def update_many(
         operands, tl.load(row + 10), tl.load(row + 11), tl.load(row + 12), start, skip_at,
         grad_scale_at, scalars_at, scalars, COUPLED, TILE,
     )  # fmt: skip
-
-
-# - Checksum
-
-
-@triton.jit
-def checksum(halves_at, total_at, count, first, TILE: tl.constexpr):
-    """Add `eager.checksum` of `count` words, which start at `halves_at` (int32), to `total_at`."""
-    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-    present = index < count
-    place = (index + first).to(tl.uint32)
-    low = tl.load(halves_at + 2 * index, mask=present, other=0).to(tl.uint32, bitcast=True)
-    high = tl.load(halves_at + 2 * index + 1, mask=present, other=0).to(tl.uint32, bitcast=True)
-    low = low + place * 0x9E3779B1 + 0x7FEB352D
-    high = high + place * 0x85EBCA77 + 0x846CA68B
-    product = low.to(tl.uint64) * high.to(tl.uint64)
-    words = tl.where(present, product.to(tl.int64, bitcast=True), 0)
-    # Integers wrap around: no order matters.
-    tl.atomic_add(total_at, tl.sum(words), sem="relaxed")

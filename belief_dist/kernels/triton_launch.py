@@ -17,6 +17,7 @@ from torch import Tensor
 
 from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels.build import Unavailable
+from belief_dist.kernels.triton_reduce_launch import TritonReductions
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import Direction, StepScalars, step_scalars
@@ -62,6 +63,8 @@ class TritonKernel:
             from triton import language as tl
 
             from belief_dist.kernels import triton_kernel
+
+            self.reductions = TritonReductions(interprets=self.interprets)
         except Exception as error:  # a broken installation can raise anything
             raise Unavailable(f"triton cannot be imported ({_one_line(error)})") from error
         self._kernel = triton_kernel
@@ -155,21 +158,6 @@ class TritonKernel:
                     self._update_one(operands, values)
             else:
                 self._update_many(work[0], table, values)
-
-    def checksum(self, flat: Tensor, first: int) -> Tensor:
-        """Return what `eager.checksum` does, in one launch."""
-        total = torch.zeros((), dtype=torch.int64, device=flat.device)
-        count = flat.nbytes // 8
-        tile = self._kernel.CHECKSUM_TILE
-        on_device: AbstractContextManager[Any] = (
-            torch.cuda.device(flat.device) if flat.is_cuda else nullcontext()
-        )
-        with on_device:
-            if count:
-                self._kernel.checksum[(-(-count // tile),)](
-                    flat.view(torch.int32), total, count, _signed(first), TILE=tile
-                )
-        return total
 
     def _values(
         self,

@@ -43,7 +43,7 @@ class BucketBuffers:
         gaps: Ranges [start, stop) of the bucket that are padding.
         param_shard: (bucket.shard_numel,), this rank's piece of `flat_param`.
         grad_shard: (bucket.shard_numel,) in the compute dtype: where reduced gradients arrive. For
-            one rank it is `flat_grad`, if there is one in that dtype.
+            one rank it is `flat_grad`, in the parameters' dtype, if there is one.
         master: (bucket.shard_numel,): the parameters that are updated, in the compute dtype. It is
             `param_shard` itself unless parameters are 16 bits wide or it is on the host. With
             remainders, the bfloat16 parameters whose other half is in `remainder`.
@@ -116,7 +116,10 @@ class BucketBuffers:
             self.master = self._on_host_like(self.param_shard, compute)
         elif is_low:
             self.master = self.param_shard.to(compute)
-        if self.flat_grad is not None and first.dtype == compute and is_alone:
+        # The update widens 16-bit gradients itself; but limits of values are those of float32.
+        as_is = codec_for(options.reduce_dtype).wire_dtype(first.dtype) == first.dtype
+        fits = first.dtype == compute or (as_is and options.max_grad_value is None)
+        if self.flat_grad is not None and fits and is_alone:
             self.grad_shard = self.flat_grad
         else:
             self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)

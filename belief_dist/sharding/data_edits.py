@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from belief_dist.kernels import checksum
+from belief_dist.kernels import checksums
 from belief_dist.sharding.bucket import BucketBuffers
 
 
@@ -26,13 +26,20 @@ class DataEdits:
             buckets: Of the optimizer.
             defers: The host must not wait for the device, and so cannot copy what was changed.
         """
-        self._watched = [each for each in buckets if each.has_master or each.on_host]
+        self._watched = [each.param_shard for each in buckets if each.has_master or each.on_host]
+        self._owners = [each for each in buckets if each.has_master or each.on_host]
         self._defers = defers
-        self._sums: list[Tensor] = []
+        # Written in place, so that a CUDA graph compares with what its last replay left.
+        self._sums = torch.zeros(0, dtype=torch.int64)
 
     def note(self) -> None:
         """Take the parameters as they are now for those of the masters."""
-        self._sums = [checksum(each.param_shard, 0) for each in self._watched]
+        if self._watched:
+            sums = self._checksums()
+            self._sums = self._sums.copy_(sums) if self._sums.numel() else sums
+
+    def _checksums(self) -> Tensor:
+        return checksums(self._watched, [0] * len(self._watched))
 
     def take_over(self, *, known: bool) -> Tensor | None:
         """Copy what was changed into the masters.
@@ -44,11 +51,12 @@ class DataEdits:
             With `defers`, whether something was changed, which is left to do: one element, bool, on
             the device. None if nothing is left.
         """
-        pairs = list(zip(self._watched, self._sums, strict=True))
-        differs = [checksum(bucket.param_shard, 0) != before for bucket, before in pairs]
+        if not self._watched or (self._defers and known):
+            return None
+        differs = self._checksums() != self._sums
         if self._defers:
-            return None if known or not differs else torch.stack(differs).any()
-        for (bucket, _), differ in zip(pairs, differs, strict=True):
-            if bool(differ):
+            return differs.any()
+        for bucket, differ in zip(self._owners, differs.tolist(), strict=True):
+            if differ:
                 bucket.refresh_edited()
         return None

@@ -15,31 +15,34 @@ runs, which every rank does at another time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from belief_dist import kernels
+from belief_dist.async_device import LateRead, is_capturing, runs_behind
 from belief_dist.engine_options import EngineOptions
-from belief_dist.norm import norm_from_bins
 from belief_dist.operands import BLOCK
-from belief_dist.options import OPTION_NAMES
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives, Named
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.data_edits import DataEdits
+from belief_dist.sharding.disagreements import raise_if_apart
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.grad_reducer import INTERRUPTED, GradReducer
+from belief_dist.sharding.graph_counts import GraphCounts
+from belief_dist.sharding.group_options import ParamGroups, known_options_of, options_of
 from belief_dist.sharding.layout import Bucket, Layout, plan_layout
 from belief_dist.sharding.outer_reducers import OuterReducerCheck
 from belief_dist.sharding.param_specs import param_label, param_specs
 from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.process_groups import ModelParallel
-from belief_dist.sharding.rank_checks import compare_order, compare_ranks, replica_fault
+from belief_dist.sharding.rank_checks import compare_order, compare_ranks
 from belief_dist.sharding.read_guard import ReadGuard
 from belief_dist.sharding.shard_update import ShardUpdate
 from belief_dist.sharding.step_consensus import StepConsensus, Verdict
@@ -47,8 +50,6 @@ from belief_dist.sharding.zero1 import Zero1Reducer
 from belief_dist.sharding.zero2 import Zero2Reducer
 
 logger = logging.getLogger("belief_dist")
-
-ParamGroups = Sequence[Mapping[str, Any]]
 
 
 class ShardEngine:
@@ -112,10 +113,11 @@ class ShardEngine:
             model_parallel,
             compare=options.check_replicas,
             # An update on the host must know the verdict.
-            defers=device.type != "cpu" and options.offload is None,
+            defers=runs_behind(device) and options.offload is None,
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.skipped_steps = 0
+        self._graph = GraphCounts(device)
         self.build(params, param_groups, state, keep_buckets=False)
 
     # - Construction
@@ -203,7 +205,7 @@ class ShardEngine:
     ) -> None:
         """Compare model and options over the ranks: a mismatch is an error and not a hang."""
         options: dict[str, list[Any]] = {
-            "options of param group": _options_of(param_groups),
+            "options of param group": options_of(param_groups),
             **self.options.by_name(),
         }
         model: dict[str, list[Any]] = {
@@ -266,7 +268,7 @@ class ShardEngine:
         decision = consensus.decide(
             reducer,
             self.buckets,
-            _options_of(param_groups),
+            *known_options_of(param_groups),
             loss_scale,
             gives_up=gives_up,
             edited=edited,
@@ -276,14 +278,23 @@ class ShardEngine:
         self._check_amsgrad(param_groups)
         # Steps are counted before the verdict is known, and counted back if it is not to update:
         # the host need not wait for the device to launch the updates.
-        skip = decision.skip
-        counted = self.update.count_steps(decision.used)
+        graph = self._graph_that_captures(decision.used)
+        counted = [] if graph is not None else self.update.count_steps(decision.used)
         scales = self._grad_scales(decision.norm_bins, loss_scale)
         self._clip_values(scales[False])
         # Forward needs first what backward has reached last.
         order = reversed(reducer.schedule.order)
-        for number in self.update.run(order, decision.used, param_groups, scales, skip):
-            if self.comm.num_shards > 1:
+        is_sharded = self.comm.num_shards > 1
+        for number in self.update.run(
+            order,
+            decision.used,
+            param_groups,
+            scales,
+            decision.verdict,
+            together=consensus.defers and not is_sharded,
+            graph=graph,
+        ):
+            if is_sharded:
                 gather = self.comm.start_gather(self.buckets[number].flat_param)
                 named = Named(gather, self.comm, f"gathering the parameters of bucket {number}")
                 self.read_guard.expect(self._gathered_with[number], named.wait)
@@ -295,10 +306,25 @@ class ShardEngine:
         reducer.end_step()
         if decision.order is not None:
             reducer.schedule.set_order(decision.order)
-        consensus.unread = (decision.verdict, counted)
+        if graph is not None:
+            graph.count(decision.verdict)
+            return decision.verdict
+        self._graph.count_outside(decision.verdict)
+        consensus.unread = (LateRead(decision.verdict), counted)
         if not consensus.defers:
             self.read_verdict(param_groups)
         return decision.verdict
+
+    def _graph_that_captures(self, used: Sequence[bool]) -> GraphCounts | None:
+        """Return the counts of the CUDA graph that is captured now, if one is."""
+        if not is_capturing(self.grad_norm.device):
+            return None
+        if not all(used):
+            raise RuntimeError(
+                "a CUDA graph can capture a step only if every parameter has a gradient in it: "
+                "freeze those that have none before you build the optimizer."
+            )
+        return self._graph
 
     def zero_grad(self, param_groups: ParamGroups, *, set_to_none: bool) -> None:
         """Forget all gradients; after an exception in backward, give the step up with all ranks.
@@ -336,17 +362,13 @@ class ShardEngine:
 
     def _grad_scales(self, norm_bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
-        # Gradients are sums until here. Mean, loss scale and clipping become one factor, which the
-        # update multiplies by: no pass over the gradients of its own, and one rounding.
-        norm = norm_from_bins(norm_bins)
-        mean = torch.full_like(norm, 1.0 / self.comm.world_size)
-        if loss_scale is not None:
-            mean /= loss_scale
-        self.grad_norm = norm * mean
-        clipped, limit = mean, self.driver.max_grad_norm
-        if limit is not None:
-            # The same formula as torch.nn.utils.clip_grad_norm_.
-            clipped = mean * (limit / (self.grad_norm + 1e-6)).clamp(max=1.0)
+        scales = kernels.grad_scales(
+            norm_bins,
+            world_size=self.comm.world_size,
+            loss_scale=loss_scale,
+            limit=self.driver.max_grad_norm,
+        )
+        self.grad_norm, clipped, mean = scales.unbind()
         return {True: clipped, False: mean}
 
     def _clip_values(self, mean: Tensor) -> None:
@@ -366,14 +388,20 @@ class ShardEngine:
             RuntimeError: As for `step`.
             ValueError: As for `step`.
         """
+        if not is_capturing(self.grad_norm.device):
+            replays = self._graph.read()
+            self.update.count_replays(replays.taken)
+            self.skipped_steps += replays.skipped
+            self._raise_if_apart(replays.fault, param_groups)
         if self.consensus.unread is None:
             return
         word, counted = self.consensus.unread
+        verdict = Verdict(word.get())
         self.consensus.unread = None
-        verdict = Verdict(int(word))
         if verdict == Verdict.UPDATE:
             return
         self.update.uncount_steps(counted)
+        self._graph.take_back()
         self._raise_if_apart(verdict, param_groups)
         self.skipped_steps += 1
         self.reducer.forget_errors()
@@ -384,46 +412,22 @@ class ShardEngine:
             logger.warning("%s: step skipped on all ranks (%d so far)", reason, self.skipped_steps)
 
     def _raise_if_apart(self, verdict: Verdict, param_groups: ParamGroups) -> None:
-        if verdict == Verdict.STEPS_DIFFER:
-            mine: dict[str, list[Any]] = {
-                "number of the step": [self.consensus.calls],
-                "options of group": _options_of(param_groups),
-            }
-            compare_ranks(self.comm, mine)
-            raise ValueError("ranks disagree about the loss scale; use equal GradScalers.")
-        if verdict == Verdict.MODEL_PARALLEL_PEER_FAILED:
-            raise RuntimeError(
-                "ranks that hold another part of the tensor-parallel model have come apart, see "
-                "their error. Nothing was updated."
-            )
-        if verdict == Verdict.PARAMS_EDITED:
-            raise RuntimeError(
-                "parameters were changed through `.data`, of which their masters on this device do "
-                "not know. Nothing was updated: call optimizer.refresh_masters() after such a "
-                "change, or change the parameter itself under torch.no_grad()."
-            )
-        if verdict == Verdict.GRADIENTS_SPOILED:
-            known = self.comm.exchange((self.consensus.spoiled, self.consensus.dropped))
-            for rank, (sentence, _) in enumerate(known):
-                if sentence is not None:
-                    raise RuntimeError(f"rank {rank}: {sentence}. Nothing was updated.")
-            first = min(min(dropped) for _, dropped in known if dropped)
-            ranks = [rank for rank, (_, dropped) in enumerate(known) if first in dropped]
-            raise RuntimeError(
-                f"the gradient of parameter {self._label(first)} was set to None after its "
-                f"reduction, but only by rank {ranks}: all ranks must do so, or none, and all must "
-                f"have used it. Nothing was updated."
-            )
-        if verdict == Verdict.REPLICAS_DIFFER:
-            # The comparison below reads parameters, and says which differ now.
-            self.read_guard.wait_all()
-            labels = list(map(self._label, range(len(self.params))))
-            copies = [
-                {labels[slot.param]: local_part(self.params[slot.param]) for slot in plan.slots}
-                for plan in self.layout.buckets
-            ]
-            sums = self.consensus.replica_sums.tolist()
-            raise RuntimeError(replica_fault(self.comm, sums, copies))
+        raise_if_apart(
+            verdict,
+            self.comm,
+            self.consensus,
+            options=lambda: options_of(param_groups),
+            label=self._label,
+            copies=self._copies,
+        )
+
+    def _copies(self) -> list[dict[str, Tensor]]:
+        self.read_guard.wait_all()  # what is told differs now
+        labels = list(map(self._label, range(len(self.params))))
+        return [
+            {labels[slot.param]: local_part(self.params[slot.param]) for slot in plan.slots}
+            for plan in self.layout.buckets
+        ]
 
     # - Masters and parameters
 
@@ -483,16 +487,3 @@ class ShardEngine:
         if self.update.host_gradients is not None:
             total["gradients on the host"] = self.update.host_gradients.nbytes()
         return total
-
-
-def _options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
-    """Return the options of all groups as numbers that `repr` tells apart to the last bit."""
-    keys = (*OPTION_NAMES, "clip")
-    return [{key: _plain(group[key]) for key in keys} for group in param_groups]
-
-
-def _plain(value: Any) -> Any:
-    # A tensor prints four digits, and its device; a list from JSON is the same pair as a tuple.
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_plain, value))
-    return value if isinstance(value, bool) else float(value)

@@ -40,6 +40,7 @@ from torch._C import _current_graph_task_id
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
+from belief_dist.async_device import runs_behind
 from belief_dist.engine_options import EngineOptions
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS
@@ -57,8 +58,8 @@ INTERRUPTED = "a backward pass has raised, and was not taken back: call optimize
 # whose gradients arrive out of order may need more.
 _RECYCLED = 2
 
-# Bytes from which a gradient is copied into its place at once, while it is in cache. Smaller ones
-# wait for their bucket and go together: one call, on a GPU one kernel, for thousands.
+# Bytes from which a CPU's gradient is copied into its place at once, while it is in cache. Smaller
+# ones, and all on a GPU, wait for their bucket and go together: one kernel for thousands.
 _AT_ONCE = 1 << 16
 
 
@@ -108,7 +109,7 @@ class GradReducer(ABC):
     Attributes:
         norm_bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards, for
             buckets that count in the norm.
-        unclipped_norm_bins: The same for all other buckets.
+        unclipped_norm_bins: The same for all other buckets, if there are any.
         schedule: The order of the reductions.
         is_closed: Whether another reducer has taken the parameters over.
         spoiled: After `finish`, why this step must not be taken on this rank: a sentence about a
@@ -149,7 +150,9 @@ class GradReducer(ABC):
             for position, index in enumerate(indices):
                 self._param_slot[index] = (b, position)
         self._is_dtensor = [is_dtensor(param) for param in params]
-        self._moves_at_once = [is_dtensor(p) or p.nbytes >= _AT_ONCE for p in params]
+        # Where the host runs ahead, a launch costs more than what a cache could save.
+        large = not runs_behind(buckets[0].flat_param.device)
+        self._moves_at_once = [is_dtensor(p) or (large and p.nbytes >= _AT_ONCE) for p in params]
         self._has_densified = False
         # - The running backward pass
         self._task = -1  # autograd's number of it
@@ -159,7 +162,8 @@ class GradReducer(ABC):
         # - The running round of reductions
         self.schedule = Schedule(len(buckets), len(params))
         self._pool = BufferPool(_RECYCLED, max(map(self._message_nbytes, buckets), default=0))
-        self.norm_bins = self.unclipped_norm_bins = torch.zeros(0)
+        self.norm_bins = torch.zeros(0)
+        self.unclipped_norm_bins: Tensor | None = None
         # An optimizer of an earlier phase, or of a cell that was run before, may still be alive.
         for earlier in {id(each): each for p in params for each in _reducers_of(p)}.values():
             earlier.close()
@@ -267,10 +271,14 @@ class GradReducer(ABC):
     def _clear_bins(self) -> None:
         device = self._buckets[0].param_shard.device
         self.norm_bins = torch.zeros(NUM_WORDS, dtype=torch.int64, device=device)
-        self.unclipped_norm_bins = torch.zeros_like(self.norm_bins)
+        if not all(self._in_norm):
+            self.unclipped_norm_bins = torch.zeros_like(self.norm_bins)
 
     def _bins_of(self, bucket: int) -> Tensor:
-        return self.norm_bins if self._in_norm[bucket] else self.unclipped_norm_bins
+        if self._in_norm[bucket]:
+            return self.norm_bins
+        assert self.unclipped_norm_bins is not None
+        return self.unclipped_norm_bins
 
     def _forget_sums(self, indices: Sequence[int]) -> None:
         """Take the gradients of some parameters out of the sums, and out of their squares."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.kernels import checksum
+from belief_dist.kernels import checksums
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.layout import ParamSpec
 
@@ -129,7 +129,7 @@ def _digest(tensor: Tensor) -> int:
     values = tensor.detach().contiguous().view(-1).view(torch.uint8)
     words = values.new_zeros(-(-values.numel() // 8) * 8)
     words[: values.numel()] = values
-    return int(checksum(words, 0))
+    return int(checksums([words], [0]))
 
 
 def _first_difference(everyone: Sequence[Sequence[int]]) -> tuple[int, list[int]]:

@@ -6,14 +6,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from belief_dist import kernels
+from belief_dist.async_device import runs_behind
+from belief_dist.device_scalars import DeviceScalars, device_scalars
 from belief_dist.engine_options import EngineOptions
-from belief_dist.operands import Operands, cut
-from belief_dist.rule import step_scalars
+from belief_dist.operands import FixedOperands, Operands, cut
+from belief_dist.rule import StepScalars, step_scalars
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.cpu_offload import HostGradients
+from belief_dist.sharding.graph_counts import GraphCounts
 from belief_dist.sharding.layout import Layout
 from belief_dist.state_formats import is_stochastic, noise_key
 
@@ -21,8 +25,17 @@ from belief_dist.state_formats import is_stochastic, noise_key
 class _Work(NamedTuple):
     """What a step updates of one bucket: as a whole, or parameter by parameter."""
 
+    dtype: torch.dtype  # of the parameters
     whole: Operands
     parts: list[tuple[int, Operands]]  # with the index of the parameter
+
+
+class _Plan(NamedTuple):
+    """What one turn of an update works on: one bucket, or all of them."""
+
+    indices: list[int]  # of the parameters
+    works: list[_Work]
+    alike: list[tuple[int, FixedOperands]]  # by group, for a step of all parameters that are alike
 
 
 class ShardUpdate:
@@ -48,7 +61,7 @@ class ShardUpdate:
         self._shard_index = shard_index
         self._is_stochastic = is_stochastic(options.state_dtype)
         self._seed = options.seed
-        self._work: dict[tuple[int, int], _Work] = {}
+        self._plans: dict[tuple[tuple[int, int], ...], _Plan] = {}
         self._param_indices = [[slot.param for slot in plan.slots] for plan in layout.buckets]
         self._group_of = [spec.group for spec in layout.params]
         self.groups_of = [{self._group_of[i] for i in each} for each in self._param_indices]
@@ -66,7 +79,7 @@ class ShardUpdate:
     def use_seed(self, seed: int) -> None:
         """Round states with the noise of another seed."""
         self._seed = seed
-        self._work.clear()  # it holds keys of the noise
+        self._plans.clear()  # they hold keys of the noise
 
     # - What a parameter has of the buckets
 
@@ -99,6 +112,12 @@ class ShardUpdate:
             self.states[index]["step"] += 1
         return indices
 
+    def count_replays(self, number: int) -> None:
+        """Count the steps that replays of a CUDA graph have taken, of all parameters."""
+        if number:
+            for state in self.states:
+                state["step"] += number
+
     def uncount_steps(self, indices: Iterable[int]) -> None:
         """Take back what `count_steps` has counted, for a step that was skipped."""
         for index in indices:
@@ -111,6 +130,9 @@ class ShardUpdate:
         param_groups: Sequence[Mapping[str, Any]],
         scales: Mapping[bool, Tensor],
         skip: Tensor,
+        *,
+        together: bool = False,
+        graph: GraphCounts | None = None,
     ) -> Iterator[int]:
         """Update the shards of the buckets in `order`, and yield each when it may be gathered.
 
@@ -121,7 +143,9 @@ class ShardUpdate:
             used: Which parameters have a gradient, on any rank.
             param_groups: With the options of each.
             scales: The factor on summed gradients, float64, for groups with clip True and False.
-            skip: One element; unless it is False, everything stays as it is.
+            skip: One element; unless it is zero, everything stays as it is.
+            together: Update all buckets in one call for each group: nobody waits for the first.
+            graph: Counts the steps of the CUDA graph that is captured, if one is.
         """
         if self.host_gradients is not None:
             # The host must know them before it updates.
@@ -131,13 +155,18 @@ class ShardUpdate:
             number for number in order if any(used[index] for index in self._param_indices[number])
         ]
         buckets = [self._buckets[number] for number in changed]
-        for number, bucket, grads in zip(changed, buckets, self._incoming(buckets), strict=True):
-            for (group, step), work in self._work_of(number, grads, used).items():
+        together = together and self.host_gradients is None
+        turns = [changed] if together and changed else [[number] for number in changed]
+        incoming = iter(self._incoming(buckets))
+        for numbers in turns:
+            plan = self._plan([(number, next(incoming)) for number in numbers])
+            for group, step, work in self._work_of(plan, used):
                 options = param_groups[group]
-                scalars = step_scalars(options, step)
+                scalars = _scalars(options, step, graph)
                 kernels.update_(work, scalars, grad_scale=scales[options["clip"]], skip=skip)
-            bucket.send_back()
-            yield number
+            for number in numbers:
+                self._buckets[number].send_back()
+                yield number
 
     def _incoming(self, buckets: Sequence[BucketBuffers]) -> Iterable[Tensor]:
         """Return the reduced gradients of each bucket, where they are updated."""
@@ -145,33 +174,47 @@ class ShardUpdate:
             return self.host_gradients.fetch(buckets)
         return (bucket.grad_shard for bucket in buckets)
 
-    def _work_of(
-        self, number: int, grads: Tensor, used: list[bool]
-    ) -> dict[tuple[int, int], Sequence[Operands]]:
-        """Return what to update of this rank's shard of a bucket, by group and number of the step.
-
-        Almost always that is the whole shard at once. Parameters of another group or with another
-        step count than their neighbours, or without a gradient on any rank, break it up; and so
-        does stochastic rounding, whose noise belongs to the elements of a parameter.
-        """
+    def _plan(self, turn: Sequence[tuple[int, Tensor]]) -> _Plan:
+        """Return what to update of some buckets, each with its gradients; made once."""
         # With offload, two host buffers take turns, and views of each are made once.
-        key = (number, grads.data_ptr())
-        work = self._work.get(key)
-        if work is None:
-            work = self._work[key] = self._plan_work(number, grads)
-        indices = self._param_indices[number]
-        steps = {self.states[index]["step"] if used[index] else 0 for index in indices}
-        groups = self.groups_of[number]
-        if len(steps) == len(groups) == 1 and not self._is_stochastic:
-            (group,) = groups
-            return {(group, step): [work.whole] for step in steps if step}
+        key = tuple((number, grads.data_ptr()) for number, grads in turn)
+        plan = self._plans.get(key)
+        if plan is None:
+            works = [self._plan_work(*each) for each in turn]
+            alike: dict[tuple[int, torch.dtype], list[Operands]] = {}
+            for (number, _), work in zip(turn, works, strict=True):
+                groups = self.groups_of[number]
+                # Stochastic rounding has noise that belongs to the elements of a parameter.
+                if len(groups) == 1 and not self._is_stochastic:
+                    (group,) = groups
+                    alike.setdefault((group, work.dtype), []).append(work.whole)
+                    continue
+                for index, part in work.parts:
+                    alike.setdefault((self._group_of[index], work.dtype), []).append(part)
+            indices = [index for number, _ in turn for index in self._param_indices[number]]
+            fixed = [(group, FixedOperands(each)) for (group, _), each in alike.items()]
+            plan = self._plans[key] = _Plan(indices, works, fixed)
+        return plan
+
+    def _work_of(self, plan: _Plan, used: list[bool]) -> list[tuple[int, int, Sequence[Operands]]]:
+        """Return what to update, with its group and the number of its step.
+
+        Almost always these are the whole shards at once. Parameters with another step count than
+        their neighbours, or without a gradient on any rank, break them up.
+        """
+        if all(map(used.__getitem__, plan.indices)):
+            steps = {self.states[index]["step"] for index in plan.indices}
+            if len(steps) == 1:
+                (step,) = steps
+                return [(group, step, work) for group, work in plan.alike]
         # One call for all parameters that are alike: launches do not grow with their number.
-        found: dict[tuple[int, int], list[Operands]] = {}
-        for index, part in work.parts:
-            if used[index]:
-                key_of = self._group_of[index], self.states[index]["step"]
-                found.setdefault(key_of, []).append(part)
-        return dict(found)
+        found: dict[tuple[int, int, torch.dtype], list[Operands]] = {}
+        for work in plan.works:
+            for index, part in work.parts:
+                if used[index]:
+                    key = self._group_of[index], self.states[index]["step"], work.dtype
+                    found.setdefault(key, []).append(part)
+        return [(group, step, parts) for (group, step, _), parts in found.items()]
 
     def _plan_work(self, number: int, grads: Tensor) -> _Work:
         whole = self._buckets[number].operands(grads)
@@ -182,4 +225,16 @@ class ShardUpdate:
                 own = cut(whole, part.in_shard, part.in_shard + part.numel)
                 key = noise_key(self._seed, index)
                 parts.append((index, own._replace(key=key, first=part.in_param)))
-        return _Work(whole, parts)
+        return _Work(self._buckets[number].flat_param.dtype, whole, parts)
+
+
+def _scalars(
+    options: Mapping[str, Any], step: int, graph: GraphCounts | None
+) -> StepScalars | DeviceScalars:
+    """Return the scalars of step number `step`, or of what will be replayed in its place."""
+    lr = options["lr"]
+    if graph is not None:
+        return device_scalars(options, graph.step_number(step), lr)
+    if isinstance(lr, Tensor) and runs_behind(lr.device):  # which the host does not read
+        return device_scalars(options, torch.full((), step, device=lr.device), lr)
+    return step_scalars(options, step)

@@ -31,7 +31,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.kernels import checksum
+from belief_dist.async_device import LateRead, upload
+from belief_dist.kernels import checksums
 from belief_dist.norm import NUM_WORDS, nonfinite_count
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives, naming
@@ -106,7 +107,7 @@ class StepConsensus:
         self._knows_order = comm.world_size == 1
         self.calls = 0
         self.defers = defers
-        self.unread: tuple[Tensor, list[int]] | None = None
+        self.unread: tuple[LateRead, list[int]] | None = None
         self.replica_sums = torch.zeros(0, dtype=torch.int64)
         self.spoiled: str | None = None
         self.dropped: list[int] = []
@@ -120,6 +121,7 @@ class StepConsensus:
         reducer: GradReducer,
         buckets: Sequence[BucketBuffers],
         options: Any,
+        late_options: Sequence[Tensor],
         loss_scale: Tensor | None,
         *,
         gives_up: bool,
@@ -131,36 +133,62 @@ class StepConsensus:
             reducer: Of the gradients.
             buckets: Whose parameters are compared.
             options: What must be equal on all ranks, by its `repr`.
+            late_options: Numbers on the device of which the same holds, by their value.
             loss_scale: Likewise; one element, or None.
             gives_up: Whether this rank has no gradient for the step, see `grad_reducer`.
             edited: From `DataEdits.take_over`.
         """
         self.calls += 1
-        bins = reducer.norm_bins.clone()
-        # What is not finite counts, in groups that are not clipped as well.
-        bins[-1] += reducer.unclipped_norm_bins[-1]
-        self.replica_sums = bins.new_zeros(len(buckets))
+        bins = reducer.norm_bins
+        if reducer.unclipped_norm_bins is not None:
+            # What is not finite counts, in groups that are not clipped as well.
+            bins = bins.clone()
+            bins[-1:] += reducer.unclipped_norm_bins[-1:]
         if self._compares_replicas:
-            self.replica_sums = checksums([bucket.flat_param for bucket in buckets])
+            flats = [bucket.flat_param for bucket in buckets]
+            # Buckets are multiples of 128 bytes. Integers wrap around, and so add in any order.
+            places = accumulate((flat.nbytes // 8 for flat in flats[:-1]), initial=0)
+            self.replica_sums = checksums(flats, list(places))
         self.spoiled, self.dropped = reducer.spoiled, list(reducer.dropped)
-        completed = None if self._knows_order else reducer.schedule.completed
-        self._knows_order = True
-        decision = agree(
-            self._comm,
-            norm_bins=bins,
-            used=reducer.used(),
-            dropped=reducer.dropped,
-            step=fingerprint((self.calls, options), loss_scale, bins.device),
-            replica=self.replica_sums.sum(),
-            spoiled=self.spoiled is not None,
-            gives_up=gives_up,
-            edited=edited,
-            completed=completed,
-            num_buckets=len(buckets),
-        )
+        is_spoiled = self.spoiled is not None
+        if self._comm.world_size == 1:
+            verdict = decide_alone(bins, spoiled=is_spoiled, gives_up=gives_up, edited=edited)
+            decision = Decision(bins, verdict, list(reducer.used()), None)
+        else:
+            completed = None if self._knows_order else reducer.schedule.completed
+            self._knows_order = True
+            no_sum = bins.new_zeros(())
+            late = [*([] if loss_scale is None else [loss_scale]), *late_options]
+            decision = agree(
+                self._comm,
+                norm_bins=bins,
+                used=reducer.used(),
+                dropped=reducer.dropped,
+                step=fingerprint((self.calls, options), late, bins.device),
+                replica=self.replica_sums.sum() if self._compares_replicas else no_sum,
+                spoiled=is_spoiled,
+                gives_up=gives_up,
+                edited=edited,
+                completed=completed,
+                num_buckets=len(buckets),
+            )
         if self._model_parallel.mesh is not None:
             decision = agree_with_other_parts(self._model_parallel.comm, decision)
         return decision
+
+
+def decide_alone(
+    norm_bins: Tensor, *, spoiled: bool, gives_up: bool, edited: Tensor | None
+) -> Tensor:
+    """Return the `Verdict` of a single rank, one element; the arguments are those of `agree`."""
+    verdict = torch.where(nonfinite_count(norm_bins) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
+    if spoiled:
+        verdict.fill_(Verdict.GRADIENTS_SPOILED)
+    if edited is not None:
+        verdict = torch.where(edited, Verdict.PARAMS_EDITED, verdict)
+    if gives_up:
+        verdict.fill_(Verdict.GIVEN_UP)
+    return verdict
 
 
 def agree(
@@ -199,23 +227,25 @@ def agree(
     device, count = norm_bins.device, len(used)
     own = torch.stack([step, _mixed(step), replica, _mixed(replica)])
     faults = torch.zeros(3, dtype=torch.int64, device=device)
-    if spoiled or gives_up:
-        faults = torch.tensor([spoiled, gives_up, False], dtype=torch.int64, device=device)
+    if spoiled:
+        faults[0].fill_(1)
+    if gives_up:
+        faults[1].fill_(1)
     if edited is not None:
-        faults[2] = edited
+        faults[2].copy_(edited)
     flags = torch.ones(count, dtype=torch.int64, device=device)
     of_dropped = comm.world_size + 1
     if not all(used):
         each = list(map(int, used))
         for index in dropped:
             each[index] = of_dropped
-        flags = torch.tensor(each, dtype=torch.int64, device=device)
+        flags = upload(each, torch.int64, device)
     words = [norm_bins, own, faults, flags]
     if completed is not None:
         turns = list(range(num_buckets, 2 * num_buckets))  # after all that were complete
         for turn, bucket in enumerate(completed):
             turns[bucket] = turn
-        words.append(torch.tensor(turns, dtype=torch.int64, device=device))
+        words.append(upload(turns, torch.int64, device))
     message = torch.cat(words)
     with naming(comm, "agreeing about the step"):
         comm.sum_(message)
@@ -273,16 +303,17 @@ def _mixed(word: Tensor) -> Tensor:
     return (word ^ (word >> 32)).square()
 
 
-def fingerprint(facts: Any, loss_scale: Tensor | None, device: torch.device) -> Tensor:
-    """Return one int64 element that is equal on ranks with equal `facts` (by `repr`) and scale."""
-    # The loss scale is a tensor that the host does not read; its bits join on the device.
+def fingerprint(facts: Any, late: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return one int64 element that is equal on ranks with equal `facts` and `late` numbers.
+
+    Args:
+        facts: Compared by their `repr`.
+        late: Numbers on the device, one element each: their bits join there.
+        device: Of the result.
+    """
     digest = hashlib.blake2b(repr(facts).encode(), digest_size=8).digest()
-    word = torch.tensor(int.from_bytes(digest, "big", signed=True), device=device)
-    return word if loss_scale is None else word + loss_scale.double().view(torch.int64).view(())
-
-
-def checksums(flats: Sequence[Tensor]) -> Tensor:
-    """Return one int64 sum for each flat buffer, which changes with any bit or order of it."""
-    # Buckets are multiples of 128 bytes. Integers wrap around, and so add in any order.
-    places = accumulate((flat.nbytes // 8 for flat in flats), initial=0)
-    return torch.stack([checksum(flat, first) for flat, first in zip(flats, places, strict=False)])
+    # Filled in, not copied: a copy from the host would wait for the device.
+    word = torch.full((), int.from_bytes(digest, "big", signed=True), device=device)
+    for position, number in enumerate(late):
+        word = word + number.double().view(torch.int64).view(()) * (2 * position + 1)
+    return word

@@ -76,13 +76,15 @@ class Zero1Reducer(GradReducer):
             self._params[index].grad = self._views[index]
 
     def _reduce(self, bucket: int) -> None:
-        elsewhere = []
+        elsewhere, empty = [], []
         for index in self._param_indices[bucket]:
             grad = self._params[index].grad
             if grad is None:
-                self._places[index].zero_()
+                empty.append(self._places[index])
             elif grad is not self._views[index]:
                 elsewhere.append(index)
+        if empty:
+            torch._foreach_zero_(empty)
         if elsewhere:
             self._adopt(elsewhere)
         # Padding was zero when the buffer was made, and nothing has written to it since.

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from belief_dist import kernels
-from belief_dist.kernels import eager
+from belief_dist.kernels import checksums, eager
 from belief_dist.kernels.cpp import CppKernel
-from belief_dist.sharding.step_consensus import checksums
 
 MASK32, MASK64 = (1 << 32) - 1, (1 << 64) - 1
 
@@ -35,7 +34,7 @@ WORDS = st.integers(-(1 << 63), (1 << 63) - 1)
 def test_all_backends_follow_the_definition(words: list[int], first: int) -> None:
     flat = torch.tensor(words, dtype=torch.int64)
     expected = by_definition([word & MASK64 for word in words], first)
-    assert int(kernels.checksum(flat, first)) == expected
+    assert int(kernels.checksums([flat], [first])) == expected
     assert int(eager.checksum(flat, first)) == expected
 
 
@@ -70,23 +69,26 @@ CHANGES = [swap_rows, two_signs, neighbours, opposite]
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_a_plain_sum_does_not_notice(change: object, dtype: torch.dtype) -> None:
     flat = torch.randn(4096, generator=torch.Generator().manual_seed(0)).to(dtype)
-    before = checksums([flat])
+    before = checksums([flat], [0])
     change(flat)  # type: ignore[operator]
-    assert not torch.equal(before, checksums([flat]))
+    assert not torch.equal(before, checksums([flat], [0]))
 
 
 def test_every_bit_counts() -> None:
     flat = torch.randn(64)
-    before = int(checksums([flat]))
+    before = int(checksums([flat], [0]))
     bits = flat.view(torch.int64)
     for word in range(len(bits)):
         for bit in range(64):
             mask = (1 << bit) - (1 << 64 if bit == 63 else 0)
             bits[word] ^= mask
-            assert int(checksums([flat])) != before, (word, bit)
+            assert int(checksums([flat], [0])) != before, (word, bit)
             bits[word] ^= mask
 
 
 def test_buckets_that_change_places() -> None:
     first, second = torch.randn(32), torch.randn(32)
-    assert checksums([first, second]).sum() != checksums([second, first]).sum()
+    assert (
+        checksums([first, second], [0, first.nbytes // 8]).sum()
+        != checksums([second, first], [0, second.nbytes // 8]).sum()
+    )

@@ -318,25 +318,3 @@ def test_amd_code(entry: str, name: str) -> None:
     assert used["vgpr_spill_count"] == used["private_segment_fixed_size"] == "0"
     assert int(used["vgpr_count"]) <= 64  # up to which 8 wavefronts, all there can be, fit
     assert compiled.metadata.shared <= (0 if form.exponent is None else 4)
-
-
-@pytest.mark.parametrize("target", [("cuda", 80, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)])
-def test_the_checksum_compiles(target: tuple[str, Any, int]) -> None:
-    """One load of two halves a word, and one atomic addition for each program."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from belief_dist.kernels import triton_kernel
-
-    signature = {"halves_at": "*i32", "total_at": "*i64", "count": "i64", "first": "i32"}
-    source = ASTSource(
-        triton_kernel.checksum,
-        {**signature, "TILE": "constexpr"},
-        {"TILE": triton_kernel.CHECKSUM_TILE},
-        {(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
-    )
-    compiled = triton.compile(source, target=GPUTarget(*target), options={"num_warps": 4})
-    if target[0] == "cuda":
-        assert ".local" not in compiled.asm["ptx"]
-        assert len(re.findall(r"\batom\.|\bred\.", compiled.asm["ptx"])) == 1

@@ -1,0 +1,203 @@
+"""Launch the kernels of `triton_reduce` and `triton_scales` on the memory of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from belief_dist.async_device import upload
+from belief_dist.rule import compute_dtype
+
+# Of the machine's memory, at most so many messages are read at once; more are read in turn.
+_UNROLLED = 8
+# Programs per multiprocessor: as many as fit. Each keeps bins in registers.
+_PROGRAMS = 4
+
+
+class _Table(NamedTuple):
+    segments: Tensor  # (segments, 3), int64, as `triton_reduce.checksums` takes it
+    chunks: Tensor  # (chunks,), int64
+
+
+class TritonReductions:
+    """Ordered sums, squares, checksums and factors on a GPU.
+
+    With `interprets`, they work on CPU tensors.
+    """
+
+    def __init__(self, *, interprets: bool) -> None:
+        # Not before: whoever imports this module need not have Triton.
+        from belief_dist.kernels import triton_reduce, triton_scales
+
+        self._interprets = interprets
+        self._kernels = triton_reduce
+        self._scales = triton_scales
+        self.tile, self.warps = 1024, 8
+        self.checksum_tile, self.checksum_chunk = 2048, 8
+        self._tables: dict[tuple[Any, ...], _Table] = {}
+        self._constants: dict[tuple[Any, ...], Tensor] = {}
+        self._options: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
+
+    # - Sums and squares
+
+    def ordered_sum_(
+        self,
+        out: Tensor | None,
+        pieces: Sequence[Tensor],
+        bins: Tensor | None,
+        *,
+        accumulate: bool = False,
+        codes: bool = False,
+    ) -> None:
+        """Add messages in their order; see `kernels.ordered_sum_`.
+
+        Args:
+            out: (n,), in the compute dtype of the pieces; None computes the squares alone.
+            pieces: (n,) each; with `codes` (n / 256 * 260,), uint8, see `grad_codec`.
+            bins: See `kernels.ordered_sum_`.
+            accumulate: Likewise.
+            codes: Pieces are 8-bit codes with a scale for each block.
+        """
+        first = pieces[0]
+        numel = first.numel() // 260 * 256 if codes else first.numel()
+        if numel == 0:
+            return
+        stride = _distance(pieces)
+        if stride is None:
+            # Apart in memory: one after the other, in the same order with the same roundings.
+            assert out is not None
+            overwritten = [p for p in pieces[1:] if p.data_ptr() == out.data_ptr()]
+            if overwritten and not accumulate:
+                pieces = [p.clone() if any(p is o for o in overwritten) else p for p in pieces]
+            self.ordered_sum_(out, pieces[:1], None, accumulate=accumulate, codes=codes)
+            for number, piece in enumerate(pieces[1:], 2):
+                last = bins if number == len(pieces) else None
+                self.ordered_sum_(out, [piece], last, accumulate=True, codes=codes)
+            return
+        wide = (compute_dtype(first.dtype) if out is None else out.dtype) == torch.float64
+        count = len(pieces)
+        with _on(first.device):
+            self._kernels.reduce[(self._programs(numel, first.device),)](
+                out,
+                first,
+                bins,
+                numel,
+                stride,
+                count,
+                PIECES=count if count <= _UNROLLED else 0,
+                ACCUMULATE=accumulate,
+                CODES=codes,
+                WIDE=wide,
+                TILE=self.tile,
+                **self._launch(self.warps),
+            )
+
+    def add_squares_(self, bins: Tensor, values: Tensor) -> None:
+        """Add the squares of `values`, contiguous, to `bins`; see `norm.add_squares_`."""
+        self.ordered_sum_(None, [values.view(-1)], bins)
+
+    def _programs(self, numel: int, device: torch.device) -> int:
+        tiles = -(-numel // self.tile)
+        return min(tiles, 3 if self._interprets else _PROGRAMS * _multiprocessors(device))
+
+    def _launch(self, warps: int) -> dict[str, Any]:
+        return self._options if self._interprets else {**self._options, "num_warps": warps}
+
+    # - Checksums
+
+    def checksums(self, flats: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:
+        """Return `eager.checksum` of each buffer, (len(flats),), int64, in one launch.
+
+        Args:
+            flats: Contiguous, multiples of 8 bytes at multiples of 16.
+            firsts: The position of the first word of each.
+        """
+        device = flats[0].device
+        sums = torch.zeros(len(flats), dtype=torch.int64, device=device)
+        table = self._checksum_table(flats, firsts)
+        if len(table.chunks):
+            with _on(device):
+                self._kernels.checksums[(len(table.chunks),)](
+                    table.segments,
+                    table.chunks,
+                    sums,
+                    TILE=self.checksum_tile,
+                    CHUNK_TILES=self.checksum_chunk,
+                    **self._launch(8),
+                )
+        return sums
+
+    def _checksum_table(self, flats: Sequence[Tensor], firsts: Sequence[int]) -> _Table:
+        # Buckets stay where they are for as long as there are any.
+        pairs = zip(flats, firsts, strict=True)
+        rows = tuple((flat.data_ptr(), flat.nbytes // 8, first) for flat, first in pairs)
+        key = (flats[0].device, rows)
+        table = self._tables.get(key)
+        if table is None:
+            size = self.checksum_tile * self.checksum_chunk
+            chunks = [
+                number << 32 | chunk
+                for number, (_, words, _) in enumerate(rows)
+                for chunk in range(-(-words // size))
+            ]
+            # Other buckets than before: of an optimizer that was dropped, most likely.
+            if len(self._tables) >= 64:
+                self._tables.clear()
+            table = self._tables[key] = _Table(
+                torch.tensor(rows, dtype=torch.int64).to(flats[0].device),
+                torch.tensor(chunks, dtype=torch.int64).to(flats[0].device),
+            )
+        return table
+
+    # - Factors
+
+    def grad_scales(
+        self, bins: Tensor, world_size: int, loss_scale: Tensor | None, limit: float | None
+    ) -> Tensor:
+        """Return what `eager.grad_scales` does, in one launch."""
+        # Not as arguments: Triton passes Python's floats as float32.
+        numbers = (1.0 / world_size, limit or 0.0, 1e-6)
+        constants = self._constants.get((bins.device, numbers))
+        if constants is None:
+            self._constants.clear()  # those of an earlier limit
+            constants = upload(numbers, torch.float64, bins.device)
+            self._constants[bins.device, numbers] = constants
+        scales = torch.empty(3, dtype=torch.float64, device=bins.device)
+        with _on(bins.device):
+            self._scales.grad_scales[(1,)](
+                scales,
+                bins,
+                constants,
+                loss_scale,
+                CLIP=limit is not None,
+                **self._launch(1),
+            )
+        return scales
+
+
+def _distance(pieces: Sequence[Tensor]) -> int | None:
+    """Return how many elements lie between the starts of neighbours, None if not equally many."""
+    if len(pieces) == 1:
+        return 0
+    size = pieces[0].element_size()
+    starts = [piece.data_ptr() for piece in pieces]
+    step = starts[1] - starts[0]
+    if step < 0 or step % size or any(b - a != step for a, b in pairwise(starts)):
+        return None
+    return step // size
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context that makes `device` current: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

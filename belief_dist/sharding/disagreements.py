@@ -1,0 +1,66 @@
+"""What a verdict other than "update" means, in words; some are found by asking all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from belief_dist.sharding.collectives import Collectives
+from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
+from belief_dist.sharding.step_consensus import StepConsensus, Verdict
+
+
+def raise_if_apart(
+    verdict: Verdict,
+    comm: Collectives,
+    consensus: StepConsensus,
+    *,
+    options: Callable[[], list[Any]],
+    label: Callable[[int], str],
+    copies: Callable[[], Sequence[Mapping[str, Tensor]]],
+) -> None:
+    """Raise what all ranks raise for a verdict, if it is an error; called by all ranks.
+
+    Args:
+        verdict: About the step.
+        comm: The ranks.
+        consensus: Which has decided.
+        options: Returns those of this rank's param groups.
+        label: Names a parameter.
+        copies: Returns the parameters of each bucket by their label, when all have arrived.
+
+    Raises:
+        RuntimeError: Parameters differ, or a gradient of some rank must not be taken.
+        ValueError: Ranks are at different steps, or have different options or loss scales.
+    """
+    if verdict == Verdict.STEPS_DIFFER:
+        mine = {"number of the step": [consensus.calls], "options of group": options()}
+        compare_ranks(comm, mine)
+        raise ValueError("ranks disagree about the loss scale; use equal GradScalers.")
+    if verdict == Verdict.MODEL_PARALLEL_PEER_FAILED:
+        raise RuntimeError(
+            "ranks that hold another part of the tensor-parallel model have come apart, see "
+            "their error. Nothing was updated."
+        )
+    if verdict == Verdict.PARAMS_EDITED:
+        raise RuntimeError(
+            "parameters were changed through `.data`, of which their masters on this device do "
+            "not know. Nothing was updated: call optimizer.refresh_masters() after such a "
+            "change, or change the parameter itself under torch.no_grad()."
+        )
+    if verdict == Verdict.GRADIENTS_SPOILED:
+        known = comm.exchange((consensus.spoiled, consensus.dropped))
+        for rank, (sentence, _) in enumerate(known):
+            if sentence is not None:
+                raise RuntimeError(f"rank {rank}: {sentence}. Nothing was updated.")
+        first = min(min(dropped) for _, dropped in known if dropped)
+        ranks = [rank for rank, (_, dropped) in enumerate(known) if first in dropped]
+        raise RuntimeError(
+            f"the gradient of parameter {label(first)} was set to None after its "
+            f"reduction, but only by rank {ranks}: all ranks must do so, or none, and all must "
+            f"have used it. Nothing was updated."
+        )
+    if verdict == Verdict.REPLICAS_DIFFER:
+        raise RuntimeError(replica_fault(comm, consensus.replica_sums.tolist(), copies()))

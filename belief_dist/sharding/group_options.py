@@ -1,0 +1,39 @@
+"""The options of all param groups, in a form that ranks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from belief_dist.async_device import runs_behind
+from belief_dist.options import OPTION_NAMES
+
+ParamGroups = Sequence[Mapping[str, Any]]
+_KEYS = (*OPTION_NAMES, "clip")
+
+
+def options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
+    """Return the options of all groups as numbers that `repr` tells apart to the last bit."""
+    return [{key: _plain(group[key]) for key in _KEYS} for group in param_groups]
+
+
+def known_options_of(param_groups: ParamGroups) -> tuple[list[dict[str, Any]], list[Tensor]]:
+    """Return the same without a visit to a device, and the learning rates that are on one."""
+    late = [group["lr"] for group in param_groups if _is_late(group["lr"])]
+    if not late:
+        return options_of(param_groups), []
+    hidden = [{**g, "lr": 0.0} if _is_late(g["lr"]) else g for g in param_groups]
+    return options_of(hidden), late
+
+
+def _is_late(value: Any) -> bool:
+    return isinstance(value, Tensor) and runs_behind(value.device)
+
+
+def _plain(value: Any) -> Any:
+    # A tensor prints four digits, and its device; a list from JSON is the same pair as a tuple.
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_plain, value))
+    return value if isinstance(value, bool) else float(value)
