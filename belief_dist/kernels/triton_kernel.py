@@ -204,14 +204,6 @@ def _store_state(
 
 
 @triton.jit
-def _offset(pointer, start):
-    if pointer is None:
-        return None
-    else:
-        return pointer + start
-
-
-@triton.jit
 def _update_tile(
     operands, count, index, key, scalars, COUPLED: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -302,12 +294,12 @@ def _update(
         operands[1] + start,
         operands[2] + start,
         operands[3] + start,
-        _offset(operands[4], start),
-        _offset(operands[5], start),
-        _offset(operands[6], start),
-        _offset(operands[7], block),
-        _offset(operands[8], block),
-        _offset(operands[9], block),
+        operands[4] if operands[4] is None else operands[4] + start,
+        operands[5] if operands[5] is None else operands[5] + start,
+        operands[6] if operands[6] is None else operands[6] + start,
+        operands[7] if operands[7] is None else operands[7] + block,
+        operands[8] if operands[8] is None else operands[8] + block,
+        operands[9] if operands[9] is None else operands[9] + block,
     )
     known = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
@@ -356,13 +348,10 @@ def update_flat(
 
 @triton.jit
 def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    if dtype is None:
-        return None
-    else:
-        pointer = tl.load(address).to(tl.pointer_type(dtype))
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)
-        return pointer
+    pointer = tl.load(address).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit(do_not_specialize=["direction", "step"])
@@ -390,12 +379,12 @@ def update_many(
         _pointer(row + 1, GRAD, ALIGNED),
         _pointer(row + 2, STATE, ALIGNED),
         _pointer(row + 3, STATE, ALIGNED),
-        _pointer(row + 4, MAX, ALIGNED),
-        _pointer(row + 5, OUT, ALIGNED),
-        _pointer(row + 6, REMAINDER, ALIGNED),
-        _pointer(row + 7, EXPONENT, False),
-        _pointer(row + 8, EXPONENT, False),
-        _pointer(row + 9, MAX_EXPONENT, False),
+        MAX if MAX is None else _pointer(row + 4, MAX, ALIGNED),
+        OUT if OUT is None else _pointer(row + 5, OUT, ALIGNED),
+        REMAINDER if REMAINDER is None else _pointer(row + 6, REMAINDER, ALIGNED),
+        EXPONENT if EXPONENT is None else _pointer(row + 7, EXPONENT, False),
+        EXPONENT if EXPONENT is None else _pointer(row + 8, EXPONENT, False),
+        MAX_EXPONENT if MAX_EXPONENT is None else _pointer(row + 9, MAX_EXPONENT, False),
     )
     scalars = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
