@@ -17,6 +17,9 @@ occupancy, which hides the latency.
 Only `triton_launch` imports this module, and only if Triton is usable.
 """
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 
@@ -31,6 +34,14 @@ _M_BINADES = tl.constexpr(7)
 _S_BINADES = tl.constexpr(31)
 _M_ROOM = tl.constexpr((1 << 16) + (0xFFFF << 3))
 _S_ROOM = tl.constexpr(0xFFFF << 4)
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Before 3.6, Triton lets NVIDIA's library flush subnormal numbers: its division is div.rn.ftz.
+_FLUSHES = tl.constexpr(
+    VERSION < (3, 6)
+    and torch.version.hip is None
+    and os.environ.get("TRITON_INTERPRET", "0") != "1"
+)
 
 
 # - Bits of float32 numbers
@@ -68,6 +79,29 @@ def _narrow(x, dtype: tl.constexpr):
         return _upper_half(bits + 0x7FFF + (bits >> 16 & 1))
     else:
         return x.to(dtype)
+
+
+# - Division and root of float32 numbers, rounded to nearest
+
+
+@triton.jit
+def _divide(x, y):
+    if _FLUSHES:
+        return tl.inline_asm_elementwise(
+            "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def _root(x):
+    if _FLUSHES:
+        return tl.inline_asm_elementwise(
+            "sqrt.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sqrt_rn(x)
 
 
 # - Noise
@@ -242,8 +276,8 @@ def _update_tile(
         denom = tl.sqrt(second) * denom_scale + eps
         change = m / tl.where(direction == 0, denom, 1.0) * step_size
     else:
-        denom = tl.sqrt_rn(second) * denom_scale + eps
-        change = tl.div_rn(m, tl.where(direction == 0, denom, 1.0)) * step_size
+        denom = _root(second) * denom_scale + eps
+        change = _divide(m, tl.where(direction == 0, denom, 1.0)) * step_size
     p = p * decay - tl.where(direction == 2, 0.0, change)
 
     if remainder is not None:

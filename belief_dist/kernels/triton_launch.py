@@ -22,6 +22,7 @@ from belief_dist.options import DEFAULTS
 from belief_dist.rule import Direction, StepScalars, step_scalars
 from belief_dist.state_formats import update_stored_reference_
 
+OLDEST = (3, 4)  # of Triton; 3.3 refuses a tuple in which a pointer is None
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 _TENSORS = 10  # the leading fields of Operands
@@ -64,6 +65,9 @@ class TritonKernel:
             from belief_dist.kernels import triton_kernel
         except Exception as error:  # a broken installation can raise anything
             raise Unavailable(f"triton cannot be imported ({_one_line(error)})") from error
+        if triton_kernel.VERSION < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise Unavailable(f"Triton {triton.__version__} is too old: it takes {oldest} or newer")
         self._kernel = triton_kernel
         self._dtypes = {
             torch.float32: tl.float32,
@@ -167,7 +171,12 @@ class TritonKernel:
         with on_device:
             if count:
                 self._kernel.checksum[(-(-count // tile),)](
-                    flat.view(torch.int32), total, count, _signed(first), TILE=tile
+                    flat.view(torch.int32),
+                    total,
+                    count,
+                    _signed(first),
+                    TILE=tile,
+                    enable_fp_fusion=False,  # Triton 3.9 warns if it is left open
                 )
         return total
 
