@@ -297,5 +297,11 @@ def _row(operands: Operands) -> _Row:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """Return what is wrong. Triton shows much source and a caret first, or only names a cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    if "^" in lines:
+        lines = lines[len(lines) - lines[::-1].index("^") :]
+    said = " ".join(filter(None, lines))
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__

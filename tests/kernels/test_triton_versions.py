@@ -85,9 +85,9 @@ def test_every_form_compiles(version: str, tmp_path: Path) -> None:
             f"assert triton.__version__ == {version!r}; torch.version.hip = {vendor!r}; "
             "sys.exit(pytest.main(sys.argv[1:]))"
         )
+        arguments = ["-q", "-p", "no:cacheprovider", "tests/kernels/test_triton.py"]
         done = subprocess.run(
-            [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", "-k", chosen]
-            + ["tests/kernels/test_triton.py"],
+            [sys.executable, "-c", code, *arguments, "-k", chosen],
             cwd=ROOT,
             env=environment,
             capture_output=True,
