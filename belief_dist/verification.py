@@ -31,12 +31,14 @@ class Running:
         wrappers: Class names of its wrappers, outermost first, such as "DeepSpeedEngine".
         ranks: World size.
         backend: Backend of its update: "cpp", "triton", "foreach" or "eager".
+        reason: Why parameters on a GPU are updated in plain torch; empty if they are not.
     """
 
     optimizer: AdaBelief | ShardedAdaBelief
     wrappers: tuple[str, ...]
     ranks: int
     backend: str
+    reason: str = ""
 
     def __str__(self) -> str:
         """Return the line."""
@@ -48,6 +50,7 @@ class Running:
             f"{type(self.optimizer).__name__} runs{under} on {self.ranks} "
             f"{'rank' if self.ranks == 1 else 'ranks'} with the {self.backend} kernel, "
             f"lr {lr:g}{schedule}, eps {group['eps']:g}"
+            + (f"; plain torch updates the GPU because {self.reason}" if self.reason else "")
         )
 
 
@@ -73,11 +76,13 @@ def verify(training: Any) -> Running:
         raise NotAdaBelief(_explain(optimizer, chain))
     if isinstance(optimizer, ShardedAdaBelief):
         _refuse_outer_reducer(optimizer)
+    device, backend = _backend(optimizer)
     return Running(
         optimizer=optimizer,
         wrappers=tuple(map(_label, chain[:-1])),
         ranks=dist.get_world_size() if dist.is_initialized() else 1,
-        backend=_backend(optimizer),
+        backend=backend,
+        reason=_reason(optimizer, device) if backend in ("foreach", "eager") else "",
     )
 
 
@@ -123,17 +128,30 @@ def _label(wrapper: Any) -> str:
     return name
 
 
-def _backend(optimizer: AdaBelief | ShardedAdaBelief) -> str:
+def _backend(optimizer: AdaBelief | ShardedAdaBelief) -> tuple[torch.device, str]:
+    """Return where the parameters lie and what updates them."""
     # ZeRO-3 leaves groups without parameters between steps, and all of them before the first.
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if not params:
-        return kernels.serving(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return device, kernels.serving(device)
     param = params[0]
+    device = param.device
     if isinstance(optimizer, ShardedAdaBelief):
-        return kernels.serving(param.device)
+        return device, kernels.serving(device)
     if kernels.prefers_foreach(param, optimizer._foreach, optimizer._fused):
-        return "foreach"
-    return "eager" if optimizer._fused is False else kernels.serving(param.device)
+        return device, "foreach"
+    return device, "eager" if optimizer._fused is False else kernels.serving(device)
+
+
+def _reason(optimizer: AdaBelief | ShardedAdaBelief, device: torch.device) -> str:
+    if device.type == "cpu":
+        return ""
+    if isinstance(optimizer, AdaBelief) and optimizer._foreach:
+        return "foreach=True asks for it"
+    if isinstance(optimizer, AdaBelief) and optimizer._fused is False:
+        return "fused=False asks for it"
+    return kernels.why_plain(device)
 
 
 def _explain(found: Any, chain: list[Any]) -> str:

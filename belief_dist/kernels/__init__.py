@@ -1,7 +1,7 @@
 """The fused updates, and the choice between them.
 
 CPU tensors are updated by the compiled C++ kernel and GPU tensors by Triton, where these are
-usable, and all others by plain torch. The results are bitwise those of
+usable, and all others by plain torch, which on a GPU is a warning. The results are bitwise those of
 `state_formats.update_stored_reference_`. One log line for each kind of device names the backend.
 The environment variable BELIEF_DIST_BACKEND ("auto", "cpp", "triton" or "eager") forces one;
 "triton" leaves CPU tensors to C++ unless TRITON_INTERPRET=1 makes Triton work on them.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -24,7 +25,7 @@ from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence
-from belief_dist.kernels.triton_launch import TritonKernel
+from belief_dist.kernels.triton_launch import OLDEST, TritonKernel
 from belief_dist.operands import Operands
 from belief_dist.rule import StepScalars, compute_dtype
 
@@ -39,10 +40,19 @@ __all__ = [
     "serving",
     "squared_norm_bins_",
     "update_",
+    "why_plain",
 ]
 
 logger = logging.getLogger("belief_dist")
 
+# Measured on one H200 with 303 M parameters in 290 tensors.
+_SLOW = (
+    "GPU updates run in plain torch, because {reason}. A step of AdaBelief takes about nine times "
+    "as long as a fused AdamW (23.4 ms beside 2.7), and ordered sums and exact norms of "
+    "ShardedAdaBelief far longer. Install a Triton that your torch supports, "
+    f"{'.'.join(map(str, OLDEST))} or newer (torch 2.8 and newer bring one), or set "
+    "BELIEF_DIST_BACKEND=eager if plain torch is what you want."
+)
 _CHOICES = ("auto", "cpp", "triton", "eager")
 
 
@@ -95,11 +105,10 @@ def _triton() -> TritonKernel | Unavailable:
         if choice == "triton":
             raise RuntimeError(f"BELIEF_DIST_BACKEND=triton, but {reason}. Unset it.") from reason
         if torch.cuda.is_available():
-            logger.warning(
-                "GPU updates run in plain torch, with about four times the memory traffic of "
-                "Triton, because %s",
-                reason,
-            )
+            sentence = _SLOW.format(reason=reason)
+            logger.warning(sentence)
+            # Many programs show no logs of libraries, and this costs more than the training saves.
+            warnings.warn(f"belief_dist: {sentence}", RuntimeWarning, stacklevel=3)
         return reason
     logger.info("GPU updates run in %s", kernel.description)
     return kernel
@@ -131,6 +140,12 @@ def serving(device: torch.device) -> str:
     if isinstance(kernel, TritonKernel):
         return "triton"
     return "cpp" if isinstance(kernel, CppKernel) and device.type == "cpu" else "eager"
+
+
+def why_plain(device: torch.device) -> str:
+    """Return why tensors on a GPU are updated in plain torch; empty where a kernel serves them."""
+    kernel = _kernel(device)
+    return str(kernel) if device.type != "cpu" and isinstance(kernel, Unavailable) else ""
 
 
 def require_fused() -> None:

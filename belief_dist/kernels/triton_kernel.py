@@ -17,6 +17,9 @@ occupancy, which hides the latency.
 Only `triton_launch` imports this module, and only if Triton is usable.
 """
 
+import os
+
+import torch
 import triton
 import triton.language as tl
 
@@ -30,6 +33,14 @@ _M_BINADES = tl.constexpr(7)
 _S_BINADES = tl.constexpr(31)
 _M_ROOM = tl.constexpr((1 << 16) + (0xFFFF << 3))
 _S_ROOM = tl.constexpr(0xFFFF << 4)
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+# Before 3.6, Triton lets NVIDIA's library flush subnormal numbers: its division is div.rn.ftz.
+_FLUSHES = tl.constexpr(
+    VERSION < (3, 6)
+    and torch.version.hip is None
+    and os.environ.get("TRITON_INTERPRET", "0") != "1"
+)
 
 
 # - Bits of float32 numbers
@@ -67,6 +78,29 @@ def _narrow(x, dtype: tl.constexpr):
         return _upper_half(bits + 0x7FFF + (bits >> 16 & 1))
     else:
         return x.to(dtype)
+
+
+# - Division and root of float32 numbers, rounded to nearest
+
+
+@triton.jit
+def _divide(x, y):
+    if _FLUSHES:
+        return tl.inline_asm_elementwise(
+            "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.div_rn(x, y)
+
+
+@triton.jit
+def _root(x):
+    if _FLUSHES:
+        return tl.inline_asm_elementwise(
+            "sqrt.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.sqrt_rn(x)
 
 
 # - Noise
@@ -203,14 +237,6 @@ def _store_state(
 
 
 @triton.jit
-def _offset(pointer, start):
-    if pointer is None:
-        return None
-    else:
-        return pointer + start
-
-
-@triton.jit
 def _update_tile(
     operands, count, index, key, scalars, COUPLED: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr,
@@ -249,8 +275,8 @@ def _update_tile(
         denom = tl.sqrt(second) * denom_scale + eps
         change = m / tl.where(direction == 0, denom, 1.0) * step_size
     else:
-        denom = tl.sqrt_rn(second) * denom_scale + eps
-        change = tl.div_rn(m, tl.where(direction == 0, denom, 1.0)) * step_size
+        denom = _root(second) * denom_scale + eps
+        change = _divide(m, tl.where(direction == 0, denom, 1.0)) * step_size
     p = p * decay - tl.where(direction == 2, 0.0, change)
 
     if remainder is not None:
@@ -301,12 +327,12 @@ def _update(
         operands[1] + start,
         operands[2] + start,
         operands[3] + start,
-        _offset(operands[4], start),
-        _offset(operands[5], start),
-        _offset(operands[6], start),
-        _offset(operands[7], block),
-        _offset(operands[8], block),
-        _offset(operands[9], block),
+        operands[4] if operands[4] is None else operands[4] + start,
+        operands[5] if operands[5] is None else operands[5] + start,
+        operands[6] if operands[6] is None else operands[6] + start,
+        operands[7] if operands[7] is None else operands[7] + block,
+        operands[8] if operands[8] is None else operands[8] + block,
+        operands[9] if operands[9] is None else operands[9] + block,
     )
     known = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
@@ -355,13 +381,10 @@ def update_flat(
 
 @triton.jit
 def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    if dtype is None:
-        return None
-    else:
-        pointer = tl.load(address).to(tl.pointer_type(dtype))
-        if ALIGNED:
-            pointer = tl.multiple_of(pointer, 16)
-        return pointer
+    pointer = tl.load(address).to(tl.pointer_type(dtype))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
 
 
 @triton.jit(do_not_specialize=["direction", "step"])
@@ -389,12 +412,12 @@ def update_many(
         _pointer(row + 1, GRAD, ALIGNED),
         _pointer(row + 2, STATE, ALIGNED),
         _pointer(row + 3, STATE, ALIGNED),
-        _pointer(row + 4, MAX, ALIGNED),
-        _pointer(row + 5, OUT, ALIGNED),
-        _pointer(row + 6, REMAINDER, ALIGNED),
-        _pointer(row + 7, EXPONENT, False),
-        _pointer(row + 8, EXPONENT, False),
-        _pointer(row + 9, MAX_EXPONENT, False),
+        MAX if MAX is None else _pointer(row + 4, MAX, ALIGNED),
+        OUT if OUT is None else _pointer(row + 5, OUT, ALIGNED),
+        REMAINDER if REMAINDER is None else _pointer(row + 6, REMAINDER, ALIGNED),
+        EXPONENT if EXPONENT is None else _pointer(row + 7, EXPONENT, False),
+        EXPONENT if EXPONENT is None else _pointer(row + 8, EXPONENT, False),
+        MAX_EXPONENT if MAX_EXPONENT is None else _pointer(row + 9, MAX_EXPONENT, False),
     )
     scalars = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,

@@ -23,6 +23,7 @@ from belief_dist.options import DEFAULTS
 from belief_dist.rule import Direction, StepScalars, step_scalars
 from belief_dist.state_formats import update_stored_reference_
 
+OLDEST = (3, 4)  # of Triton; 3.3 refuses a tuple in which a pointer is None
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
 _TENSORS = 10  # the leading fields of Operands
@@ -67,6 +68,9 @@ class TritonKernel:
             self.reductions = TritonReductions(interprets=self.interprets)
         except Exception as error:  # a broken installation can raise anything
             raise Unavailable(f"triton cannot be imported ({_one_line(error)})") from error
+        if triton_kernel.VERSION < OLDEST:
+            oldest = ".".join(map(str, OLDEST))
+            raise Unavailable(f"Triton {triton.__version__} is too old: it takes {oldest} or newer")
         self._kernel = triton_kernel
         self._dtypes = {
             torch.float32: tl.float32,
@@ -276,5 +280,11 @@ def _row(operands: Operands) -> _Row:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    """Return what is wrong. Triton shows much source and a caret first, or only names a cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    if "^" in lines:
+        lines = lines[len(lines) - lines[::-1].index("^") :]
+    said = " ".join(filter(None, lines))
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__

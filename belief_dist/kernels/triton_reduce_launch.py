@@ -36,9 +36,12 @@ class TritonReductions:
         from belief_dist.kernels import triton_reduce, triton_scales
 
         self._interprets = interprets
+        warp = 32
+        if not interprets:
+            warp = torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
         self._kernels = triton_reduce
         self._scales = triton_scales
-        self.tile, self.warps = 1024, 8
+        self.tile, self._warps = 1024, 256 // warp  # four elements for each thread
         self.checksum_tile, self.checksum_chunk = 2048, 8
         self._tables: dict[tuple[Any, ...], _Table] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
@@ -95,7 +98,7 @@ class TritonReductions:
                 CODES=codes,
                 WIDE=wide,
                 TILE=self.tile,
-                **self._launch(self.warps),
+                **self._launch(self._warps),
             )
 
     def add_squares_(self, bins: Tensor, values: Tensor) -> None:
@@ -129,7 +132,7 @@ class TritonReductions:
                     sums,
                     TILE=self.checksum_tile,
                     CHUNK_TILES=self.checksum_chunk,
-                    **self._launch(8),
+                    **self._launch(self._warps),
                 )
         return sums
 
