@@ -18,7 +18,7 @@ from torch import Tensor
 from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.triton_reduce_launch import TritonReductions
-from belief_dist.operands import BLOCK, Operands
+from belief_dist.operands import BLOCK, FixedOperands, Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import Direction, StepScalars, step_scalars
 from belief_dist.state_formats import update_stored_reference_
@@ -145,6 +145,7 @@ class TritonKernel:
             grad_scale: As for `rule.update_reference_`.
             skip: One element on the tensors' device; if it is not zero, nothing is changed.
         """
+        kept = work.kept if isinstance(work, FixedOperands) else None
         work = [operands for operands in work if operands.param.numel() > 0]
         if not work:
             return
@@ -156,7 +157,13 @@ class TritonKernel:
             torch.cuda.device(device) if device.type == "cuda" else nullcontext()
         )
         with on_device:
-            table = None if len(work) == 1 else self._table([_row(each) for each in work], device)
+            table = None
+            if len(work) > 1:
+                table = None if kept is None else kept.get("triton")
+                if table is None:
+                    table = self._table([_row(each) for each in work], device)
+                if kept is not None and table is not None:
+                    kept["triton"] = table
             if table is None:
                 for operands in work:
                     self._update_one(operands, values)

@@ -16,8 +16,6 @@ from belief_dist.rule import compute_dtype
 
 # Of the machine's memory, at most so many messages are read at once; more are read in turn.
 _UNROLLED = 8
-# Programs per multiprocessor: as many as fit. Each keeps bins in registers.
-_PROGRAMS = 4
 
 
 class _Table(NamedTuple):
@@ -42,6 +40,7 @@ class TritonReductions:
         self._kernels = triton_reduce
         self._scales = triton_scales
         self.tile, self._warps = 1024, 256 // warp  # four elements for each thread
+        self._programs_each = 4  # for each multiprocessor: as many as fit, as bins take registers
         self.checksum_tile, self.checksum_chunk = 2048, 8
         self._tables: dict[tuple[Any, ...], _Table] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
@@ -107,7 +106,7 @@ class TritonReductions:
 
     def _programs(self, numel: int, device: torch.device) -> int:
         tiles = -(-numel // self.tile)
-        return min(tiles, 3 if self._interprets else _PROGRAMS * _multiprocessors(device))
+        return min(tiles, 3 if self._interprets else self._programs_each * _multiprocessors(device))
 
     def _launch(self, warps: int) -> dict[str, Any]:
         return self._options if self._interprets else {**self._options, "num_warps": warps}
