@@ -16,7 +16,7 @@ from belief_dist import AdaBelief, ShardedAdaBelief, kernels
 from belief_dist.device_scalars import device_scalars
 from belief_dist.state_formats import update_stored_reference_
 from benchmarks.gpu.cases import SAME, Case, Outcome, Size
-from benchmarks.gpu.contenders import OPTIONS, Contender, exact_attention
+from benchmarks.gpu.contenders import OPTIONS, Contender
 from benchmarks.gpu.forms import FORMS, make, moved, same
 from benchmarks.gpu.forms import OPTIONS as RULE
 from benchmarks.gpu.timing import median
@@ -74,11 +74,6 @@ def _update(form: str, device: str, size: Size) -> Outcome:
 
 def _iteration(kind: Callable[..., Any], device: str, size: Size) -> Outcome:
     """Replay whole iterations, and compare with an optimizer that runs them one by one."""
-    with exact_attention():
-        return _replay_iterations(kind, device, size)
-
-
-def _replay_iterations(kind: Callable[..., Any], device: str, size: Size) -> Outcome:
     contenders = []
     for _ in range(2):
         model = size.job.model(torch.float32, device)

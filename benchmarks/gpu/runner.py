@@ -22,6 +22,7 @@ from benchmarks.gpu.worker import GPU_LOST
 ROOT = Path(__file__).parents[2]
 Row = dict[str, Any]
 _POLL = 0.1  # seconds
+_START = 60.0  # seconds that imports may take
 _LOG_BYTES = 2000  # of a process that died, in its row
 _MOST_STARTS = 8  # of one section
 _LEAST = 10.0  # seconds, without which a section is not begun
@@ -34,7 +35,7 @@ class Section(NamedTuple):
         module: Has `cases(device, size)`.
         title: Its heading.
         seconds: That all of it may take.
-        case_seconds: That a case may take, imports included.
+        case_seconds: That a case may take.
         about: What its tables mean, in a sentence or two.
     """
 
@@ -92,15 +93,15 @@ def run_section(
         begun = [line for line in lines if "begin" in line]
         done += [line["begin"] for line in begun]
         words = ": ".join(filter(None, [reason, _last_words(log)]))
-        if not begun:
-            rows.append(_failed(section.title, section.name, words))
-            tell(rows[-1])
-            break
-        if lines[-1] is begun[-1]:  # it has no row: this is the case that has ended the process
-            rows.append(_failed(begun[-1]["table"], begun[-1]["begin"], words, begun[-1]["counts"]))
+        # A case without a row is the one that has ended the process.
+        last = lines[-1] if lines else {"begin": section.name, "table": section.title}
+        if "begin" in last:
+            rows.append(_failed(last["table"], last["begin"], words, last.get("counts", True)))
             tell(rows[-1])
         if time.monotonic() >= until:
             note = "The section ran out of time; what follows the last row was not run."
+            break
+        if not begun:  # another start would end in the same way
             break
     return Ran(section, rows, time.monotonic() - begin, note)
 
@@ -145,7 +146,8 @@ def _run_worker(
                 if code is not None:
                     break
                 now = time.monotonic()
-                if now > until or now > changed + section.case_seconds:
+                patience = section.case_seconds if lines else max(_START, section.case_seconds)
+                if now > until or now > changed + patience:
                     reason = "ran out of time"
                     break
                 time.sleep(_POLL)

@@ -61,8 +61,9 @@ SECTIONS = [
         seconds=130,
         case_seconds=60,
         about="Host ms is until all of an iteration is issued, step ms between events around "
-        "step() alone. Peak is beyond the model: gradients, states and activations. The last "
-        "column says where two batches, clipping and step() first make the host wait.",
+        "step() alone, busy ms the sum of all kernels. Peak is beyond the model: gradients, states "
+        "and activations; held is what stays of it after a step. The last column says where two "
+        "batches, clipping and step() first make the host wait.",
     ),
     Section(
         "one_of_eight",

@@ -5,10 +5,9 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu.cases import Case, Outcome, Size, parameters
-from benchmarks.gpu.contenders import OURS, PEERS, Contender, Maker
+from benchmarks.gpu.cases import Case, Outcome, Size, describe, parameters
+from benchmarks.gpu.contenders import OURS, PEERS, Maker
 from benchmarks.gpu.timing import Memory, kernels_of, median, synchronizing
 
 _COLUMNS = ("total ms", "host ms", "step ms", "step host ms", "kernels", "busy ms")
@@ -28,23 +27,24 @@ def measure(make: Maker, device: str, size: Size, dtype: torch.dtype = torch.bfl
         contender.backward(tokens)
 
     step = median(contender.step, device, size.rounds, before=until_step, warm=1)
-    peak = memory.peak()  # before the profiler and the double batch
+    peak, held = memory.peak(), memory.held()  # before the profiler and the double batch
     kernels, busy = kernels_of(partial(contender.iterate, tokens), device)
-    waits = _waits(contender, tokens, device)
     if contender.skipped():
         raise RuntimeError(f"{contender.skipped()} steps were skipped: a gradient is not finite")
     figures = (whole.total, whole.host, step.total, step.host, kernels, busy)
-    return {
+    row: Outcome = {
         **dict(zip(_COLUMNS, figures, strict=True)),
         "peak MiB": None if peak is None else round(peak / 2**20),
-        "bytes/parameter": None if peak is None else peak / count,
-        "waits for the GPU": waits,
+        "peak bytes/parameter": None if peak is None else peak / count,
+        "held bytes/parameter": None if held is None else held / count,
     }
-
-
-def _waits(contender: Contender, tokens: Tensor, device: str) -> str:
-    contender.accumulate_and_clip(tokens)  # what is allocated once may wait
-    return synchronizing(partial(contender.accumulate_and_clip, tokens), device)
+    try:
+        contender.accumulate_and_clip(tokens)  # what is allocated once may wait
+        run = partial(contender.accumulate_and_clip, tokens)
+        row["waits for the GPU"] = synchronizing(run, device)
+    except Exception as error:  # the figures stay
+        row |= {"status": "failed", "note": f"two batches and clipping: {describe(error)}"}
+    return row
 
 
 def title(size: Size) -> str:
