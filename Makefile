@@ -1,15 +1,17 @@
 # make train   trains a small GPT on all GPUs, or 2 CPU ranks, through the deepspeed launcher
 # make test    lint, type check and all tests
 # make test-fast  the same, without the tests that start processes: a few minutes
+# make gpu     bits, speed and memory on one GPU, by PYTHON as it is: eight minutes, docs/gpu.md
 # Two processes run the tests, a file each: many tests wait for timeouts or for imports.
-# Both set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
+# All but gpu set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
 SHELL := /bin/bash
 VENV ?= .venv
+PYTHON ?= python3
 ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-fast lint bench venv
+.PHONY: train test test-fast lint bench gpu venv
 train: venv
 	launch/local.sh $(ARGS)
 
@@ -26,6 +28,9 @@ lint: venv
 
 bench: venv
 	python -m benchmarks $(or $(ARGS),readme)
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 venv:
 	@launch/venv.sh "$(VENV)"

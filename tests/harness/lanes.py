@@ -15,6 +15,7 @@ from tests.harness.paths import ROOT
 SUBJECTS = {
     "cluster": ("cluster", "processes"),
     "deepspeed": ("deepspeed",),
+    "gpu": ("gpu",),
     "launch": ("launch",),
     "mpi_backend": ("mpi",),
 }

@@ -26,7 +26,8 @@ from belief_dist.state_formats import (
     split_master,
     update_stored_reference_,
 )
-from benchmarks.gpu import compare_bits
+from benchmarks.gpu.forms import FORMS as MEASURED
+from benchmarks.gpu.forms import has_same_bits
 from test_kernels import BF16, F16, F32, F64, OPTIONS, SWITCHES, bits, values
 
 # numpy, which the interpreter computes with, warns of what special numbers do.
@@ -242,10 +243,10 @@ def test_the_optimizer_updates_all_tensors_of_a_kind_at_once(
     assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
 
 
-def test_the_benchmark_compares_bits(capsys: pytest.CaptureFixture[str]) -> None:
-    """What benchmarks/gpu.py asserts on a GPU, here for its own sake."""
-    assert compare_bits("cpu", 700)
-    assert "OTHER" not in capsys.readouterr().out
+@pytest.mark.parametrize("form", MEASURED.values(), ids=MEASURED)
+def test_the_benchmark_compares_bits(form: Any) -> None:
+    """What `python -m benchmarks.gpu` asserts on a GPU, here for its own sake."""
+    assert has_same_bits(form, "cpu", 700)
 
 
 def test_checksums() -> None:

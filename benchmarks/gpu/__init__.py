@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`: bits, speed and memory on one CUDA GPU; see docs/gpu.md."""
