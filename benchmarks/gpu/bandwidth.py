@@ -90,7 +90,7 @@ def _torch_norm(device: str, size: Size) -> Outcome:
 
 def _checksum(device: str, size: Size) -> Outcome:
     values = torch.randn(size.elements, device=device)
-    return outcome(values.nbytes, partial(kernels.checksum, values, 0), device, size)
+    return outcome(values.nbytes, partial(kernels.checksums, [values], [0]), device, size)
 
 
 def _encode(device: str, size: Size) -> Outcome:
