@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", help=f"some of {','.join(s.name for s in SECTIONS)}")
     parser.add_argument("--seconds", type=float, default=460, help="that all may take")
+    parser.add_argument("--patience", type=float, default=1, help="times the limits of sections")
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="where to write")
     parser.add_argument("--commit", help="of the repository, where git cannot tell it")
     parser.add_argument(
@@ -45,6 +46,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.gpu needs a CUDA GPU; torch sees none.", file=sys.stderr)
         return 2
+    many = options.patience
+    sections = [
+        s._replace(seconds=many * s.seconds, case_seconds=many * s.case_seconds) for s in sections
+    ]
     return run(sections, options)
 
 

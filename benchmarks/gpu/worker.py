@@ -66,6 +66,8 @@ def clean(device: str) -> None:
 
 def main(module: str, device: str, size: str, file: str, *done: str) -> None:
     path = Path(file)
+    if device == "cpu":
+        torch.set_num_threads(1)  # a rehearsal, beside other tests
     for case in importlib.import_module(module).cases(device, SIZES[size]):
         if case.name in done:
             continue

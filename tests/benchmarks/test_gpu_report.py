@@ -7,7 +7,9 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +27,9 @@ BROKEN = Section("broken", "Everything breaks", "tests.harness.gpu_sections", 25
 PEERS = Section("peers", "Peers", "tests.harness.gpu_peers", 60, 30)
 ABSENT = Section("absent", "No such module", "tests.harness.no_such_module", 60, 30)
 
+# On a machine that other tests keep busy.
+REHEARSAL = ["--device=cpu", "--size=small", "--patience=9", "--seconds=1000"]
+
 
 def options(folder: Path, seconds: float = 300) -> argparse.Namespace:
     return argparse.Namespace(
@@ -38,7 +43,7 @@ def run_command(*arguments: object) -> subprocess.CompletedProcess[str]:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1100,
     )
 
 
@@ -147,8 +152,7 @@ def test_names_are_unique() -> None:
 @pytest.mark.parametrize("name", [s.name for s in SECTIONS if s.name != "frameworks"])
 def test_each_section_runs_on_a_cpu(name: str, tmp_path: Path) -> None:
     """The same lines as on a GPU, but for events, graphs and NCCL."""
-    chosen = ["--device=cpu", "--size=small", f"--only={name}", f"--out={tmp_path}"]
-    done = run_command(*chosen)
+    done = run_command(*REHEARSAL, f"--only={name}", f"--out={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     (section,) = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     assert section["rows"] and section["note"] == ""
@@ -162,8 +166,7 @@ def test_frameworks_run_on_a_cpu(tmp_path: Path) -> None:
     from benchmarks.gpu import frameworks
 
     assert frameworks.cases("cuda", SMALL) and frameworks.cases("cpu", SMALL)
-    chosen = ["--device=cpu", "--size=small", "--only=frameworks", f"--out={tmp_path}"]
-    done = run_command(*chosen)
+    done = run_command(*REHEARSAL, "--only=frameworks", f"--out={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     (section,) = json.loads((tmp_path / "gpu.json").read_text())["sections"]
     rows = {row["name"]: row for row in section["rows"]}
@@ -190,3 +193,60 @@ def test_medians_and_kernels() -> None:
     assert calls == [0, 1] * 5 and taken.total == taken.host >= 0
     assert timing.kernels_of(lambda: calls.append(2), "cpu") == (0, 0.0)
     assert timing.synchronizing(lambda: calls.append(3), "cpu") == "no GPU" and calls[-1] == 3
+
+
+class _Event:
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        assert self.time
+
+    def elapsed_time(self, other: _Event) -> float:
+        return (other.time - self.time) * 1e3
+
+
+def test_on_a_pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of timing that a CPU leaves out, with what torch.cuda has in their place."""
+    calls: list[str] = []
+
+    def pretend(name: str, result: Any = None) -> None:
+        assert hasattr(torch.cuda, name)
+        monkeypatch.setattr(
+            torch.cuda, name, lambda *given: calls.append(f"{name}{given}") or result
+        )
+
+    assert hasattr(torch.cuda, "Event") and hasattr(torch.cuda, "_sleep")
+    monkeypatch.setattr(torch.cuda, "Event", _Event)
+    for name in ("synchronize", "_sleep", "reset_peak_memory_stats", "set_sync_debug_mode"):
+        pretend(name)
+    pretend("memory_allocated", 5)
+    pretend("max_memory_allocated", 9)
+    taken = timing.median(lambda: time.sleep(0.001), "cuda", 3, ahead=True)
+    assert 0 < taken.total <= taken.host and any(c.startswith("_sleep") for c in calls)
+    memory = timing.Memory("cuda")
+    assert memory.held() == 0 and memory.peak() == 4
+
+    def wait() -> None:
+        raise RuntimeError("called a synchronizing CUDA operation")
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    calls.clear()
+    assert timing.synchronizing(lambda: None, "cuda") == "none"
+    assert calls[1:] == ["set_sync_debug_mode('error',)", "set_sync_debug_mode('default',)"]
+    assert timing.synchronizing(wait, "cuda").startswith("test_gpu_report.py:")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        timing.synchronizing(fail, "cuda")
+    assert calls[-1] == "set_sync_debug_mode('default',)"
+
+
+def test_a_case_that_loses_the_gpu_ends_its_process(tmp_path: Path) -> None:
+    """Its row stays, and the next case has a process of its own."""
+    lost = BROKEN._replace(name="lost", module="tests.harness.gpu_lost")
+    (ran,) = run_sections([lost], "cuda", "small", tmp_path, 300, print, lambda some: None)
+    assert [(row["name"], row["status"]) for row in ran.rows] == [("loses", "failed"), ("on", "ok")]
