@@ -16,7 +16,7 @@ CHAIN = """
 version deprecations rule operands options observers state_init_step
 engine_options device_scalars norm params state_dict state_formats
 
-kernels.build kernels.threads kernels.foreach kernels.triton_kernel
+kernels.build kernels.threads kernels.foreach kernels.triton_kernel kernels.triton_tables
 kernels.cpp kernels.eager kernels.triton_launch
 kernels
 
@@ -31,6 +31,7 @@ sharding.process_groups sharding.grad_reducer sharding.shard_update
 sharding.zero1 sharding.zero2 sharding.step_consensus
 sharding.engine sharding.loss_scale
 
+step_plan
 optimizer sharded
 
 checkpoint.names checkpoint.chunks checkpoint.safe_reader checkpoint.plain_values

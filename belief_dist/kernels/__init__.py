@@ -25,11 +25,13 @@ from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence
-from belief_dist.kernels.triton_launch import OLDEST, TritonKernel
+from belief_dist.kernels.triton_launch import OLDEST, Again, TritonKernel
 from belief_dist.operands import Operands
 from belief_dist.rule import StepScalars, compute_dtype
 
 __all__ = [
+    "Again",
+    "again",
     "backends",
     "checksum",
     "foreach_update_",
@@ -206,6 +208,16 @@ def update_(
         )
     for operands in work:
         eager.update_(operands, scalars, grad_scale=grad_scale, skip=skip)
+
+
+def again(work: Sequence[Operands]) -> Again | None:
+    """Return the update of these tensors in this and later steps, for `update_` with less to do.
+
+    Returns:
+        None if it has no advantage: it has one where Triton updates them.
+    """
+    kernel = _kernel(work[0].param.device)
+    return kernel.again(work) if isinstance(kernel, TritonKernel) and kernel.updates(work) else None
 
 
 def ordered_sum_(

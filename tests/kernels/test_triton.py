@@ -233,6 +233,7 @@ def compile_ahead(entry: str, form: Form, target: Any, warps: int) -> Any:
         "exp_avg_sq_exponent": form.exponent,
         "max_exp_avg_sq_exponent": None,
         "segments": "i64",
+        "grads": "i64",
         "chunks": "i64",
         "skip_at": None,
         "grad_scale_at": None,

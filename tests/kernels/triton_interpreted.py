@@ -17,6 +17,7 @@ from belief_dist import AdaBelief, kernels
 from belief_dist.device_scalars import device_scalars
 from belief_dist.kernels import eager, triton_kernel
 from belief_dist.kernels.triton_launch import TritonKernel
+from belief_dist.kernels.triton_tables import Table
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import StepScalars, compute_dtype, step_scalars
 from belief_dist.state_formats import (
@@ -204,20 +205,28 @@ def test_segments_of_several_chunks() -> None:
         check(work, step_scalars(OPTIONS, 2))
 
 
-def test_a_table_is_uploaded_once_for_the_same_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    kernel = kernels._triton()
-    assert isinstance(kernel, TritonKernel)
-    uploads = []
-    upload = kernel._upload
-    monkeypatch.setattr(
-        kernel, "_upload", lambda rows, device: uploads.append(rows) or upload(rows, device)
-    )
+@pytest.fixture
+def uploads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of what is copied to the device."""
+    lengths: list[int] = []
+    copy_ = Table._copy
+    monkeypatch.setattr(Table, "_copy", lambda self, x: lengths.append(x.numel()) or copy_(self, x))
+    return lengths
+
+
+def test_a_table_is_uploaded_once_for_the_same_tensors(uploads: list[int]) -> None:
     work = [make(FORMS[0], n, False, n) for n in (10, 20, 30)]
     for step in (1, 2, 3):
-        kernels.update_(work, step_scalars(OPTIONS, step))
-    assert len(uploads) == 1
-    kernels.update_([*work[:2], make(FORMS[0], 30, False, 0)], step_scalars(OPTIONS, 4))
-    assert len(uploads) == 2
+        check(work, step_scalars(OPTIONS, step))
+    once = [3, 3 * 12, 3]  # gradients, rows, chunks
+    assert uploads == once
+    for step in (4, 5):  # new gradients in the same places' stead
+        for other, _ in enumerate(work):
+            work[other] = work[other]._replace(grad=torch.full_like(work[other].grad, step))
+        check(work, step_scalars(OPTIONS, step))
+    assert uploads == [*once, 3, 3]
+    check([*work[:2], make(FORMS[0], 30, False, 0)], step_scalars(OPTIONS, 4))
+    assert uploads == [*once, 3, 3, *once]
 
 
 def test_the_optimizer_updates_all_tensors_of_a_kind_at_once(
@@ -240,6 +249,109 @@ def test_the_optimizer_updates_all_tensors_of_a_kind_at_once(
             optimizer.step()
     assert sorted(calls) == [2, 2, 3, 3]
     assert all(torch.equal(a, b) for a, b in zip(params, twins, strict=True))
+
+
+class Twins:
+    """The same training twice: by Triton, and by plain torch or without plans."""
+
+    def __init__(self, options: dict[str, Any], looked_up: list[int]) -> None:
+        self.ours, self.theirs = self.both = pair_of_optimizers(options)
+        self.generator = torch.Generator().manual_seed(1)
+        self._looked_up = looked_up
+
+    def steps(self, count: int, without: int = -1) -> int:
+        """Return how many parameters were looked up."""
+        before = len(self._looked_up)
+        for _ in range(count):
+            pairs = zip(*(each.param_groups[0]["params"] for each in self.both), strict=True)
+            for number, pair in enumerate(pairs):
+                grad = torch.randn(pair[0].shape, generator=self.generator)
+                grad = grad.to(pair[0].dtype).contiguous(memory_format=layout(pair[0]))
+                for param in pair:
+                    param.grad = None if number == without else grad.clone()
+            self.ours.step()
+            done = len(self._looked_up)
+            self.theirs.step()
+            del self._looked_up[done:]
+            same(self.ours, self.theirs)
+        return len(self._looked_up) - before
+
+
+@pytest.mark.parametrize("options", [{"amsgrad": True, "weight_decay": 0.1}, {"capturable": True}])
+def test_a_step_like_the_one_before_is_planned_once(
+    monkeypatch: pytest.MonkeyPatch, uploads: list[int], options: dict[str, Any]
+) -> None:
+    """Bits and states stay right, whatever changes between two steps."""
+    monkeypatch.setattr(triton_kernel, "CHUNK_TILES", 1)
+    looked_up: list[int] = []
+    operands_of = AdaBelief._operands
+    monkeypatch.setattr(
+        AdaBelief, "_operands", lambda self, p: looked_up.append(1) or operands_of(self, p)
+    )
+    twins = Twins(options, looked_up)
+    params = twins.ours.param_groups[0]["params"]
+    everything = len(params)
+
+    assert twins.steps(3) == 3 * everything  # no states yet; seen; seen again, planned and kept
+    del uploads[:]
+    assert twins.steps(1) == 0
+    assert uploads[:2] == [3, 2]  # new gradients of each dtype, and nothing else
+    assert set(uploads) == {3, 2}
+    assert twins.steps(1, without=1) == everything - 1
+    twins.steps(3)
+    # Memory and states that others exchange.
+    params[0].data = params[0].data.clone()
+    assert twins.steps(1) == everything
+    assert twins.steps(2) == everything
+    twins.ours.state[params[0]]["exp_avg"] = twins.ours.state[params[0]]["exp_avg"].clone()
+    assert twins.steps(1) == everything
+    for optimizer in twins.both:
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert twins.steps(1) == everything
+    twins.steps(2)
+    for optimizer in twins.both:
+        optimizer.param_groups[0]["lr"] = 0.3
+    assert twins.steps(1) == 0
+    for optimizer in twins.both:  # updated apart from the others from here on
+        state = optimizer.state[optimizer.param_groups[0]["params"][2]]
+        state["step"] = state["step"] + 5
+    assert twins.steps(1) == everything
+
+
+def layout(tensor: Tensor) -> torch.memory_format:
+    last = tensor.dim() == 4 and not tensor.is_contiguous()
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def pair_of_optimizers(options: dict[str, Any]) -> tuple[AdaBelief, AdaBelief]:
+    """Return the same training twice, of mixed dtypes and layouts, by Triton and by plain torch."""
+    made = []
+    for fused in (None, False):
+        generator = torch.Generator().manual_seed(0)
+        params = [
+            torch.randn(shape, generator=generator).to(dtype).contiguous(memory_format=order)
+            for shape, dtype, order in (
+                ((7, 5), F32, torch.contiguous_format),
+                ((300,), BF16, torch.contiguous_format),
+                ((2, 3, 4, 5), F32, torch.channels_last),
+                ((), F32, torch.contiguous_format),
+                ((9, 2), BF16, torch.contiguous_format),
+            )
+        ]
+        own = {**options, "fused": fused} if not options.get("capturable") else options
+        made.append(AdaBelief([p.requires_grad_() for p in params], lr=0.01, **own))
+    if options.get("capturable"):  # which plain torch does not do: compare with one launch each
+        made[1]._update_again = lambda *_: False  # type: ignore[method-assign]
+    return made[0], made[1]
+
+
+def same(ours: AdaBelief, theirs: AdaBelief) -> None:
+    pairs = zip(ours.param_groups[0]["params"], theirs.param_groups[0]["params"], strict=True)
+    for a, b in pairs:
+        assert torch.equal(a, b)
+        for name, value in theirs.state[b].items():
+            found = ours.state[a][name]
+            assert type(found) is type(value) and torch.equal(*map(torch.as_tensor, (found, value)))
 
 
 def test_the_benchmark_compares_bits(capsys: pytest.CaptureFixture[str]) -> None:
