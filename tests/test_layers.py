@@ -17,7 +17,8 @@ version deprecations rule operands options observers state_init_step
 engine_options device_scalars norm params state_dict state_formats
 
 kernels.build kernels.threads kernels.foreach kernels.triton_kernel kernels.triton_tables
-kernels.cpp kernels.eager kernels.triton_launch
+kernels.cpp kernels.eager kernels.triton_codec
+kernels.triton_launch
 kernels
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
@@ -86,8 +87,8 @@ OPTIONAL = {
     "cli": {"rich"},
     "hf": {"transformers"},
 }
-# The only modules that may name an optional dependency at their top: none imports them at its own.
-LAZY = {"triton_kernel"}
+# The only modules that may name an optional dependency at their top: no other imports them there.
+LAZY = {"triton_kernel", "triton_codec"}
 
 
 def module_of(path: Path) -> str:

@@ -34,6 +34,7 @@ __all__ = [
     "again",
     "backends",
     "checksum",
+    "encode_int8_",
     "foreach_update_",
     "ordered_sum_",
     "prefers_foreach",
@@ -251,6 +252,15 @@ def squared_norm_bins_(bins: Tensor, values: Tensor) -> None:
         kernel.add_squares_(bins, values)
     else:
         norm.add_squares_(bins, values)
+
+
+def encode_int8_(wire: Tensor, values: Tensor, error: Tensor) -> None:
+    """Write gradients in 8 bits, and keep what that has cut off; see `eager.encode_int8_`."""
+    kernel = _kernel(values.device)
+    if isinstance(kernel, TritonKernel) and kernel.encodes(wire, values, error):
+        kernel.encode_int8_(wire, values, error)
+    else:
+        eager.encode_int8_(wire, values, error)
 
 
 def checksum(flat: Tensor, first: int) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels.build import Unavailable
+from belief_dist.kernels.eager import CODE_BLOCK
 from belief_dist.kernels.triton_tables import Row, Table, Uploaded
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.options import DEFAULTS
@@ -106,13 +107,14 @@ class TritonKernel:
             import triton
             from triton import language as tl
 
-            from belief_dist.kernels import triton_kernel
+            from belief_dist.kernels import triton_codec, triton_kernel
         except Exception as error:  # a broken installation can raise anything
             raise Unavailable(f"triton cannot be imported ({_one_line(error)})") from error
         if triton_kernel.VERSION < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise Unavailable(f"Triton {triton.__version__} is too old: it takes {oldest} or newer")
         self._kernel = triton_kernel
+        self._codec = triton_codec
         self._dtypes = {
             torch.float32: tl.float32,
             torch.float64: tl.float64,
@@ -232,6 +234,24 @@ class TritonKernel:
                     enable_fp_fusion=False,  # Triton 3.9 warns if it is left open
                 )
         return total
+
+    def encodes(self, wire: Tensor, values: Tensor, error: Tensor) -> bool:
+        """Return whether `encode_int8_` supports these tensors."""
+        return (
+            all(t.is_contiguous() and self.serves(t.device) for t in (wire, values, error))
+            and values.dtype == error.dtype
+            and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and wire.data_ptr() % 4 == 0  # a scale is written at once
+        )
+
+    def encode_int8_(self, wire: Tensor, values: Tensor, error: Tensor) -> None:
+        """Do what `eager.encode_int8_` does, in one launch."""
+        blocks = values.numel() // CODE_BLOCK
+        if blocks:
+            with _on(values.device):
+                self._codec.encode_int8[(-(-blocks // self._codec.ROWS),)](
+                    wire, values, error, blocks, ROWS=self._codec.ROWS, **self._options
+                )
 
     def values(
         self,

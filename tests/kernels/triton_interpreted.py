@@ -365,3 +365,44 @@ def test_checksums() -> None:
         flat = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
         for first in (0, 3, (1 << 33) + 5):
             assert torch.equal(kernels.checksum(flat, first), eager.checksum(flat, first))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("blocks", [0, 1, 8, 21])
+def test_gradients_in_8_bits(dtype: torch.dtype, blocks: int) -> None:
+    """Blocks of every scale, down to one that is zero beside numbers that are not; and special."""
+    for seed in range(3 if blocks else 1):
+        generator = torch.Generator().manual_seed(seed)
+        n = blocks * eager.CODE_BLOCK
+        pair = []
+        for _ in range(2):
+            magnitude = torch.randint(-150, 128, (blocks, 1), generator=generator)
+            drawn = torch.randn(blocks, eager.CODE_BLOCK, generator=generator)
+            drawn = (drawn.double() * 2.0**magnitude).float()
+            drawn[torch.rand(drawn.shape, generator=generator) < 0.1] = 0.0
+            drawn[torch.rand(drawn.shape, generator=generator) < 0.1] *= -0.0
+            pair.append(drawn.view(n).to(dtype))
+        given, error = pair
+        if blocks > 8:
+            error[: 3 * 256] = 0.0
+            given[:256] = values(256, 0, dtype, generator)  # with all that is not finite
+            given[256:512] = torch.arange(-127, 129).to(dtype) / 2  # halfway cases
+            given[300], given[301] = 127.0, -0.0
+            given[512:768] = -0.0
+            error[512:640] = -0.0
+            tiny = torch.arange(256) * 2.0**-149  # the scale is one or two of the smallest steps
+            given[768:1024], error[768:1024] = tiny.to(dtype), 0.0
+            given[1024:1280], error[1024:1280] = (tiny / 16).to(dtype), 0.0
+            given[1300] = float("-inf")
+            error[1600] = float("nan")
+        wires = [torch.zeros(blocks * eager.CODE_BYTES, dtype=U8) for _ in range(2)]
+        errors = [error.clone(), error.clone()]
+        kernel = kernels._triton()
+        assert isinstance(kernel, TritonKernel) and kernel.encodes(wires[0], given, errors[0])
+        kernels.encode_int8_(wires[0], given, errors[0])
+        eager.encode_int8_(wires[1], given, errors[1])
+        scales = [wire.view(-1, eager.CODE_BYTES)[:, :4].clone().view(F32) for wire in wires]
+        assert torch.equal(bits(scales[0]), bits(scales[1]))
+        codes = [wire.view(-1, eager.CODE_BYTES)[:, 4:] for wire in wires]
+        assert torch.equal(*codes)
+        assert torch.equal(bits(errors[0]), bits(errors[1]))
