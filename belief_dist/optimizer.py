@@ -264,12 +264,7 @@ class AdaBelief(Optimizer):
     def _update_again(self, number: int, params: list[Tensor], group: Mapping[str, Any]) -> bool:
         """Update as in the step before if all is as it was; return whether it was done."""
         device = params[0].device
-        if (
-            self._foreach
-            or self._fused is False
-            or kernels.serving(device) != "triton"
-            or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
-        ):
+        if self._foreach or self._fused is False or kernels.serving(device) != "triton":
             return False
         seen = look(params, self.state, amsgrad=group["amsgrad"], capturable=self._capturable)
         plan = self._plans.get(number)
@@ -289,7 +284,9 @@ class AdaBelief(Optimizer):
                 state["step"] += 1  # an integer: `look` finds nothing else without capturable
         for launch, members in plan.parts:
             scalars = self._scalars(params[members[0]], group)
-            launch.update_([seen.grads[member] for member in members], scalars)
+            if not launch.update_([seen.grads[member] for member in members], scalars):
+                # A graph is captured, and these gradients were not there before.
+                self._update_flat([self._operands(params[member]) for member in members], scalars)
         return True
 
     def _parts(self, params: Sequence[Tensor]) -> list[Part]:

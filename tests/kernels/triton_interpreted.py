@@ -318,6 +318,18 @@ def test_a_step_like_the_one_before_is_planned_once(
     assert twins.steps(1) == everything
 
 
+def test_a_graph_that_is_captured_uploads_nothing(
+    monkeypatch: pytest.MonkeyPatch, uploads: list[int]
+) -> None:
+    """Tensors whose gradients are elsewhere than in the table are then updated one by one."""
+    twins = Twins({}, [])
+    twins.steps(3)
+    monkeypatch.setattr(Table, "upload", lambda self, grads: None)
+    del uploads[:]
+    twins.steps(2)
+    assert not uploads
+
+
 def layout(tensor: Tensor) -> torch.memory_format:
     last = tensor.dim() == 4 and not tensor.is_contiguous()
     return torch.channels_last if last else torch.contiguous_format
