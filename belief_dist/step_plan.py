@@ -16,7 +16,7 @@ from torch import Tensor
 from belief_dist.kernels import Again
 from belief_dist.sharding.dtensor import local_part
 
-_PLAIN = (torch.nn.Parameter, Tensor)
+_PLAIN = {torch.nn.Parameter, Tensor}
 
 
 class Look(NamedTuple):
@@ -60,7 +60,7 @@ def look(
     rests_on: list[Any] = []
     grads: list[int] = []
     found: list[dict[str, Any]] = []
-    first = None
+    first, plain, strided = None, _PLAIN, torch.strided  # names that are found sooner
     for param in params:
         state = states[param]
         grad: Any = param.grad
@@ -69,10 +69,10 @@ def look(
         except KeyError:
             return None
         largest = state.get("max_exp_avg_sq")
-        if type(param) not in _PLAIN or type(grad) is not Tensor:
+        if type(param) not in plain or type(grad) is not Tensor:
             param, grad, m, s = map(local_part, (param, grad, m, s))
             largest = None if largest is None else local_part(largest)
-        if grad.layout is not torch.strided or (amsgrad and largest is None):
+        if grad.layout is not strided or (amsgrad and largest is None):
             return None
         if (type(step) is int) == capturable:
             return None
@@ -83,9 +83,9 @@ def look(
             first = step if first is None else first
             ahead = step - first
         rests_on += (
-            *(ahead, param.data_ptr(), m.data_ptr(), s.data_ptr(), param.numel()),
-            *(param.dtype, grad.dtype, m.dtype, s.dtype),
-        )
+            ahead, param.data_ptr(), m.data_ptr(), s.data_ptr(), param.numel(),
+            param.dtype, grad.dtype, m.dtype, s.dtype,
+        )  # fmt: skip
         if largest is not None:
             rests_on += (largest.data_ptr(), largest.dtype, largest.is_contiguous())
         if not (
