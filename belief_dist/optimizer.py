@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from belief_dist.rule import StepScalars, compute_dtype, step_scalars, update_re
 from belief_dist.sharding.dtensor import local_part
 from belief_dist.state_dict import check_state_dict, check_state_entry, load_hooks
 from belief_dist.state_init_step import is_state_init_step
+from belief_dist.step_plan import Part, Plan, look
 
 
 def _in_memory_order(operands: Operands) -> Operands | None:
@@ -125,6 +126,7 @@ class AdaBelief(Optimizer):
         self._foreach = foreach
         self._capturable = capturable
         self._no_decay = no_decay
+        self._plans: dict[int, Plan] = {}
         super().__init__(as_groups(params, "AdaBelief"), defaults)
         observers.notify(observers.on_built, self)
 
@@ -150,8 +152,10 @@ class AdaBelief(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         creates_states_only = not self.state and is_state_init_step()
-        for group in self.param_groups:
+        for number, group in enumerate(self.param_groups):
             params = [param for param in group["params"] if param.grad is not None]
+            if params and self._update_again(number, params, group):
+                continue
             for param in params:
                 self._complete_state(param, group)
             if params and not creates_states_only:
@@ -221,32 +225,81 @@ class AdaBelief(Optimizer):
         if self._capturable and any(type(self.state[param]["step"]) is int for param in params):
             self._share_steps()
         self._advance(params)
-        # What one call can take together: nearly always all tensors of a group.
-        work: dict[tuple[Any, ...], list[Operands]] = {}
-        steps: dict[int, Any] = {}
-        for param in params:
-            state = self.state[param]
-            operands = Operands(
-                local_part(param),
-                local_part(cast(Tensor, param.grad)),
-                local_part(state["exp_avg"]),
-                local_part(state["exp_avg_sq"]),
-                local_part(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None,
-            )
-            step = state["step"]
-            count = step if isinstance(step, int) else id(step)
-            kind = (count, param.device, param.dtype, operands.grad.dtype)
-            work.setdefault(kind, []).append(operands)
-            steps[count] = step
-        for (count, *_), entries in work.items():
-            if self._capturable:
-                self._update_flat(entries, device_scalars(group, steps[count], group["lr"]))
-                continue
-            scalars = step_scalars(group, steps[count])
-            if kernels.prefers_foreach(entries[0].param, self._foreach, self._fused):
+        for members in self._together(params):
+            entries = [self._operands(params[member]) for member in members]
+            scalars = self._scalars(params[members[0]], group)
+            if isinstance(scalars, StepScalars) and kernels.prefers_foreach(
+                entries[0].param, self._foreach, self._fused
+            ):
                 kernels.foreach_update_(entries, scalars)
             else:
                 self._update_flat(entries, scalars)
+
+    def _together(self, params: Sequence[Tensor]) -> list[list[int]]:
+        """Return which parameters one call can take: nearly always all of a group."""
+        kinds: dict[tuple[Any, ...], list[int]] = {}
+        for number, param in enumerate(params):
+            step = self.state[param]["step"]
+            count = step if isinstance(step, int) else id(step)
+            kind = (count, param.device, param.dtype, cast(Tensor, param.grad).dtype)
+            kinds.setdefault(kind, []).append(number)
+        return list(kinds.values())
+
+    def _operands(self, param: Tensor) -> Operands:
+        state = self.state[param]
+        return Operands(
+            local_part(param),
+            local_part(cast(Tensor, param.grad)),
+            local_part(state["exp_avg"]),
+            local_part(state["exp_avg_sq"]),
+            local_part(state["max_exp_avg_sq"]) if "max_exp_avg_sq" in state else None,
+        )
+
+    def _scalars(self, param: Tensor, group: Mapping[str, Any]) -> StepScalars | DeviceScalars:
+        step = self.state[param]["step"]
+        if self._capturable:
+            return device_scalars(group, step, group["lr"])
+        return step_scalars(group, step)
+
+    def _update_again(self, number: int, params: list[Tensor], group: Mapping[str, Any]) -> bool:
+        """Update as in the step before if all is as it was; return whether it was done."""
+        device = params[0].device
+        if self._foreach or self._fused is False or kernels.serving(device) != "triton":
+            return False
+        seen = look(params, self.state, amsgrad=group["amsgrad"], capturable=self._capturable)
+        plan = self._plans.get(number)
+        if seen is None or plan is None or plan.rests_on != seen.rests_on:
+            self._plans.pop(number, None)
+            if seen is not None:
+                self._plans[number] = Plan(seen.rests_on)
+            return False
+        if plan.parts is None:
+            plan.parts = self._parts(params)
+        if not plan.parts:
+            return False
+        if self._capturable:
+            self._advance(params)
+        else:
+            for state in seen.states:
+                state["step"] += 1  # an integer: `look` finds nothing else without capturable
+        for launch, members in plan.parts:
+            scalars = self._scalars(params[members[0]], group)
+            if not launch.update_([seen.grads[member] for member in members], scalars):
+                # A graph is captured, and these gradients were not there before.
+                self._update_flat([self._operands(params[member]) for member in members], scalars)
+        return True
+
+    def _parts(self, params: Sequence[Tensor]) -> list[Part]:
+        """Return the launches that update all of `params`; none if some need another way."""
+        parts = []
+        for members in self._together(params):
+            work = [_in_memory_order(self._operands(params[member])) for member in members]
+            present = [operands for operands in work if operands is not None]
+            launch = kernels.again(present) if len(present) == len(work) else None
+            if launch is None or any(operands.param.numel() == 0 for operands in present):
+                return []
+            parts.append(Part(launch, members))
+        return parts
 
     def _update_flat(self, work: list[Operands], scalars: StepScalars | DeviceScalars) -> None:
         flat = [_in_memory_order(operands) for operands in work]
@@ -270,6 +323,11 @@ class AdaBelief(Optimizer):
         """Return what copies and pickles need; torch's own leaves out what it does not know."""
         own = ("_fused", "_foreach", "_capturable", "_no_decay")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what `__getstate__` returned; plans are of other tensors."""
+        self._plans = {}
+        super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.

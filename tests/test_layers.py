@@ -16,10 +16,10 @@ CHAIN = """
 version deprecations rule operands options observers state_init_step async_device
 engine_options device_scalars norm params state_dict state_formats
 
-kernels.build kernels.threads kernels.foreach kernels.triton_kernel
-kernels.triton_reduce kernels.triton_scales
-kernels.triton_reduce_launch
-kernels.cpp kernels.eager kernels.triton_launch
+kernels.build kernels.threads kernels.foreach kernels.triton_kernel kernels.triton_tables
+kernels.triton_reduce kernels.triton_scales kernels.triton_codec
+kernels.triton_reduce_launch kernels.cpp kernels.eager
+kernels.triton_launch
 kernels
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
@@ -35,6 +35,7 @@ sharding.graph_counts sharding.disagreements
 sharding.shard_update
 sharding.engine sharding.loss_scale
 
+step_plan
 optimizer sharded
 
 checkpoint.names checkpoint.chunks checkpoint.safe_reader checkpoint.plain_values
@@ -89,8 +90,8 @@ OPTIONAL = {
     "cli": {"rich"},
     "hf": {"transformers"},
 }
-# The only modules that may name an optional dependency at their top: none imports them at its own.
-LAZY = {"triton_kernel", "triton_reduce", "triton_scales"}
+# The only modules that may name an optional dependency at their top: no other imports them there.
+LAZY = {"triton_kernel", "triton_codec", "triton_reduce", "triton_scales"}
 
 
 def module_of(path: Path) -> str:

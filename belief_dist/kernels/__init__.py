@@ -25,13 +25,16 @@ from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence
-from belief_dist.kernels.triton_launch import OLDEST, TritonKernel
+from belief_dist.kernels.triton_launch import OLDEST, Again, TritonKernel
 from belief_dist.operands import Operands
 from belief_dist.rule import StepScalars, compute_dtype
 
 __all__ = [
+    "Again",
+    "again",
     "backends",
     "checksums",
+    "encode_int8_",
     "foreach_update_",
     "grad_scales",
     "ordered_sum_",
@@ -209,6 +212,16 @@ def update_(
         eager.update_(operands, scalars, grad_scale=grad_scale, skip=skip)
 
 
+def again(work: Sequence[Operands]) -> Again | None:
+    """Return the update of these tensors in this and later steps, for `update_` with less to do.
+
+    Returns:
+        None if it has no advantage: it has one where Triton updates them.
+    """
+    kernel = _kernel(work[0].param.device)
+    return kernel.again(work) if isinstance(kernel, TritonKernel) and kernel.updates(work) else None
+
+
 def ordered_sum_(
     out: Tensor, pieces: Sequence[Tensor], bins: Tensor | None = None, *, accumulate: bool = False
 ) -> None:
@@ -242,6 +255,15 @@ def squared_norm_bins_(bins: Tensor, values: Tensor) -> None:
         kernel.add_squares_(bins, values)
     else:
         norm.add_squares_(bins, values)
+
+
+def encode_int8_(wire: Tensor, values: Tensor, error: Tensor) -> None:
+    """Write gradients in 8 bits, and keep what that has cut off; see `eager.encode_int8_`."""
+    kernel = _kernel(values.device)
+    if isinstance(kernel, TritonKernel) and kernel.encodes(wire, values, error):
+        kernel.encode_int8_(wire, values, error)
+    else:
+        eager.encode_int8_(wire, values, error)
 
 
 def checksums(flats: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:

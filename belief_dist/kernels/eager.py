@@ -24,6 +24,10 @@ _ACCELERATOR_PIECE = 1 << 26
 _CHECKSUM_PIECE = 1 << 14
 _LOW_HALF = (1 << 32) - 1
 
+# Of gradients that travel in 8 bits: elements of a block, and its bytes with its scale in front.
+CODE_BLOCK = 256
+CODE_BYTES = 4 + CODE_BLOCK
+
 
 def update_(
     operands: Operands,
@@ -173,3 +177,30 @@ def grad_scales(
         # The same formula as torch.nn.utils.clip_grad_norm_.
         clipped = mean * (limit / (length + 1e-6)).clamp(max=1.0)
     return torch.stack([length, clipped, mean])
+
+
+def encode_int8_(wire: Tensor, values: Tensor, error: Tensor) -> None:
+    """Write `values` plus `error` to `wire` in 8 bits, and to `error` what is lost by rounding.
+
+    Args:
+        wire: (n / CODE_BLOCK * CODE_BYTES,), uint8: of each block its scale and its codes.
+        values: (n,), float32, bfloat16 or float16; n is a multiple of `CODE_BLOCK`. What is not
+            finite makes its whole block so.
+        error: (n,) in the dtype of `values`.
+    """
+    blocks = wire.view(-1, CODE_BYTES)
+    size = (_LEAN_PIECE if _on_cpu(values) else _ACCELERATOR_PIECE) // CODE_BLOCK
+    for start in range(0, len(blocks), size):
+        block = blocks[start : start + size]
+        window = slice(start * CODE_BLOCK, (start + len(block)) * CODE_BLOCK)
+        exact = values[window].float() + error[window].float()
+        exact = exact.view(-1, CODE_BLOCK)
+        scale = exact.abs().amax(1, keepdim=True) / 127
+        code = (exact / scale).round_().clamp_(-127, 127)
+        # A scale of zero has only zeros, or numbers too small for it, which stay in the error. Any
+        # code keeps a scale that is not finite so.
+        code.masked_fill_(scale == 0, 0.0)
+        code.masked_fill_(~scale.isfinite(), 1.0)
+        block[:, :4] = scale.view(torch.uint8)
+        block[:, 4:] = code.to(torch.int8).view(torch.uint8)
+        error[window] = (exact - code * scale).view(-1)

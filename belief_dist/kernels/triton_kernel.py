@@ -389,7 +389,8 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["direction", "step"])
 def update_many(
-    segments,  # (segments, 13) int64: ten addresses as in Operands, numel, key, first
+    segments,  # (segments, 12) int64: addresses as in Operands but grad's, numel, key, first
+    grads,  # (segments,) int64: addresses of gradients, which alone change from step to step
     chunks,  # (chunks,) int64: segment << 32 | number of the chunk in its segment
     skip_at, grad_scale_at, scalars_at,  # these and the scalars as for `update_flat`
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
@@ -406,24 +407,24 @@ def update_many(
     program = tl.program_id(0)
     entry = tl.load(chunks + program // CHUNK_TILES)
     start = ((entry & 0xFFFFFFFF) * CHUNK_TILES + program % CHUNK_TILES) * TILE
-    row = segments + (entry >> 32) * 13
+    row = segments + (entry >> 32) * 12
     operands = (
         _pointer(row, PARAM, ALIGNED),
-        _pointer(row + 1, GRAD, ALIGNED),
+        _pointer(grads + (entry >> 32), GRAD, ALIGNED),
+        _pointer(row + 1, STATE, ALIGNED),
         _pointer(row + 2, STATE, ALIGNED),
-        _pointer(row + 3, STATE, ALIGNED),
-        MAX if MAX is None else _pointer(row + 4, MAX, ALIGNED),
-        OUT if OUT is None else _pointer(row + 5, OUT, ALIGNED),
-        REMAINDER if REMAINDER is None else _pointer(row + 6, REMAINDER, ALIGNED),
+        MAX if MAX is None else _pointer(row + 3, MAX, ALIGNED),
+        OUT if OUT is None else _pointer(row + 4, OUT, ALIGNED),
+        REMAINDER if REMAINDER is None else _pointer(row + 5, REMAINDER, ALIGNED),
+        EXPONENT if EXPONENT is None else _pointer(row + 6, EXPONENT, False),
         EXPONENT if EXPONENT is None else _pointer(row + 7, EXPONENT, False),
-        EXPONENT if EXPONENT is None else _pointer(row + 8, EXPONENT, False),
-        MAX_EXPONENT if MAX_EXPONENT is None else _pointer(row + 9, MAX_EXPONENT, False),
+        MAX_EXPONENT if MAX_EXPONENT is None else _pointer(row + 8, MAX_EXPONENT, False),
     )
     scalars = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
         direction, grad_scale, step,
     )  # fmt: skip
     _update(
-        operands, tl.load(row + 10), tl.load(row + 11), tl.load(row + 12), start, skip_at,
+        operands, tl.load(row + 9), tl.load(row + 10), tl.load(row + 11), start, skip_at,
         grad_scale_at, scalars_at, scalars, COUPLED, TILE,
     )  # fmt: skip

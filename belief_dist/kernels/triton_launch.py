@@ -10,14 +10,16 @@ import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels.build import Unavailable
+from belief_dist.kernels.eager import CODE_BLOCK
 from belief_dist.kernels.triton_reduce_launch import TritonReductions
+from belief_dist.kernels.triton_tables import Row, Table, Uploaded
 from belief_dist.operands import BLOCK, FixedOperands, Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import Direction, StepScalars, step_scalars
@@ -35,15 +37,58 @@ _VALUES = (
 # Placeholders for the scalars that the kernel reads from the device; the sign is a factor there.
 _UNKNOWN = StepScalars._make([0.0] * 8 + [Direction.ADAPTIVE, 1.0, 0])
 
-_Row = tuple[int, ...]
 
+class Again:
+    """An update of the same tensors in step after step, with gradients that may be others.
 
-class _Table(NamedTuple):
-    """The arguments of `update_many` on the device, and whether its addresses are aligned."""
+    It holds addresses, and no tensors: whoever keeps it knows that they have not moved.
+    """
 
-    segments: Tensor  # (segments, 13), int64
-    chunks: Tensor  # (chunks,), int64
-    aligned: bool
+    def __init__(self, kernel: TritonKernel, work: Sequence[Operands], rows: Sequence[Row]) -> None:
+        first = work[0]
+        self._kernel = kernel
+        self._device = first.param.device
+        self._wide = first.exp_avg.dtype == torch.float64
+        self._table = Table(rows, self._device, kernel.chunk)
+        self._dtypes = {
+            "PARAM": kernel.dtype(first.param),
+            "GRAD": kernel.dtype(first.grad),
+            "STATE": kernel.dtype(first.exp_avg),
+            "MAX": kernel.dtype(first.max_exp_avg_sq),
+            "OUT": kernel.dtype(first.param_out),
+            "REMAINDER": kernel.dtype(first.remainder),
+            "EXPONENT": kernel.dtype(first.exp_avg_exponent),
+            "MAX_EXPONENT": kernel.dtype(first.max_exp_avg_sq_exponent),
+        }
+
+    def update_(
+        self,
+        grads: Sequence[int],
+        scalars: StepScalars | DeviceScalars,
+        *,
+        grad_scale: Tensor | float = 1.0,
+        skip: Tensor | None = None,
+    ) -> bool:
+        """Apply one step in a single launch.
+
+        Args:
+            grads: The addresses of contiguous gradients, of the dtype and numbers of elements that
+                this was made with.
+            scalars: As for `TritonKernel.update_`, like the following.
+            grad_scale: Likewise.
+            skip: Likewise.
+
+        Returns:
+            Whether it was done; it cannot be while a graph is captured, if the last step before
+            had other gradients.
+        """
+        with _on(self._device):
+            table = self._table.upload(grads)
+            if table is None:
+                return False
+            values = self._kernel.values(scalars, grad_scale, skip, self._device, wide=self._wide)
+            self._kernel.update_many(table, {**values, **self._dtypes})
+        return True
 
 
 class TritonKernel:
@@ -63,7 +108,7 @@ class TritonKernel:
             import triton
             from triton import language as tl
 
-            from belief_dist.kernels import triton_kernel
+            from belief_dist.kernels import triton_codec, triton_kernel
 
             self.reductions = TritonReductions(interprets=self.interprets)
         except Exception as error:  # a broken installation can raise anything
@@ -72,6 +117,7 @@ class TritonKernel:
             oldest = ".".join(map(str, OLDEST))
             raise Unavailable(f"Triton {triton.__version__} is too old: it takes {oldest} or newer")
         self._kernel = triton_kernel
+        self._codec = triton_codec
         self._dtypes = {
             torch.float32: tl.float32,
             torch.float64: tl.float64,
@@ -80,8 +126,7 @@ class TritonKernel:
             torch.uint8: tl.uint8,
             torch.int16: tl.int16,
         }
-        self._tables: OrderedDict[tuple[Any, ...], _Table] = OrderedDict()
-        self._captured: list[_Table] = []
+        self._tables: OrderedDict[tuple[Any, ...], Again] = OrderedDict()
         self._options: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
         where = "in its interpreter"
         if not self.interprets:
@@ -145,32 +190,58 @@ class TritonKernel:
             grad_scale: As for `rule.update_reference_`.
             skip: One element on the tensors' device; if it is not zero, nothing is changed.
         """
-        kept = work.kept if isinstance(work, FixedOperands) else None
+        fixed = work.kept if isinstance(work, FixedOperands) else {}
         work = [operands for operands in work if operands.param.numel() > 0]
         if not work:
             return
+        if len(work) > 1:
+            found = fixed.get(self)
+            if found is None:
+                addresses = [operands.grad.data_ptr() for operands in work]
+                found = fixed[self] = (self.again(work), addresses)
+            again, grads = found
+            if again.update_(grads, scalars, grad_scale=grad_scale, skip=skip):
+                return
         device = work[0].param.device
         wide = work[0].exp_avg.dtype == torch.float64
-        values = self._values(scalars, grad_scale, skip, device, wide=wide)
         # Triton launches on the current device, which need not be the tensors'.
-        on_device: AbstractContextManager[Any] = (
-            torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-        )
-        with on_device:
-            table = None
-            if len(work) > 1:
-                table = None if kept is None else kept.get("triton")
-                if table is None:
-                    table = self._table([_row(each) for each in work], device)
-                if kept is not None and table is not None:
-                    kept["triton"] = table
-            if table is None:
-                for operands in work:
-                    self._update_one(operands, values)
-            else:
-                self._update_many(work[0], table, values)
+        with _on(device):
+            values = self.values(scalars, grad_scale, skip, device, wide=wide)
+            for operands in work:
+                self._update_one(operands, values)
 
-    def _values(
+    def again(self, work: Sequence[Operands]) -> Again:
+        """Return the update of these tensors with any gradients, which is kept for later steps."""
+        rows = [_row(each) for each in work]
+        kinds = (t.dtype if isinstance(t, Tensor) else None for t in work[0][:_TENSORS])
+        name = (work[0].param.device, *kinds, *rows)
+        found = self._tables.get(name)
+        if found is None:
+            found = self._tables[name] = Again(self, work, rows)
+            if len(self._tables) > _TABLES:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(name)
+        return found
+
+    def encodes(self, wire: Tensor, values: Tensor, error: Tensor) -> bool:
+        """Return whether `encode_int8_` supports these tensors."""
+        return (
+            all(t.is_contiguous() and self.serves(t.device) for t in (wire, values, error))
+            and values.dtype == error.dtype
+            and values.dtype in (torch.float32, torch.bfloat16, torch.float16)
+            and wire.data_ptr() % 4 == 0  # a scale is written at once
+        )
+
+    def encode_int8_(self, wire: Tensor, values: Tensor, error: Tensor) -> None:
+        """Do what `eager.encode_int8_` does, in one launch."""
+        blocks = values.numel() // CODE_BLOCK
+        if blocks:
+            with _on(values.device):
+                self._codec.encode_int8[(-(-blocks // self._codec.ROWS),)](
+                    wire, values, error, blocks, ROWS=self._codec.ROWS, **self._options
+                )
+
+    def values(
         self,
         scalars: StepScalars | DeviceScalars,
         grad_scale: Tensor | float,
@@ -179,7 +250,7 @@ class TritonKernel:
         *,
         wide: bool,
     ) -> dict[str, Any]:
-        """Return the arguments that both kernels share.
+        """Return the scalar arguments that both kernels share.
 
         Triton passes Python floats as float32, so for `wide` arithmetic, in float64, they are
         passed in device memory.
@@ -218,60 +289,30 @@ class TritonKernel:
             **self._options,
         )
 
-    def _update_many(self, kind: Operands, table: _Table, values: dict[str, Any]) -> None:
-        def dtype(tensor: Tensor | None) -> Any:
-            return None if tensor is None else self._dtypes[tensor.dtype]
-
+    def update_many(self, table: Uploaded, values: dict[str, Any]) -> None:
+        """Launch `update_many` on the current device; `values` hold also the tensors' dtypes."""
         self._kernel.update_many[(len(table.chunks) * self._kernel.CHUNK_TILES,)](
             table.segments,
+            table.grads,
             table.chunks,
             **values,
-            PARAM=dtype(kind.param),
-            GRAD=dtype(kind.grad),
-            STATE=dtype(kind.exp_avg),
-            MAX=dtype(kind.max_exp_avg_sq),
-            OUT=dtype(kind.param_out),
-            REMAINDER=dtype(kind.remainder),
-            EXPONENT=dtype(kind.exp_avg_exponent),
-            MAX_EXPONENT=dtype(kind.max_exp_avg_sq_exponent),
             ALIGNED=table.aligned,
             CHUNK_TILES=self._kernel.CHUNK_TILES,
             **self._options,
         )
 
-    def _table(self, rows: Sequence[_Row], device: torch.device) -> _Table | None:
-        """Return the segments and their chunks on the device, uploaded once for a list of tensors.
+    @property
+    def chunk(self) -> int:
+        """Elements that share an entry of a table's map from programs to segments."""
+        return int(self._kernel.TILE * self._kernel.CHUNK_TILES)
 
-        Returns:
-            None while a graph is captured, if these tensors have no table yet: the upload would
-            become part of the graph, which would need the host memory on every replay.
-        """
-        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        name = (device, stream, *rows)
-        table = self._tables.get(name)
-        if table is None:
-            if capturing:
-                return None
-            table = self._upload(rows, device)
-            self._tables[name] = table
-            if len(self._tables) > _TABLES:
-                self._tables.popitem(last=False)
-        self._tables.move_to_end(name)
-        if capturing:  # kept for ever, as the graph holds its address
-            self._captured.append(table)
-        return table
+    def dtype(self, tensor: Tensor | None) -> Any:
+        """Return Triton's name of a tensor's dtype, or None."""
+        return None if tensor is None else self._dtypes[tensor.dtype]
 
-    def _upload(self, rows: Sequence[_Row], device: torch.device) -> _Table:
-        size = self._kernel.TILE * self._kernel.CHUNK_TILES
-        counts = torch.tensor([-(-row[_TENSORS] // size) for row in rows])
-        before = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        segment = torch.arange(len(rows)).repeat_interleave(counts)
-        chunks = segment << 32 | torch.arange(len(before)) - before
-        segments = torch.tensor(rows, dtype=torch.int64)
-        # Exponents are read one by one and need no alignment.
-        aligned = not (segments[:, : _TENSORS - 3] % 16).any()
-        return _Table(segments.to(device), chunks.to(device), aligned)
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _signed(word: int) -> int:
@@ -280,8 +321,9 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-def _row(operands: Operands) -> _Row:
-    tensors = operands[:_TENSORS]
+def _row(operands: Operands) -> Row:
+    """Return the row of `triton_tables.Table`: all but the gradient."""
+    tensors = (operands.param, *operands[2:_TENSORS])
     addresses = (t.data_ptr() if isinstance(t, Tensor) else 0 for t in tensors)
     return (*addresses, operands.param.numel(), operands.key, operands.first)
 

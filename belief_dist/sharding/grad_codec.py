@@ -21,12 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from belief_dist.kernels import ordered_sum_
-
-BLOCK = 256
-BLOCK_BYTES = 4 + BLOCK
-# Blocks that are worked on at once: temporary memory stays small, and in cache.
-_AT_ONCE = 1 << 9
+from belief_dist.kernels import encode_int8_, ordered_sum_
+from belief_dist.kernels.eager import CODE_BLOCK as BLOCK
+from belief_dist.kernels.eager import CODE_BYTES as BLOCK_BYTES
 
 
 class Codec:
@@ -106,7 +103,7 @@ class Int8(Codec):
         kept = [part.clone() for part in idle]
         for part in idle:
             part.zero_()
-        encode_(wire, flat, error)
+        encode_int8_(wire, flat, error)
         for part, before in zip(idle, kept, strict=True):
             part.copy_(before)
 
@@ -127,34 +124,8 @@ def codec_for(reduce_dtype: torch.dtype | None) -> Codec:
     return Int8() if reduce_dtype == torch.int8 else Cast(reduce_dtype)
 
 
-def encode_(wire: Tensor, values: Tensor, error: Tensor) -> None:
-    """Write `values` plus `error` to `wire` in 8 bits, and to `error` what is lost by rounding.
-
-    Args:
-        wire: (n / BLOCK * BLOCK_BYTES,), uint8.
-        values: (n,), float32, bfloat16 or float16; n is a multiple of `BLOCK`. What is not finite
-            makes its whole block so.
-        error: (n,) in the dtype of `values`.
-    """
-    blocks = wire.view(-1, BLOCK_BYTES)
-    for start in range(0, len(blocks), _AT_ONCE):
-        block = blocks[start : start + _AT_ONCE]
-        window = slice(start * BLOCK, (start + len(block)) * BLOCK)
-        exact = values[window].float() + error[window].float()
-        exact = exact.view(-1, BLOCK)
-        scale = exact.abs().amax(1, keepdim=True) / 127
-        code = (exact / scale).round_().clamp_(-127, 127)
-        # A scale of zero has only zeros, or numbers too small for it, which stay in the error. Any
-        # code keeps a scale that is not finite so.
-        code.masked_fill_(scale == 0, 0.0)
-        code.masked_fill_(~scale.isfinite(), 1.0)
-        block[:, :4] = scale.view(torch.uint8)
-        block[:, 4:] = code.to(torch.int8).view(torch.uint8)
-        error[window] = (exact - code * scale).view(-1)
-
-
 def decode(wire: Tensor) -> Tensor:
-    """Return the elements (n,), float32, that `encode_` has written to `wire`."""
+    """Return the elements (n,), float32, that `kernels.encode_int8_` has written to `wire`."""
     block = wire.view(-1, BLOCK_BYTES)
     scale = block[:, :4].contiguous().view(torch.float32)
     return (block[:, 4:].view(torch.int8).float() * scale).view(-1)

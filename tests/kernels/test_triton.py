@@ -233,6 +233,7 @@ def compile_ahead(entry: str, form: Form, target: Any, warps: int) -> Any:
         "exp_avg_sq_exponent": form.exponent,
         "max_exp_avg_sq_exponent": None,
         "segments": "i64",
+        "grads": "i64",
         "chunks": "i64",
         "skip_at": None,
         "grad_scale_at": None,
@@ -302,11 +303,25 @@ def table_reads(form: Form) -> int:
     return pointers + place + (0 if form.state == "fp32" else 2)  # what keys the noise
 
 
+def resources(compiled: Any, folder: Path) -> dict[str, int]:
+    """Return what machine code for NVIDIA's GPUs takes: REG, STACK and LOCAL."""
+    import triton
+
+    cubin = folder / "cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    usage = subprocess.run(
+        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    return {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+
+
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_nvidia_code(entry: str, name: str, capability: int, tmp_path: Path) -> None:
-    import triton
     from triton.backends.compiler import GPUTarget
 
     form = FORMS[name]
@@ -330,15 +345,7 @@ def test_nvidia_code(entry: str, name: str, capability: int, tmp_path: Path) -> 
     # Nothing is spilled. What is shared is the largest number of a block, which two warps hold.
     assert ".local" not in ptx
     assert compiled.metadata.shared <= (0 if form.exponent is None else 32)
-    cubin = tmp_path / "cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = subprocess.run(
-        [triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    used = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     assert used["REG"] <= form.registers
 
@@ -373,3 +380,44 @@ def test_amd_code(entry: str, name: str) -> None:
     assert used["vgpr_spill_count"] == used["private_segment_fixed_size"] == "0"
     assert int(used["vgpr_count"]) <= 64  # up to which 8 wavefronts, all there can be, fit
     assert compiled.metadata.shared <= (0 if form.exponent is None else 4)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_the_codec_on_nvidia(dtype: str, capability: int, tmp_path: Path) -> None:
+    compiled = compile_codec(dtype, ("cuda", capability, 32), 8)
+    ptx = compiled.asm["ptx"]
+    assert not re.search(r"\bfma\b|\.ftz|\.approx|div\.full", ptx)
+    assert set(re.findall(r"\bdiv\.\S*f32", ptx)) == {"div.rn.f32"}
+    assert ".local" not in ptx
+    # Eight elements a thread of 16 bits are 16 bytes; of 32 bits, twice that.
+    wide = re.findall(r"\bld\.global\.v4\.b32", ptx)
+    assert len(wide) == (4 if dtype == "fp32" else 2)
+    usage = resources(compiled, tmp_path)
+    assert usage["STACK"] == usage["LOCAL"] == 0
+    assert usage["REG"] <= 64
+
+
+def test_the_codec_on_amd() -> None:
+    code = compile_codec("bf16", ("hip", "gfx942", 64), 4).asm["amdgcn"]
+    fused = re.findall(r"\bv_(pk_)?(?:fma|fmac|mad|mac|div_fmas)_f32", code)
+    divisions = code.count("v_div_fmas_f32")
+    assert divisions > 0 and len(fused) + fused.count("pk_") == 6 * divisions
+
+
+def compile_codec(dtype: str, target: tuple[str, Any, int], warps: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from belief_dist.kernels import triton_codec
+
+    signature = {"wire": "*u8", "values": f"*{dtype}", "error": f"*{dtype}", "blocks": "i32"}
+    source = ASTSource(
+        triton_codec.encode_int8,
+        {**signature, "ROWS": "constexpr"},
+        {"ROWS": triton_codec.ROWS},
+        {(position,): [["tt.divisibility", 16]] for position in range(3)},
+    )
+    options = OPTIONS | {"num_warps": warps}
+    return triton.compile(source, target=GPUTarget(*target), options=options)

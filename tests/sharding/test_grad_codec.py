@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from belief_dist import ShardedAdaBelief
+from belief_dist.kernels import encode_int8_
 from belief_dist.options import DEFAULTS
-from belief_dist.sharding.grad_codec import BLOCK, Int8, decode, encode_
+from belief_dist.sharding.grad_codec import BLOCK, Int8, decode
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import Reference, backward, compare
@@ -28,7 +29,7 @@ Stage = Literal[1, 2]
 def send(values: Tensor, error: Tensor) -> Tensor:
     """Return what arrives; `error` is updated."""
     wire = torch.empty(Int8().wire_numel(values.numel()), dtype=torch.uint8)
-    encode_(wire, values, error)
+    encode_int8_(wire, values, error)
     return decode(wire)
 
 
