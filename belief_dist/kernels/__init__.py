@@ -42,6 +42,7 @@ __all__ = [
     "require_fused",
     "serving",
     "squared_norm_bins_",
+    "sum_int8_",
     "update_",
     "why_plain",
 ]
@@ -264,6 +265,17 @@ def encode_int8_(wire: Tensor, values: Tensor, error: Tensor) -> None:
         kernel.encode_int8_(wire, values, error)
     else:
         eager.encode_int8_(wire, values, error)
+
+
+def sum_int8_(
+    out: Tensor, wires: Sequence[Tensor], bins: Tensor | None, *, accumulate: bool
+) -> None:
+    """Add what `encode_int8_` has written, in the given order; otherwise as `ordered_sum_`."""
+    kernel = _kernel(out.device)
+    if isinstance(kernel, TritonKernel) and out.dtype == torch.float32:
+        kernel.reductions.ordered_sum_(out, wires, bins, accumulate=accumulate, codes=True)
+    else:
+        ordered_sum_(out, list(map(eager.decode_int8, wires)), bins, accumulate=accumulate)
 
 
 def checksums(flats: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:

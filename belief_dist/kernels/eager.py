@@ -204,3 +204,10 @@ def encode_int8_(wire: Tensor, values: Tensor, error: Tensor) -> None:
         block[:, :4] = scale.view(torch.uint8)
         block[:, 4:] = code.to(torch.int8).view(torch.uint8)
         error[window] = (exact - code * scale).view(-1)
+
+
+def decode_int8(wire: Tensor) -> Tensor:
+    """Return the elements (n,), float32, that `encode_int8_` has written to `wire`."""
+    block = wire.view(-1, CODE_BYTES)
+    scale = block[:, :4].contiguous().view(torch.float32)
+    return (block[:, 4:].view(torch.int8).float() * scale).view(-1)

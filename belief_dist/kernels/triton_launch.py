@@ -109,14 +109,13 @@ class TritonKernel:
             from triton import language as tl
 
             from belief_dist.kernels import triton_codec, triton_kernel
-
-            self.reductions = TritonReductions(interprets=self.interprets)
         except Exception as error:  # a broken installation can raise anything
             raise Unavailable(f"triton cannot be imported ({_one_line(error)})") from error
         if triton_kernel.VERSION < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise Unavailable(f"Triton {triton.__version__} is too old: it takes {oldest} or newer")
         self._kernel = triton_kernel
+        self.reductions = TritonReductions(interprets=self.interprets)
         self._codec = triton_codec
         self._dtypes = {
             torch.float32: tl.float32,

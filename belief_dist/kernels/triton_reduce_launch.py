@@ -18,6 +18,25 @@ from belief_dist.rule import compute_dtype
 _UNROLLED = 8
 
 
+class Shape(NamedTuple):
+    """How `triton_reduce.reduce` is cut; each thread has four elements of a tile, or eight."""
+
+    tile: int
+    threads: int
+    programs: int  # on each multiprocessor: as many as fit, since bins take registers
+
+
+def _shape(nbytes: int, *, codes: bool) -> Shape:
+    """Return what was fastest on an H100, by the bytes that are read for each sum.
+
+    Where there is much to read, a larger tile is looked through for its highest bin less often;
+    where there is little, more programs hide what splitting takes.
+    """
+    if codes:
+        return Shape(512, 128, 8)
+    return Shape(2048, 512, 2) if nbytes > 8 else Shape(1024, 128, 4)
+
+
 class _Table(NamedTuple):
     segments: Tensor  # (segments, 3), int64, as `triton_reduce.checksums` takes it
     chunks: Tensor  # (chunks,), int64
@@ -39,8 +58,8 @@ class TritonReductions:
             warp = torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
         self._kernels = triton_reduce
         self._scales = triton_scales
-        self.tile, self._warps = 1024, 256 // warp  # four elements for each thread
-        self._programs_each = 4  # for each multiprocessor: as many as fit, as bins take registers
+        self._threads_per_warp = warp
+        self.shape: Shape | None = None  # takes the place of `_shape`, for tests and tuning
         self.checksum_tile, self.checksum_chunk = 2048, 8
         self._tables: dict[tuple[Any, ...], _Table] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
@@ -84,8 +103,10 @@ class TritonReductions:
             return
         wide = (compute_dtype(first.dtype) if out is None else out.dtype) == torch.float64
         count = len(pieces)
+        shape = self.shape or _shape(first.element_size() * count, codes=codes)
+        programs = min(-(-numel // shape.tile), self._most_programs(shape, first.device))
         with _on(first.device):
-            self._kernels.reduce[(self._programs(numel, first.device),)](
+            self._kernels.reduce[(programs,)](
                 out,
                 first,
                 bins,
@@ -96,20 +117,21 @@ class TritonReductions:
                 ACCUMULATE=accumulate,
                 CODES=codes,
                 WIDE=wide,
-                TILE=self.tile,
-                **self._launch(self._warps),
+                TILE=shape.tile,
+                **self._launch(shape.threads),
             )
 
     def add_squares_(self, bins: Tensor, values: Tensor) -> None:
         """Add the squares of `values`, contiguous, to `bins`; see `norm.add_squares_`."""
         self.ordered_sum_(None, [values.view(-1)], bins)
 
-    def _programs(self, numel: int, device: torch.device) -> int:
-        tiles = -(-numel // self.tile)
-        return min(tiles, 3 if self._interprets else self._programs_each * _multiprocessors(device))
+    def _most_programs(self, shape: Shape, device: torch.device) -> int:
+        return 3 if self._interprets else shape.programs * _multiprocessors(device)
 
-    def _launch(self, warps: int) -> dict[str, Any]:
-        return self._options if self._interprets else {**self._options, "num_warps": warps}
+    def _launch(self, threads: int) -> dict[str, Any]:
+        if self._interprets:
+            return self._options
+        return {**self._options, "num_warps": max(threads // self._threads_per_warp, 1)}
 
     # - Checksums
 
@@ -131,7 +153,7 @@ class TritonReductions:
                     sums,
                     TILE=self.checksum_tile,
                     CHUNK_TILES=self.checksum_chunk,
-                    **self._launch(self._warps),
+                    **self._launch(256),
                 )
         return sums
 
@@ -178,7 +200,7 @@ class TritonReductions:
                 constants,
                 loss_scale,
                 CLIP=limit is not None,
-                **self._launch(1),
+                **self._launch(32),
             )
         return scales
 

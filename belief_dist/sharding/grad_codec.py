@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from belief_dist.kernels import encode_int8_, ordered_sum_
+from belief_dist.kernels import encode_int8_, ordered_sum_, sum_int8_
 from belief_dist.kernels.eager import CODE_BLOCK as BLOCK
 from belief_dist.kernels.eager import CODE_BYTES as BLOCK_BYTES
 
@@ -100,18 +100,18 @@ class Int8(Codec):
     ) -> None:
         """See `Codec.encode_`."""
         assert error is not None
-        kept = [part.clone() for part in idle]
-        for part in idle:
-            part.zero_()
+        kept = torch._foreach_mul(list(idle), 1.0) if idle else ()
+        if idle:
+            torch._foreach_zero_(list(idle))
         encode_int8_(wire, flat, error)
-        for part, before in zip(idle, kept, strict=True):
-            part.copy_(before)
+        if idle:
+            torch._foreach_copy_(list(idle), list(kept))
 
     def sum_(
         self, shard: Tensor, pieces: Sequence[Tensor], norm_bins: Tensor | None, *, accumulate: bool
     ) -> None:
         """See `Codec.sum_`."""
-        super().sum_(shard, [decode(piece) for piece in pieces], norm_bins, accumulate=accumulate)
+        sum_int8_(shard, pieces, norm_bins, accumulate=accumulate)
 
 
 AS_IS = Codec()
@@ -122,10 +122,3 @@ def codec_for(reduce_dtype: torch.dtype | None) -> Codec:
     if reduce_dtype is None:
         return AS_IS
     return Int8() if reduce_dtype == torch.int8 else Cast(reduce_dtype)
-
-
-def decode(wire: Tensor) -> Tensor:
-    """Return the elements (n,), float32, that `kernels.encode_int8_` has written to `wire`."""
-    block = wire.view(-1, BLOCK_BYTES)
-    scale = block[:, :4].contiguous().view(torch.float32)
-    return (block[:, 4:].view(torch.int8).float() * scale).view(-1)

@@ -10,7 +10,7 @@ import torch
 
 from belief_dist import AdaBelief, kernels
 from belief_dist.rule import step_scalars
-from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES, codec_for, encode_
+from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES, codec_for
 from benchmarks.gpu.cases import Case, Outcome, Size
 from benchmarks.gpu.forms import FORMS, OPTIONS, Form, make, traffic
 from benchmarks.gpu.sums import new_bins
@@ -68,7 +68,7 @@ def _sum(wire: str, ranks: int, with_norm: bool, device: str, size: Size) -> Out
     if dtype == torch.int8:
         pieces = torch.empty(ranks, n // BLOCK * BLOCK_BYTES, dtype=torch.uint8, device=device)
         for piece, each in zip(pieces, values, strict=True):
-            encode_(piece, each, torch.zeros_like(each))
+            kernels.encode_int8_(piece, each, torch.zeros_like(each))
     else:
         pieces = values.to(dtype)
     codec = codec_for(dtype)
@@ -98,7 +98,7 @@ def _encode(device: str, size: Size) -> Outcome:
     values, error = torch.randn(n, device=device), torch.zeros(n, device=device)
     wire = torch.empty(n // BLOCK * BLOCK_BYTES, dtype=torch.uint8, device=device)
     nbytes = values.nbytes + 2 * error.nbytes + wire.nbytes
-    return outcome(nbytes, partial(encode_, wire, values, error), device, size)
+    return outcome(nbytes, partial(kernels.encode_int8_, wire, values, error), device, size)
 
 
 def cases(device: str, size: Size) -> list[Case]:

@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 
-from belief_dist import ShardedAdaBelief
+from belief_dist import ShardedAdaBelief, kernels
+from belief_dist.kernels import eager
 from belief_dist.options import DEFAULTS
-from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES, decode, encode_
+from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES
 from benchmarks.gpu.cases import SAME, Case, Outcome, Size, describe
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.reference import Reference, backward
@@ -60,8 +61,8 @@ class Wire:
         values = torch.zeros_like(error)
         values[: grad.numel()] = grad.reshape(-1)
         wire = torch.empty(len(error) // BLOCK * BLOCK_BYTES, dtype=torch.uint8)
-        encode_(wire, values, error)
-        return decode(wire)[: grad.numel()].view(grad.shape)
+        kernels.encode_int8_(wire, values, error)
+        return eager.decode_int8(wire)[: grad.numel()].view(grad.shape)
 
 
 def first_difference(form: dict[str, Any], device: str) -> str | None:

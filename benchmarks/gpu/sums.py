@@ -10,7 +10,7 @@ from torch import Tensor
 
 from belief_dist import kernels
 from belief_dist.norm import NUM_WORDS, norm_from_bins
-from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES, codec_for, encode_
+from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES, codec_for
 from benchmarks.gpu.cases import SAME, Case, Outcome, Size
 
 _TABLE = "Sums, norms and messages, against the CPU"
@@ -96,7 +96,7 @@ def _messages_equal(device: str, n: int, dtype: torch.dtype) -> bool:
         wires = []
         for each in (values, again):
             wires.append(torch.empty(blocks * BLOCK_BYTES, dtype=torch.uint8, device=place))
-            encode_(wires[-1], each.to(place, copy=True), error)
+            kernels.encode_int8_(wires[-1], each.to(place, copy=True), error)
         out, bins = torch.empty(values.numel(), device=place), new_bins(place)
         codec_for(torch.int8).sum_(out, wires, bins, accumulate=False)
         found.append((bins, torch.cat(wires), torch.nan_to_num(error), torch.nan_to_num(out)))

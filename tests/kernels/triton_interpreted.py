@@ -373,19 +373,11 @@ def same(ours: AdaBelief, theirs: AdaBelief) -> None:
             assert type(found) is type(value) and torch.equal(*map(torch.as_tensor, (found, value)))
 
 
-def test_the_benchmark_compares_bits(capsys: pytest.CaptureFixture[str]) -> None:
-    """What benchmarks/gpu.py asserts on a GPU, here for its own sake."""
-    assert compare_bits("cpu", 700)
-    assert "OTHER" not in capsys.readouterr().out
-
-
 def test_checksums() -> None:
     for dtype, count in ((F32, 9002), (BF16, 4), (F64, 4096), (F32, 0)):
         flat = torch.randn(count, generator=torch.Generator().manual_seed(count)).to(dtype)
         for first in (0, 3, (1 << 33) + 5):
             assert int(kernels.checksums([flat], [first])) == int(eager.checksum(flat, first))
-
-            assert torch.equal(kernels.checksum(flat, first), eager.checksum(flat, first))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])

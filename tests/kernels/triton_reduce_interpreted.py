@@ -14,7 +14,7 @@ from torch import Tensor
 from belief_dist import kernels
 from belief_dist.kernels import eager
 from belief_dist.kernels.cpp import CppKernel
-from belief_dist.kernels.triton_reduce_launch import TritonReductions
+from belief_dist.kernels.triton_reduce_launch import Shape, TritonReductions
 from belief_dist.norm import NUM_WORDS, add_squares_, norm_from_bins
 from tests.harness.kernels import bits, values
 
@@ -28,7 +28,8 @@ CPP = CppKernel()
 def reductions() -> TritonReductions:
     """Return small tiles and few programs, so that every program has several tiles."""
     found = TritonReductions(interprets=True)
-    found.tile, found.checksum_tile, found.checksum_chunk = 64, 32, 2
+    found.shape = Shape(64, 64, 1)
+    found.checksum_tile, found.checksum_chunk = 32, 2
     return found
 
 

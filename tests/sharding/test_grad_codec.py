@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.kernels import encode_int8_
+from belief_dist.kernels.eager import decode_int8
 from belief_dist.options import DEFAULTS
-from belief_dist.sharding.grad_codec import BLOCK, Int8, decode
+from belief_dist.sharding.grad_codec import BLOCK, Int8
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import Reference, backward, compare
@@ -30,7 +31,7 @@ def send(values: Tensor, error: Tensor) -> Tensor:
     """Return what arrives; `error` is updated."""
     wire = torch.empty(Int8().wire_numel(values.numel()), dtype=torch.uint8)
     encode_int8_(wire, values, error)
-    return decode(wire)
+    return decode_int8(wire)
 
 
 @settings(deadline=None)
