@@ -27,7 +27,7 @@ sharding.outer_reducers sharding.sharded_grad sharding.group_options
 sharding.grad_codec sharding.param_specs
 sharding.bucket sharding.collectives
 sharding.module_buffers
-sharding.param_storage sharding.data_edits
+sharding.param_storage sharding.data_edits sharding.reduce_stream
 sharding.point_to_point sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.process_groups sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus

@@ -96,6 +96,10 @@ class Works:
         """Wait for `works`; None stands for one that torch has ended at once."""
         self._works = works
 
+    def has_ended(self) -> bool:
+        """Return whether nothing is left to wait for."""
+        return all(work is None or work.is_completed() for work in self._works)
+
     def wait(self) -> None:
         """Wait for all of them."""
         for work in self._works:
@@ -137,6 +141,11 @@ class Named:
         """Wait for it."""
         with naming(self._comm, self._what):
             self._operation.wait()
+
+    def has_ended(self) -> bool:
+        """Return whether nothing is left to wait for; False where the operation does not tell."""
+        tells = getattr(self._operation, "has_ended", None)
+        return tells is not None and tells()
 
 
 class Collectives(ABC):

@@ -297,7 +297,7 @@ class ShardEngine:
             if is_sharded:
                 gather = self.comm.start_gather(self.buckets[number].flat_param)
                 named = Named(gather, self.comm, f"gathering the parameters of bucket {number}")
-                self.read_guard.expect(self._gathered_with[number], named.wait)
+                self.read_guard.expect(self._gathered_with[number], named.wait, named.has_ended)
         if self.options.overlap:
             self.read_guard.arm()
         else:

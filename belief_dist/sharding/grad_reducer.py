@@ -20,7 +20,8 @@ With ordered reduction the shard holds, bit for bit, what one process gets that 
 of every round and in it of every rank, in that order, in the compute dtype.
 
 From a gradient to the wire: the hook calls `on_gradient`, which calls `_launch` when a bucket is
-full, which calls `_reduce` (the two ways differ), `_send` and `Collectives.start_reduce`.
+full, which calls `_reduce` (the two ways differ), `_send`, `ReduceStream.start` and
+`Collectives.start_reduce`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import is_dtensor, local_grad
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.param_storage import ParamStorage
+from belief_dist.sharding.reduce_stream import ReduceStream
 
 INTERRUPTED = "a backward pass has raised, and was not taken back: call optimizer.zero_grad()"
 
@@ -161,6 +163,7 @@ class GradReducer(ABC):
         self._local_only = False  # its gradients stay on this rank for now
         # - The running round of reductions
         self.schedule = Schedule(len(buckets), len(params))
+        self._stream = ReduceStream(buckets[0].flat_param.device, comm)
         self._pool = BufferPool(_RECYCLED, max(map(self._message_nbytes, buckets), default=0))
         self.norm_bins = torch.zeros(0)
         self.unclipped_norm_bins: Tensor | None = None
@@ -307,7 +310,7 @@ class GradReducer(ABC):
         request = ReduceRequest(message, buffers.grad_shard, bins, codec, accumulate)
         what = f"summing the gradients of bucket {bucket}"
         with naming(self._comm, what):  # it may wait for an earlier one
-            handle = self._comm.start_reduce(request)
+            handle = self._stream.start(request)
         self._pool.lend(Named(handle, self._comm, what), message if recycled else None)
 
     def _idle_errors(self, bucket: int) -> list[Tensor]:

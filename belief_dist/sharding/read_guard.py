@@ -48,14 +48,6 @@ _HARMLESS = frozenset(
 }
 
 
-def _tensors(values: Iterable[Any]) -> Iterable[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
 def _in_a_block_of_others() -> bool:
     """Return whether a mode is entered that the user will leave, such as `with torch.device(...)`.
 
@@ -91,14 +83,28 @@ class ReadGuard(TorchFunctionMode):
         super().__init__()
         self._pending: dict[int, Callable[[], None]] = {}
         self._keys: dict[Callable[[], None], list[int]] = {}  # of `_pending`
+        self._has_arrived: dict[Callable[[], None], Callable[[], bool]] = {}  # of `_keys`
         self._hook: RemovableHandle | None = None
         self._active = False
 
-    def expect(self, params: Sequence[Tensor], wait: Callable[[], None]) -> None:
-        """Call `wait` once before the first use of any of `params`."""
+    def expect(
+        self,
+        params: Sequence[Tensor],
+        wait: Callable[[], None],
+        has_arrived: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Call `wait` once before the first use of any of `params`.
+
+        Args:
+            params: What is on the way.
+            wait: Waits for it.
+            has_arrived: Tells without waiting whether `wait` has nothing left to wait for. False
+                where that is not known.
+        """
         keys = [id(param) for param in params]
         self._pending.update(dict.fromkeys(keys, wait))
         self._keys[wait] = keys
+        self._has_arrived[wait] = has_arrived
 
     def arm(self) -> None:
         """Start to watch, if anything is on the way; wait for it where that is not possible."""
@@ -113,11 +119,13 @@ class ReadGuard(TorchFunctionMode):
     def wait_all(self) -> None:
         """Wait for everything, in the order in which it was launched."""
         pending, self._keys, self._pending = list(self._keys), {}, {}
+        self._has_arrived.clear()
         for wait in pending:
             wait()
         self._disarm()
 
     def _wait(self, wait: Callable[[], None]) -> None:
+        del self._has_arrived[wait]
         for key in self._keys.pop(wait):
             del self._pending[key]
         wait()
@@ -136,6 +144,13 @@ class ReadGuard(TorchFunctionMode):
             top.__exit__(None, None, None)  # type: ignore[no-untyped-call]  # as above
 
     def _before_forward(self, module: torch.nn.Module, args: Any) -> None:
+        # Looking at every function costs most where the host has nothing to hide it behind; there,
+        # all has arrived by the first layers.
+        while self._has_arrived:
+            oldest, has_arrived = next(iter(self._has_arrived.items()))
+            if not has_arrived():
+                break
+            self._wait(oldest)
         if not self._pending:
             self._disarm()
             return
@@ -163,11 +178,19 @@ class ReadGuard(TorchFunctionMode):
         """Wait for what `func` is about to read, then call it."""
         kwargs = kwargs or {}
         if self._pending and func not in _HARMLESS:
-            for tensor in _tensors((*args, *kwargs.values())):
-                if is_functorch_wrapped_tensor(tensor):  # torch.func hides what is inside
-                    self.wait_all()
-                    break
-                wait = self._pending.get(id(tensor))
-                if wait is not None:
-                    self._wait(wait)
+            self._look_at(args)
+            if kwargs:
+                self._look_at(kwargs.values())
         return func(*args, **kwargs)
+
+    def _look_at(self, values: Iterable[Any]) -> None:
+        # Before every torch function: no generator, and the usual parameter is found first.
+        for value in values:
+            wait = self._pending.get(id(value))
+            if wait is not None:
+                self._wait(wait)
+            elif isinstance(value, Tensor):
+                if is_functorch_wrapped_tensor(value):  # torch.func hides what is inside
+                    self.wait_all()
+            elif isinstance(value, (list, tuple)):
+                self._look_at(value)
