@@ -88,6 +88,10 @@ class Done:
     def wait(self) -> None:
         """Return at once."""
 
+    def has_ended(self) -> bool:
+        """Return True."""
+        return True
+
 
 class Works:
     """Several operations of torch.distributed."""

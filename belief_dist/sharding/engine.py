@@ -15,6 +15,7 @@ runs, which every rank does at another time.
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -108,6 +109,8 @@ class ShardEngine:
         # Replaced by an adapter's, where an engine drives the steps.
         self.driver = Driver(options.max_grad_norm)
         self.read_guard = ReadGuard()
+        # Torch's stack of modes would keep a guard that has something to wait for.
+        weakref.finalize(self, self.read_guard.wait_all).atexit = False
         self.consensus = StepConsensus(
             comm,
             model_parallel,

@@ -25,7 +25,7 @@ _WARM, _REPLAYS = 3, 10
 
 
 @contextmanager
-def _beside(device: str) -> Iterator[None]:
+def before_capture(device: str) -> Iterator[None]:
     """Run on another stream, as must what comes before a capture."""
     if device == "cpu":
         yield
@@ -53,7 +53,7 @@ def _update(form: str, device: str, size: Size) -> Outcome:
     step = torch.ones((), dtype=torch.int64, device=device)
     lr = torch.full((), 1e-3, dtype=torch.float64, device=device)
     scale = torch.full((), 0.5, dtype=torch.float64, device=device)
-    with _beside(device):  # compiles, and uploads the table
+    with before_capture(device):  # compiles, and uploads the table
         kernels.update_(work, device_scalars(RULE, step, lr), grad_scale=scale, fused=True)
     here = [moved(operands, "cpu") for operands in work]
 
@@ -80,7 +80,7 @@ def _iteration(kind: Callable[..., Any], device: str, size: Size) -> Outcome:
         contenders.append(Contender(model, kind(model.parameters(), **OPTIONS)))
     captured, plain = contenders
     tokens = size.job.tokens(device)
-    with _beside(device):
+    with before_capture(device):
         for _ in range(_WARM):
             captured.iterate(tokens)
     captured.zero_grad()

@@ -55,6 +55,14 @@ SECTIONS = [
         "host has a start, so that only the GPU's time counts.",
     ),
     Section(
+        "pairs",
+        "Training steps in turns with AdamW's",
+        "benchmarks.gpu.pairs",
+        seconds=90,
+        case_seconds=40,
+        about="Medians of rounds in which each takes one step, and of the ratios of the rounds.",
+    ),
+    Section(
         "step",
         "A training step",
         "benchmarks.gpu.step",
