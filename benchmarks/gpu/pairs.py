@@ -60,10 +60,12 @@ def _iteration(contender: Contender, tokens: torch.Tensor, device: str, captured
 def _measure(make: Maker, device: str, size: Size, *, batch: int, captured: bool) -> Outcome:
     tokens = size.step._replace(batch=batch * size.step.batch).tokens(device)
     adamw = partial(AdamW, fused=True, capturable=captured and device == "cuda")
-    runs = []
-    for maker in (make, partial(plain, make=adamw)):
-        contender = maker(size.step.model(torch.bfloat16, device), device)
-        runs.append(_iteration(contender, tokens, device, captured))
+    contenders = [
+        maker(size.step.model(torch.bfloat16, device), device)
+        for maker in (make, partial(plain, make=adamw))
+    ]
+    # A captured graph holds addresses alone: the list keeps what lies there.
+    runs = [_iteration(each, tokens, device, captured) for each in contenders]
     return _in_turns(*runs, device, size.rounds)
 
 
