@@ -11,7 +11,8 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import FrameType
+from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ _NO_LAUNCH = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_", "resize_",
     "detach_", "lift_fresh", "_unsafe_view",
 }  # fmt: skip
+_MAKE = ("arange", "empty", "full", "ones", "zeros")
 _TO_THE_HOST = ("cpu", "numpy", "tolist", "__array__", "__dlpack__")
 
 
@@ -135,7 +137,7 @@ class Watch(Queue):
             raise Waits(f"{what}, in step {self._step}")
 
     def operation(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        self._check(func, args, kwargs)
+        self._check(func, args)
         if is_launch(func):
             self.count(func._schema.name.removeprefix("aten::"))
         return func(*args, **kwargs)
@@ -145,7 +147,7 @@ class Watch(Queue):
         if self._computes:
             run()
 
-    def _check(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    def _check(self, func: Any, args: Sequence[Any]) -> None:
         name = func._schema.name.removeprefix("aten::")
         if torch.Tag.data_dependent_output in func.tags:
             self.refuse(name)
@@ -156,9 +158,6 @@ class Watch(Queue):
                 self.count("copy to the device")
             else:
                 self.refuse("a tensor made from numbers")
-        takes_tensors = any("Tensor" in str(each.type) for each in func._schema.arguments)
-        if not takes_tensors and kwargs.get("device") is None:
-            self.refuse(f"{name} on the host")
 
     def __enter__(self) -> Any:
         super().__enter__()
@@ -186,9 +185,21 @@ class Watch(Queue):
         self._patches.enter_context(patch.object(LateRead, "__init__", begin))
         self._patches.enter_context(patch.object(LateRead, "get", read))
         self._patches.enter_context(patch.object(Tensor, "to", to))
+        for name in _MAKE:
+            self._patches.enter_context(patch.object(torch, name, self._on_a_device(name)))
         for name in _TO_THE_HOST:
             self._patches.enter_context(patch.object(Tensor, name, self._refusing(name)))
         return self
+
+    def _on_a_device(self, name: str) -> Callable[..., Any]:
+        make = getattr(torch, name)
+
+        def making(*args: Any, **kwargs: Any) -> Tensor:
+            if kwargs.get("device") is None and "out" not in kwargs:
+                self.refuse(f"{name} on the host")
+            return make(*args, **kwargs)
+
+        return making
 
     def _refusing(self, name: str) -> Callable[..., Any]:
         method = getattr(Tensor, name)
@@ -215,6 +226,11 @@ def _package_frames() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        if code.co_filename.startswith(PACKAGE) and code.co_name != "__torch_function__":
+        if _is_of_the_package(code):
             yield frame
         frame = frame.f_back
+
+
+@cache
+def _is_of_the_package(code: CodeType) -> bool:
+    return code.co_filename.startswith(PACKAGE) and code.co_name != "__torch_function__"
