@@ -234,6 +234,8 @@ def _scalars(
     lr = options["lr"]
     if graph is not None:
         return device_scalars(options, graph.step_number(step), lr)
-    if isinstance(lr, Tensor) and async_device.runs_behind(lr.device):  # which the host does not read
+    if isinstance(lr, Tensor) and async_device.runs_behind(
+        lr.device
+    ):  # which the host does not read
         return device_scalars(options, torch.full((), step, device=lr.device), lr)
     return step_scalars(options, step)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from verdicts import assert_same, build, held, params_of
 
 from belief_dist import ShardedAdaBelief
 from tests.harness.replay import recording
-from verdicts import assert_same, build, held, params_of
 
 EXACT: dict[str, Any] = {"betas": (0.5, 0.75), "lr": 0.0625}
 FORMS: list[dict[str, Any]] = [
@@ -23,8 +23,9 @@ FORMS: list[dict[str, Any]] = [
     {"stage": 2, "max_grad_norm": 1.0},
     {"dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
-    {"rectify": True, "betas": (0.5, 0.75)},
+    {"rectify": True},
 ]
+CASES = [*((1, form) for form in FORMS), *((8, form) for form in FORMS[:2])]
 
 
 class Training:
@@ -72,14 +73,13 @@ class Training:
         return held(self.optimizer)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize(("ranks", "form"), CASES, ids=str)
 def test_replays_are_steps(ranks: int, form: dict[str, Any]) -> None:
     captured, plain = Training(ranks, **form), Training(ranks, **form)
     captured.run(1, 2)
     captured.capture(3)
-    captured.replay(4, 5, 6)
-    plain.run(1, 2, 3, 4, 5, 6)
+    captured.replay(4, 5)
+    plain.run(1, 2, 3, 4, 5)
     assert_same(captured.result(), plain.result())
     assert torch.equal(captured.optimizer.grad_norm, plain.optimizer.grad_norm)
 

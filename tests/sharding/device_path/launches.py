@@ -57,7 +57,7 @@ def launches(
     There are about as many `buckets`.
     """
     numel, each = ELEMENTS // params, params // groups
-    with alone(ranks) if ranks > 1 else nullcontext():
+    with alone(ranks) if ranks > 1 else nullcontext(), Watch(computes=False) as watch:
         tensors = [nn.Parameter(torch.zeros(numel, dtype=dtype)) for _ in range(params)]
         named = [(f"p{index}", param) for index, param in enumerate(tensors)]
         optimizer = ShardedAdaBelief(
@@ -69,15 +69,13 @@ def launches(
             **options,
         )
         grads = [torch.zeros_like(param) for param in tensors]
-        with Watch(computes=False) as watch:
-            optimizer.refresh_masters()
-            for number in range(4):
-                watch.refuses = number >= 2
-                watch.next_step()
-                torch.autograd.backward(tensors, grads)
-                optimizer.step()
-                optimizer.zero_grad()
-        return watch.total, formula(optimizer, **options), watch
+        for number in range(4):
+            watch.refuses = number >= 2
+            watch.next_step()
+            torch.autograd.backward(tensors, grads)
+            optimizer.step()
+            optimizer.zero_grad()
+    return watch.total, formula(optimizer, **options), watch
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -100,7 +98,7 @@ CHOICES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_launches_are_those_of_the_formula(ranks: int, stage: int, choice: dict[str, Any]) -> None:
-    for buckets in (2, 5, 10):
+    for buckets in (2, 10):
         found, expected, watch = launches(10, buckets, ranks, stage=stage, **choice)
         assert found == expected, (buckets, sorted(watch.places.items()))
 

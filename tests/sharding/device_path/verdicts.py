@@ -24,15 +24,16 @@ FORMS: list[dict[str, Any]] = [
     {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
     {"rectify": True},
 ]
+CASES = [*((1, form) for form in FORMS), *((8, form) for form in FORMS[:2])]
 
 
 def build(ranks: int = 1, dtype: torch.dtype = torch.float32, **options: Any) -> ShardedAdaBelief:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(30, 10), (7,), (150,)]
+    shapes = [(9, 10), (7,), (80,)]
     params = [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
     named = [(f"p{index}", param) for index, param in enumerate(params)]
     with alone(ranks) if ranks > 1 else nullcontext():
-        return ShardedAdaBelief(named, **{**HYPER, "bucket_bytes": 1000, **options})
+        return ShardedAdaBelief(named, **{**HYPER, "bucket_bytes": 400, **options})
 
 
 def params_of(optimizer: ShardedAdaBelief) -> list[Tensor]:
@@ -73,8 +74,7 @@ def assert_same(ours: list[Any], theirs: list[Any]) -> None:
         assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize(("ranks", "form"), CASES, ids=str)
 def test_a_skipped_step_leaves_everything(ranks: int, form: dict[str, Any]) -> None:
     optimizer = build(ranks, **form)
     train(optimizer, [1, 2])
@@ -87,12 +87,11 @@ def test_a_skipped_step_leaves_everything(ranks: int, form: dict[str, Any]) -> N
     assert_same(held(optimizer), before)
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("ranks", [1, 8])
+@pytest.mark.parametrize(("ranks", "form"), CASES, ids=str)
 def test_later_steps_are_those_of_a_run_without_it(ranks: int, form: dict[str, Any]) -> None:
     spoiled, plain = build(ranks, **form), build(ranks, **form)
-    train(spoiled, [None, 1, 2, None, None, 3, 4])
-    train(plain, [1, 2, 3, 4])
+    train(spoiled, [None, 1, None, None, 2, 3])
+    train(plain, [1, 2, 3])
     spoiled.wait_pending()
     plain.wait_pending()
     assert_same(held(spoiled), held(plain))
