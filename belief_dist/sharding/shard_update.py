@@ -234,8 +234,7 @@ def _scalars(
     lr = options["lr"]
     if graph is not None:
         return device_scalars(options, graph.step_number(step), lr)
-    if isinstance(lr, Tensor) and async_device.runs_behind(
-        lr.device
-    ):  # which the host does not read
+    # The host does not read what it would wait for.
+    if isinstance(lr, Tensor) and async_device.runs_behind(lr.device):
         return device_scalars(options, torch.full((), step, device=lr.device), lr)
     return step_scalars(options, step)
