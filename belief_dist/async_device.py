@@ -1,8 +1,9 @@
 """Devices that work through a queue, while the host is already further on.
 
-Everything that is different there hangs on `runs_behind`, so that a test can send CPU tensors down
-that very path: values that the host needs are copied to it in the queue's order and read later,
-small tables are uploaded without waiting, and many small operations are one launch.
+Everything that is different there hangs on `runs_behind`, which is looked up in this module, so
+that a test can send CPU tensors down that very path: values that the host needs are copied to it in
+the queue's order and read later, small tables are uploaded without waiting, and many small
+operations are one launch.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from belief_dist.async_device import upload
 from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.eager import CODE_BLOCK
@@ -259,8 +260,8 @@ class TritonKernel:
         if wide and not isinstance(grad_scale, Tensor):
             grad_scale = torch.full((), grad_scale, dtype=torch.float64, device=device)
         if wide and isinstance(scalars, StepScalars):
-            listed = torch.tensor([float(x) for x in scalars], dtype=torch.float64)
-            scalars = DeviceScalars(listed.to(device), scalars.coupled_decay != 0.0)
+            listed = upload([float(x) for x in scalars], torch.float64, device)
+            scalars = DeviceScalars(listed, scalars.coupled_decay != 0.0)
         known = scalars if isinstance(scalars, StepScalars) else _UNKNOWN
         factor = None if isinstance(grad_scale, Tensor) else float(grad_scale)
         return {

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist import kernels
-from belief_dist.async_device import LateRead, is_capturing, runs_behind
+from belief_dist import async_device, kernels
+from belief_dist.async_device import LateRead
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import BLOCK
 from belief_dist.sharding.bucket import BucketBuffers
@@ -116,7 +116,7 @@ class ShardEngine:
             model_parallel,
             compare=options.check_replicas,
             # An update on the host must know the verdict.
-            defers=runs_behind(device) and options.offload is None,
+            defers=async_device.runs_behind(device) and options.offload is None,
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.skipped_steps = 0
@@ -320,7 +320,7 @@ class ShardEngine:
 
     def _graph_that_captures(self, used: Sequence[bool]) -> GraphCounts | None:
         """Return the counts of the CUDA graph that is captured now, if one is."""
-        if not is_capturing(self.grad_norm.device):
+        if not async_device.is_capturing(self.grad_norm.device):
             return None
         if not all(used):
             raise RuntimeError(
@@ -391,7 +391,7 @@ class ShardEngine:
             RuntimeError: As for `step`.
             ValueError: As for `step`.
         """
-        if not is_capturing(self.grad_norm.device):
+        if not async_device.is_capturing(self.grad_norm.device):
             replays = self._graph.read()
             self.update.count_replays(replays.taken)
             self.skipped_steps += replays.skipped

@@ -41,7 +41,7 @@ from torch._C import _current_graph_task_id
 from torch.autograd.graph import _engine_run_backward
 from torch.utils.hooks import RemovableHandle
 
-from belief_dist.async_device import runs_behind
+from belief_dist import async_device
 from belief_dist.engine_options import EngineOptions
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS
@@ -153,7 +153,7 @@ class GradReducer(ABC):
                 self._param_slot[index] = (b, position)
         self._is_dtensor = [is_dtensor(param) for param in params]
         # Where the host runs ahead, a launch costs more than what a cache could save.
-        large = not runs_behind(buckets[0].flat_param.device)
+        large = not async_device.runs_behind(buckets[0].flat_param.device)
         self._moves_at_once = [is_dtensor(p) or (large and p.nbytes >= _AT_ONCE) for p in params]
         self._has_densified = False
         # - The running backward pass

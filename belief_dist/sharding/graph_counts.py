@@ -50,13 +50,13 @@ class GraphCounts:
         taken = verdict == Verdict.UPDATE
         fault = torch.where(verdict >= Verdict.STEPS_DIFFER, verdict, 0)
         skipped = ~taken & (fault == 0)
-        self._counts[:2] += torch.stack([taken, skipped])
+        self._counts[:2].add_(torch.stack([taken, skipped]))  # `+=` would copy it once more
         torch.maximum(self._counts[2], fault, out=self._counts[2])
 
     def count_outside(self, verdict: Tensor) -> None:
         """Count a step that no graph took, so that the next replay goes on behind it."""
         if self.are_used:
-            self._counts[0] += verdict == Verdict.UPDATE
+            self._counts[0].add_(verdict == Verdict.UPDATE)
             self._known[0] += 1  # the host counts it itself, and counts it back
 
     def take_back(self) -> None:

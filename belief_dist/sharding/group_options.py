@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from belief_dist.async_device import runs_behind
+from belief_dist import async_device
 from belief_dist.options import OPTION_NAMES
 
 ParamGroups = Sequence[Mapping[str, Any]]
@@ -29,7 +29,7 @@ def known_options_of(param_groups: ParamGroups) -> tuple[list[dict[str, Any]], l
 
 
 def _is_late(value: Any) -> bool:
-    return isinstance(value, Tensor) and runs_behind(value.device)
+    return isinstance(value, Tensor) and async_device.runs_behind(value.device)
 
 
 def _plain(value: Any) -> Any:

@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from belief_dist import kernels
-from belief_dist.async_device import runs_behind
+from belief_dist import async_device, kernels
 from belief_dist.device_scalars import DeviceScalars, device_scalars
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import FixedOperands, Operands, cut
@@ -235,6 +234,7 @@ def _scalars(
     lr = options["lr"]
     if graph is not None:
         return device_scalars(options, graph.step_number(step), lr)
-    if isinstance(lr, Tensor) and runs_behind(lr.device):  # which the host does not read
+    # The host does not read what it would wait for.
+    if isinstance(lr, Tensor) and async_device.runs_behind(lr.device):
         return device_scalars(options, torch.full((), step, device=lr.device), lr)
     return step_scalars(options, step)

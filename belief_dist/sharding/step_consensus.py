@@ -143,7 +143,7 @@ class StepConsensus:
         if reducer.unclipped_norm_bins is not None:
             # What is not finite counts, in groups that are not clipped as well.
             bins = bins.clone()
-            bins[-1:] += reducer.unclipped_norm_bins[-1:]
+            bins[-1:].add_(reducer.unclipped_norm_bins[-1:])  # `+=` would copy it once more
         if self._compares_replicas:
             flats = [bucket.flat_param for bucket in buckets]
             # Buckets are multiples of 128 bytes. Integers wrap around, and so add in any order.
