@@ -247,15 +247,22 @@ def ordered_sum_(
         norm.add_squares_(bins, out)
 
 
-def squared_norm_bins_(bins: Tensor, values: Tensor) -> None:
-    """Add the squares of `values`, contiguous, to `bins`, exactly; see `norm.add_squares_`."""
-    kernel = _kernel(values.device)
+def squared_norm_bins_(bins: Tensor, *values: Tensor) -> None:
+    """Add the squares of contiguous tensors to `bins`, exactly; see `norm.add_squares_`.
+
+    Args:
+        bins: (norm.NUM_WORDS,), int64.
+        values: Of one dtype, on one device. Many are one launch on a GPU.
+    """
+    kernel = _kernel(bins.device)
     if isinstance(kernel, TritonKernel):
         kernel.reductions.add_squares_(bins, values)
-    elif isinstance(kernel, CppKernel) and kernel.supports(values):
-        kernel.add_squares_(bins, values)
-    else:
-        norm.add_squares_(bins, values)
+        return
+    for each in values:
+        if isinstance(kernel, CppKernel) and kernel.supports(each):
+            kernel.add_squares_(bins, each)
+        else:
+            norm.add_squares_(bins, each)
 
 
 def encode_int8_(wire: Tensor, values: Tensor, error: Tensor) -> None:

@@ -78,6 +78,78 @@ def _add_digit(bins, index, digit):
         tl.atomic_add(word + 1, digit >> 32, sem="relaxed")
 
 
+@triton.jit
+def _split(
+    total, bins, top, held, sum0, sum1, sum2, WIDE: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    """Add the squares of a tile to three bins from `top` down, which moves up if it must.
+
+    Returns:
+        What the next tile goes on with: the highest bin, how many squares the sums hold, the sums.
+    """
+    too_large: tl.constexpr = (1023 + 144) << 52 if WIDE else 0x7F800000
+    size = _magnitude(total)
+    largest = tl.max(size, axis=0)
+    if largest >= too_large:
+        counted = size < too_large
+        tl.atomic_add(bins + _NONFINITE, TILE - tl.sum(counted.to(tl.int64), axis=0), sem="relaxed")
+        total = tl.where(counted, total, 0.0)
+        largest = tl.max(_magnitude(total), axis=0)
+    highest = _highest_bin(largest, WIDE)
+    if highest > top:
+        _flush(bins, top, sum0, sum1, sum2, held)
+        top = highest
+        held = tl.full((), 0, tl.int64)
+        sum0 = tl.zeros([TILE], tl.int64)
+        sum1 = tl.zeros([TILE], tl.int64)
+        sum2 = tl.zeros([TILE], tl.int64)
+    rounder0 = _rounder_bits(top).to(tl.float64, bitcast=True)
+    rounder1 = _rounder_bits(tl.maximum(top - 1, _LOW)).to(tl.float64, bitcast=True)
+    rounder2 = _rounder_bits(tl.maximum(top - 2, _LOW)).to(tl.float64, bitcast=True)
+    rest = total.to(tl.float64)
+    rest = rest * rest
+    moved = rest + rounder0
+    sum0 += moved.to(tl.int64, bitcast=True)
+    rest -= moved - rounder0
+    moved = rest + rounder1
+    sum1 += moved.to(tl.int64, bitcast=True)
+    rest -= moved - rounder1
+    moved = rest + rounder2
+    sum2 += moved.to(tl.int64, bitcast=True)
+    return top, held + TILE, sum0, sum1, sum2
+
+
+@triton.jit
+def squares(
+    segments,  # (segments, 2), int64: address, elements
+    chunks,  # (num_chunks,), int64: segment << 32 | number of the chunk in its segment
+    bins,  # (norm.NUM_WORDS,), int64
+    num_chunks,
+    DTYPE: tl.constexpr,
+    WIDE: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK_TILES: tl.constexpr,
+):
+    """Add the squares of any number of buffers of one dtype to the bins."""
+    compute: tl.constexpr = tl.float64 if WIDE else tl.float32
+    top = tl.full((), _LOW, tl.int32)
+    held = tl.full((), 0, tl.int64)
+    sum0 = tl.zeros([TILE], tl.int64)
+    sum1 = tl.zeros([TILE], tl.int64)
+    sum2 = tl.zeros([TILE], tl.int64)
+    for chunk in range(tl.program_id(0), num_chunks, tl.num_programs(0)):
+        entry = tl.load(chunks + chunk)
+        row = segments + (entry >> 32) * 2
+        values = tl.multiple_of(tl.load(row).to(tl.pointer_type(DTYPE)), 16)
+        # Buckets are multiples of 128 bytes, and masks are equal for all elements of an access.
+        numel = tl.multiple_of(tl.load(row + 1), 16)
+        for tile in range(CHUNK_TILES):
+            offset = ((entry & 0xFFFFFFFF) * CHUNK_TILES + tile) * TILE + tl.arange(0, TILE)
+            x = _widen(tl.load(values + offset, mask=offset < numel, other=0.0), compute)
+            top, held, sum0, sum1, sum2 = _split(x, bins, top, held, sum0, sum1, sum2, WIDE, TILE)
+    _flush(bins, top, sum0, sum1, sum2, held)
+
+
 # - Sums in rank order
 
 
@@ -116,7 +188,6 @@ def reduce(
     TILE: tl.constexpr,
 ):
     """Add messages in their order, and the squares of the sums to the bins."""
-    too_large: tl.constexpr = (1023 + 144) << 52 if WIDE else 0x7F800000
     program = tl.program_id(0)
     tiles = tl.cdiv(numel, TILE)
     top = tl.full((), _LOW, tl.int32)
@@ -146,37 +217,9 @@ def reduce(
         if out is not None:
             tl.store(out + offset, total, mask=present)
         if bins is not None:
-            size = _magnitude(total)
-            largest = tl.max(size, axis=0)
-            if largest >= too_large:
-                counted = size < too_large
-                tl.atomic_add(
-                    bins + _NONFINITE, TILE - tl.sum(counted.to(tl.int64), axis=0), sem="relaxed"
-                )
-                total = tl.where(counted, total, 0.0)
-                largest = tl.max(_magnitude(total), axis=0)
-            highest = _highest_bin(largest, WIDE)
-            if highest > top:
-                _flush(bins, top, sum0, sum1, sum2, held)
-                top = highest
-                held = zero
-                sum0 = tl.zeros([TILE], tl.int64)
-                sum1 = tl.zeros([TILE], tl.int64)
-                sum2 = tl.zeros([TILE], tl.int64)
-            rounder0 = _rounder_bits(top).to(tl.float64, bitcast=True)
-            rounder1 = _rounder_bits(tl.maximum(top - 1, _LOW)).to(tl.float64, bitcast=True)
-            rounder2 = _rounder_bits(tl.maximum(top - 2, _LOW)).to(tl.float64, bitcast=True)
-            rest = total.to(tl.float64)
-            rest = rest * rest
-            moved = rest + rounder0
-            sum0 += moved.to(tl.int64, bitcast=True)
-            rest -= moved - rounder0
-            moved = rest + rounder1
-            sum1 += moved.to(tl.int64, bitcast=True)
-            rest -= moved - rounder1
-            moved = rest + rounder2
-            sum2 += moved.to(tl.int64, bitcast=True)
-            held += TILE
+            top, held, sum0, sum1, sum2 = _split(
+                total, bins, top, held, sum0, sum1, sum2, WIDE, TILE
+            )
     if bins is not None:
         _flush(bins, top, sum0, sum1, sum2, held)
 

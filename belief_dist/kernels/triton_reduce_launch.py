@@ -16,6 +16,8 @@ from belief_dist.rule import compute_dtype
 
 # Of the machine's memory, at most so many messages are read at once; more are read in turn.
 _UNROLLED = 8
+_CHUNK_TILES = 8  # consecutive tiles of squares that share an entry of a table
+_TABLES = 64
 
 
 class Shape(NamedTuple):
@@ -38,7 +40,7 @@ def _shape(nbytes: int, *, codes: bool) -> Shape:
 
 
 class _Table(NamedTuple):
-    segments: Tensor  # (segments, 3), int64, as `triton_reduce.checksums` takes it
+    segments: Tensor  # int64, as a kernel of `triton_reduce` takes it
     chunks: Tensor  # (chunks,), int64
 
 
@@ -50,6 +52,8 @@ class TritonReductions:
 
     def __init__(self, *, interprets: bool) -> None:
         # Not before: whoever imports this module need not have Triton.
+        from triton import language as tl
+
         from belief_dist.kernels import triton_reduce, triton_scales
 
         self._interprets = interprets
@@ -58,6 +62,12 @@ class TritonReductions:
             warp = torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
         self._kernels = triton_reduce
         self._scales = triton_scales
+        self._dtypes = {
+            torch.float32: tl.float32,
+            torch.float64: tl.float64,
+            torch.bfloat16: tl.bfloat16,
+            torch.float16: tl.float16,
+        }
         self._threads_per_warp = warp
         self.shape: Shape | None = None  # takes the place of `_shape`, for tests and tuning
         self.checksum_tile, self.checksum_chunk = 2048, 8
@@ -121,9 +131,30 @@ class TritonReductions:
                 **self._launch(shape.threads),
             )
 
-    def add_squares_(self, bins: Tensor, values: Tensor) -> None:
-        """Add the squares of `values`, contiguous, to `bins`; see `norm.add_squares_`."""
-        self.ordered_sum_(None, [values.view(-1)], bins)
+    def add_squares_(self, bins: Tensor, values: Sequence[Tensor]) -> None:
+        """Add the squares of contiguous tensors of one dtype to `bins`; see `norm.add_squares_`."""
+        flats = [each.view(-1) for each in values if each.numel()]
+        if len(flats) < 2 or any(f.data_ptr() % 16 or f.numel() % 16 for f in flats):
+            for flat in flats:
+                self.ordered_sum_(None, [flat], bins)
+            return
+        first = flats[0]
+        shape = self.shape or _shape(first.element_size(), codes=False)
+        rows = tuple((flat.data_ptr(), flat.numel()) for flat in flats)
+        table = self._table(first.device, rows, shape.tile * _CHUNK_TILES)
+        count = len(table.chunks)
+        with _on(first.device):
+            self._kernels.squares[(min(count, self._most_programs(shape, first.device)),)](
+                table.segments,
+                table.chunks,
+                bins,
+                count,
+                DTYPE=self._dtypes[first.dtype],
+                WIDE=first.dtype == torch.float64,
+                TILE=shape.tile,
+                CHUNK_TILES=_CHUNK_TILES,
+                **self._launch(shape.threads),
+            )
 
     def _most_programs(self, shape: Shape, device: torch.device) -> int:
         return 3 if self._interprets else shape.programs * _multiprocessors(device)
@@ -144,7 +175,9 @@ class TritonReductions:
         """
         device = flats[0].device
         sums = torch.zeros(len(flats), dtype=torch.int64, device=device)
-        table = self._checksum_table(flats, firsts)
+        pairs = zip(flats, firsts, strict=True)
+        rows = tuple((flat.data_ptr(), flat.nbytes // 8, first) for flat, first in pairs)
+        table = self._table(device, rows, self.checksum_tile * self.checksum_chunk)
         if len(table.chunks):
             with _on(device):
                 self._kernels.checksums[(len(table.chunks),)](
@@ -157,25 +190,23 @@ class TritonReductions:
                 )
         return sums
 
-    def _checksum_table(self, flats: Sequence[Tensor], firsts: Sequence[int]) -> _Table:
+    def _table(self, device: torch.device, rows: tuple[tuple[int, ...], ...], size: int) -> _Table:
+        """Return rows of an address and a length first, and their chunks of `size`."""
         # Buckets stay where they are for as long as there are any.
-        pairs = zip(flats, firsts, strict=True)
-        rows = tuple((flat.data_ptr(), flat.nbytes // 8, first) for flat, first in pairs)
-        key = (flats[0].device, rows)
+        key = (device, size, rows)
         table = self._tables.get(key)
         if table is None:
-            size = self.checksum_tile * self.checksum_chunk
             chunks = [
                 number << 32 | chunk
-                for number, (_, words, _) in enumerate(rows)
-                for chunk in range(-(-words // size))
+                for number, (_, length, *_) in enumerate(rows)
+                for chunk in range(-(-length // size))
             ]
             # Other buckets than before: of an optimizer that was dropped, most likely.
-            if len(self._tables) >= 64:
+            if len(self._tables) >= _TABLES:
                 self._tables.clear()
             table = self._tables[key] = _Table(
-                torch.tensor(rows, dtype=torch.int64).to(flats[0].device),
-                torch.tensor(chunks, dtype=torch.int64).to(flats[0].device),
+                torch.tensor(rows, dtype=torch.int64).to(device),
+                torch.tensor(chunks, dtype=torch.int64).to(device),
             )
         return table
 

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -215,15 +216,44 @@ class Collectives(ABC):
 
 
 class SingleRank(Collectives):
-    """One rank: its gradients are the sum."""
+    """One rank: its gradients are the sum.
+
+    The squares of what is in place already wait until somebody asks for them, and are taken
+    together: on a GPU that is one launch for all buckets.
+    """
 
     def __init__(self) -> None:
         super().__init__(None)
+        self._in_place: list[ReduceRequest] = []
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """Copy the piece, widened, where it is not in place already."""
-        request.add_own_(request.flat)
-        return Done()
+        if request.flat.data_ptr() != request.shard.data_ptr() or request.norm_bins is None:
+            request.add_own_(request.flat)
+            return Done()
+        self._in_place.append(request)
+        return _Squares(self)
+
+    def take_squares(self) -> None:
+        """Take the squares that are still to be taken."""
+        requests, self._in_place = self._in_place, []
+        together: dict[tuple[int, torch.dtype], list[ReduceRequest]] = {}
+        for each in requests:
+            together.setdefault((id(each.norm_bins), each.shard.dtype), []).append(each)
+        for alike in together.values():
+            bins = alike[0].norm_bins
+            assert bins is not None
+            squared_norm_bins_(bins, *(each.shard for each in alike))
+
+
+class _Squares:
+    """Squares that a single rank still has to take."""
+
+    def __init__(self, comm: SingleRank) -> None:
+        self._comm = comm
+
+    def wait(self) -> None:
+        self._comm.take_squares()
 
 
 class BackendReduceScatter(Collectives):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -76,7 +77,8 @@ def compare_order(comm: Collectives, specs: Sequence[ParamSpec], params: Sequenc
         if spec.name == str(index):
             alike.setdefault((spec.shape, spec.dtype, spec.group, spec.kind), []).append(index)
     doubtful = [each for each in alike.values() if len(each) > 1]
-    mine = [tuple(_digest(params[index]) for index in each) for each in doubtful]
+    digests = iter(_digests([params[index] for each in doubtful for index in each]))
+    mine = [tuple(islice(digests, len(each))) for each in doubtful]
     everyone = comm.exchange(mine)
     for place, each in enumerate(doubtful):
         orders: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
@@ -107,7 +109,7 @@ def replica_fault(
     """
     bucket, odd = _first_difference(comm.exchange(sums))
     where = f"of one of the parameters {', '.join(buckets[bucket])}"
-    params = [_digest(param) for param in buckets[bucket].values()]
+    params = _digests(list(buckets[bucket].values()))
     everyone = comm.exchange(params)
     if len(set(map(tuple, everyone))) > 1:  # else the gather has spread one copy since
         param, odd = _first_difference(everyone)
@@ -124,12 +126,18 @@ def replica_fault(
     )
 
 
-def _digest(tensor: Tensor) -> int:
-    """Return a checksum of the bits of a tensor."""
-    values = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    words = values.new_zeros(-(-values.numel() // 8) * 8)
-    words[: values.numel()] = values
-    return int(checksums([words], [0]))
+def _digests(tensors: Sequence[Tensor]) -> list[int]:
+    """Return a checksum of the bits of each tensor."""
+    if not tensors:
+        return []
+    padded = []
+    for tensor in tensors:
+        values = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        words = values.new_zeros(-(-values.numel() // 8) * 8)
+        words[: values.numel()] = values
+        padded.append(words)
+    found: list[int] = checksums(padded, [0] * len(padded)).tolist()
+    return found
 
 
 def _first_difference(everyone: Sequence[Sequence[int]]) -> tuple[int, list[int]]:

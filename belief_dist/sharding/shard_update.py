@@ -130,7 +130,7 @@ class ShardUpdate:
         scales: Mapping[bool, Tensor],
         skip: Tensor,
         *,
-        together: bool = False,
+        turn_numel: float = 0,
         graph: GraphCounts | None = None,
     ) -> Iterator[int]:
         """Update the shards of the buckets in `order`, and yield each when it may be gathered.
@@ -143,7 +143,8 @@ class ShardUpdate:
             param_groups: With the options of each.
             scales: The factor on summed gradients, float64, for groups with clip True and False.
             skip: One element; unless it is zero, everything stays as it is.
-            together: Update all buckets in one call for each group: nobody waits for the first.
+            turn_numel: Update so many buckets at once, in one call for each group, that their
+                shards have this many elements; the last ones may have fewer.
             graph: Counts the steps of the CUDA graph that is captured, if one is.
         """
         if self.host_gradients is not None:
@@ -154,8 +155,7 @@ class ShardUpdate:
             number for number in order if any(used[index] for index in self._param_indices[number])
         ]
         buckets = [self._buckets[number] for number in changed]
-        together = together and self.host_gradients is None
-        turns = [changed] if together and changed else [[number] for number in changed]
+        turns = self._turns(changed, 0 if self.host_gradients is not None else turn_numel)
         incoming = iter(self._incoming(buckets))
         for numbers in turns:
             plan = self._plan([(number, next(incoming)) for number in numbers])
@@ -166,6 +166,17 @@ class ShardUpdate:
             for number in numbers:
                 self._buckets[number].send_back()
                 yield number
+
+    def _turns(self, numbers: Sequence[int], numel: float) -> list[list[int]]:
+        turns: list[list[int]] = []
+        room = 0.0
+        for number in numbers:
+            if room <= 0:
+                turns.append([])
+                room = numel
+            turns[-1].append(number)
+            room -= self._buckets[number].param_shard.numel()
+        return turns
 
     def _incoming(self, buckets: Sequence[BucketBuffers]) -> Iterable[Tensor]:
         """Return the reduced gradients of each bucket, where they are updated."""

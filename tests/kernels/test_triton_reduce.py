@@ -124,6 +124,29 @@ def test_amd_reduce(name: str) -> None:
     assert used["vgpr_spill_count"] == used["private_segment_fixed_size"] == "0"
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_nvidia_reduce_squares_of_many(dtype: str, capability: int) -> None:
+    """Four elements a thread in one access, whatever address the table has."""
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    from belief_dist.kernels import triton_reduce
+
+    kinds: dict[str, str | None] = dict.fromkeys(("segments", "chunks", "bins"), "*i64")
+    constants = {
+        "DTYPE": tl.float32 if dtype == "fp32" else tl.bfloat16,
+        "WIDE": False,
+        "TILE": TILE,
+        "CHUNK_TILES": 8,
+    }
+    target = GPUTarget("cuda", capability, 32)
+    kinds["num_chunks"] = "i32"
+    ptx = compile_ahead(triton_reduce.squares, kinds, constants, target, WARPS).asm["ptx"]
+    assert not re.search(r"\bfma\b|\.ftz|\.approx|\.local", ptx)
+    assert f"ld.global.v{4 if dtype == 'fp32' else 2}.b32" in ptx
+
+
 TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
 
 

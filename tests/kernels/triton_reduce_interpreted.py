@@ -98,8 +98,26 @@ def test_squares_alone(dtype: torch.dtype, n: int, seed: int, decades: float) ->
     """Of what is not finite each element counts once, and nothing else of it."""
     x = numbers(n, dtype, seed, decades)
     ours, theirs = new_bins(), new_bins()
-    reductions().add_squares_(ours, x)
+    reductions().add_squares_(ours, [x])
     add_squares_(theirs, x)
+    assert same_norm(ours, theirs)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.sampled_from(DTYPES),
+    st.lists(st.integers(0, 40), min_size=2, max_size=4),
+    st.integers(0, 1 << 30),
+    st.sampled_from([0.5, 18.0, 40.0]),
+)
+def test_squares_of_many(dtype: torch.dtype, sizes: list[int], seed: int, decades: float) -> None:
+    """Some of no element, and some that end in the middle of a tile."""
+    many = [numbers(16 * size, dtype, seed + number, decades) for number, size in enumerate(sizes)]
+    many = [x.clone() for x in many]  # at addresses as buckets have
+    ours, theirs = new_bins(), new_bins()
+    reductions().add_squares_(ours, many)
+    for x in many:
+        add_squares_(theirs, x)
     assert same_norm(ours, theirs)
 
 
@@ -110,7 +128,7 @@ def test_squares_at_the_edges_of_bins() -> None:
     near = near.flatten().float()
     for one in (*near.unbind(), near):
         ours, theirs = new_bins(), new_bins()
-        reductions().add_squares_(ours, one.view(-1))
+        reductions().add_squares_(ours, [one.view(-1)])
         add_squares_(theirs, one.view(-1))
         assert same_norm(ours, theirs), one
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from belief_dist import ShardedAdaBelief
+from belief_dist.sharding import engine
 from benchmarks.gpu.one_of_eight import alone
 from tests.harness.device_path import Watch
 
@@ -23,21 +24,27 @@ def formula(
     check_replicas: bool = True,
     max_grad_value: float | None = None,
     reduce_dtype: torch.dtype | None = None,
+    turns: int = 1,
     **others: Any,
 ) -> int:
     """Return the launches of backward, `step` and `zero_grad`, as docs/gpu.md has them."""
     buckets = optimizer._engine.buckets
     b, several = len(buckets), optimizer.comm.world_size > 1
+    clips = [group["clip"] for group in optimizer.param_groups]
     padded = sum(bool(each.gaps) for each in buckets) if stage == 2 else 0
     groups = len({(each.bucket.group, each.flat_param.dtype) for each in buckets})
-    total = 5 * b + 41 if several else 2 * b + groups + 7
+    in_place = stage == 1 and reduce_dtype is None
+    if max_grad_value is not None:
+        in_place &= buckets[0].flat_param.dtype == torch.float32
+    squares = len({(clips[each.bucket.group], each.flat_param.dtype) for each in buckets})
+    updates = groups * turns  # in these tests, every turn has every group
+    total = 4 * b + updates + 41 if several else b + groups + 7 + (squares if in_place else b)
     total += padded
     total += 3 if several and check_replicas else 0
-    total += 3 if not all(group["clip"] for group in optimizer.param_groups) else 0
+    total += 3 if not all(clips) else 0
     if any(each.has_master for each in buckets):
         total += 8 if several else 9
     total += 2 + 3 * b if max_grad_value is not None else 0
-    # On one rank the sum of what was rounded is a launch that the squares alone are as well.
     total += b if reduce_dtype is not None else 0
     return total
 
@@ -50,6 +57,7 @@ def launches(
     groups: int = 1,
     dtype: torch.dtype = torch.float32,
     clip_all: bool = True,
+    turns: int = 1,
     **options: Any,
 ) -> tuple[int, int, Watch]:
     """Return the launches of a step after some others, what the formula says, and what was seen.
@@ -75,7 +83,7 @@ def launches(
             torch.autograd.backward(tensors, grads)
             optimizer.step()
             optimizer.zero_grad()
-    return watch.total, formula(optimizer, **options), watch
+    return watch.total, formula(optimizer, turns=turns, **options), watch
 
 
 CHOICES: list[dict[str, Any]] = [
@@ -100,6 +108,16 @@ def test_launches_are_those_of_the_formula(ranks: int, stage: int, choice: dict[
     for buckets in (2, 10):
         found, expected, watch = launches(10, buckets, ranks, stage=stage, **choice)
         assert found == expected, (buckets, sorted(watch.places.items()))
+
+
+@pytest.mark.parametrize("buckets_at_once", [1, 2, 3])
+def test_large_shards_are_updated_in_several_launches(
+    monkeypatch: pytest.MonkeyPatch, buckets_at_once: int
+) -> None:
+    """So that the first ones are on their way while the others are updated."""
+    monkeypatch.setattr(engine, "_TURN", buckets_at_once * ELEMENTS // 10 // 8)
+    found, expected, watch = launches(10, 10, 8, turns=-(-10 // buckets_at_once))
+    assert found == expected, sorted(watch.places.items())
 
 
 @pytest.mark.parametrize("stage", [1, 2])
