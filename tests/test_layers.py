@@ -18,7 +18,8 @@ engine_options device_scalars norm params state_dict state_formats
 
 kernels.build kernels.threads kernels.foreach kernels.triton_kernel kernels.triton_tables
 kernels.triton_reduce kernels.triton_scales kernels.triton_codec
-kernels.triton_reduce_launch kernels.cpp kernels.eager
+kernels.cpp kernels.eager
+kernels.triton_reduce_launch
 kernels.triton_launch
 kernels
 

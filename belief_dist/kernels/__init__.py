@@ -26,6 +26,7 @@ from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence
 from belief_dist.kernels.triton_launch import OLDEST, Again, TritonKernel
+from belief_dist.kernels.triton_reduce_launch import TritonReductions
 from belief_dist.operands import Operands
 from belief_dist.rule import StepScalars, compute_dtype
 
@@ -125,6 +126,30 @@ def _kernel(device: torch.device) -> CppKernel | TritonKernel | Unavailable:
         if isinstance(kernel, Unavailable) or kernel.serves(device):
             return kernel
     return _cpp()
+
+
+@lru_cache(maxsize=1)
+def _checked_reductions() -> TritonReductions | None:
+    """Return the GPU's sums and checksums, which are compiled now; warn if they do not work."""
+    kernel = _triton()
+    if isinstance(kernel, Unavailable):
+        return None
+    problem = None if kernel.interprets else kernel.reductions.find_problem("cuda")
+    if problem is not None:
+        sentence = (
+            f"sums, norms and checksums run in plain torch, with some hundred launches for each "
+            f"bucket, because {problem}; updates run in Triton. Install the Triton that your torch "
+            f"was built with, or set BELIEF_DIST_BACKEND=eager to have no kernels at all."
+        )
+        logger.warning(sentence)
+        warnings.warn(f"belief_dist: {sentence}", RuntimeWarning, stacklevel=4)
+        return None
+    return kernel.reductions
+
+
+def _reductions(device: torch.device) -> TritonReductions | None:
+    """Return the kernels for sums and checksums of tensors on `device`, if Triton has them."""
+    return _checked_reductions() if isinstance(_kernel(device), TritonKernel) else None
 
 
 def backends() -> list[tuple[str, bool, str]]:
@@ -234,10 +259,10 @@ def ordered_sum_(
         bins: Receives the squares of the sums, as from `squared_norm_bins_`, or None.
         accumulate: Add to the present values of `out`, as if it were the first piece.
     """
-    kernel = _kernel(out.device)
     if out.dtype == compute_dtype(pieces[0].dtype):
-        if isinstance(kernel, TritonKernel):
-            kernel.reductions.ordered_sum_(out, pieces, bins, accumulate=accumulate)
+        reductions, kernel = _reductions(out.device), _kernel(out.device)
+        if reductions is not None:
+            reductions.ordered_sum_(out, pieces, bins, accumulate=accumulate)
             return
         if isinstance(kernel, CppKernel) and kernel.supports(out, *pieces):
             kernel.ordered_sum_(out, pieces, bins, accumulate=accumulate)
@@ -254,9 +279,9 @@ def squared_norm_bins_(bins: Tensor, *values: Tensor) -> None:
         bins: (norm.NUM_WORDS,), int64.
         values: Of one dtype, on one device. Many are one launch on a GPU.
     """
-    kernel = _kernel(bins.device)
-    if isinstance(kernel, TritonKernel):
-        kernel.reductions.add_squares_(bins, values)
+    reductions, kernel = _reductions(bins.device), _kernel(bins.device)
+    if reductions is not None:
+        reductions.add_squares_(bins, values)
         return
     for each in values:
         if isinstance(kernel, CppKernel) and kernel.supports(each):
@@ -278,9 +303,9 @@ def sum_int8_(
     out: Tensor, wires: Sequence[Tensor], bins: Tensor | None, *, accumulate: bool
 ) -> None:
     """Add what `encode_int8_` has written, in the given order; otherwise as `ordered_sum_`."""
-    kernel = _kernel(out.device)
-    if isinstance(kernel, TritonKernel) and out.dtype == torch.float32:
-        kernel.reductions.ordered_sum_(out, wires, bins, accumulate=accumulate, codes=True)
+    reductions = _reductions(out.device)
+    if reductions is not None and out.dtype == torch.float32:
+        reductions.ordered_sum_(out, wires, bins, accumulate=accumulate, codes=True)
     else:
         ordered_sum_(out, list(map(eager.decode_int8, wires)), bins, accumulate=accumulate)
 
@@ -292,9 +317,9 @@ def checksums(flats: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:
         flats: Contiguous, multiples of 8 bytes; on a GPU they begin at multiples of 16.
         firsts: The position of the first 64-bit word of each among all that are added up.
     """
-    kernel = _kernel(flats[0].device)
-    if isinstance(kernel, TritonKernel):
-        return kernel.reductions.checksums(flats, firsts)
+    reductions, kernel = _reductions(flats[0].device), _kernel(flats[0].device)
+    if reductions is not None:
+        return reductions.checksums(flats, firsts)
     pairs = zip(flats, firsts, strict=True)
     if isinstance(kernel, CppKernel) and flats[0].is_cpu:
         return torch.tensor([kernel.checksum(*pair) for pair in pairs])
@@ -305,7 +330,7 @@ def grad_scales(
     bins: Tensor, *, world_size: int, loss_scale: Tensor | None, limit: float | None
 ) -> Tensor:
     """Return the norm of the mean gradient, and the factors on summed ones; see `eager`."""
-    kernel = _kernel(bins.device)
-    if isinstance(kernel, TritonKernel):
-        return kernel.reductions.grad_scales(bins, world_size, loss_scale, limit)
+    reductions = _reductions(bins.device)
+    if reductions is not None:
+        return reductions.grad_scales(bins, world_size, loss_scale, limit)
     return eager.grad_scales(bins, world_size=world_size, loss_scale=loss_scale, limit=limit)

@@ -197,3 +197,14 @@ def _lock(path: Path) -> Iterator[None]:
                     break
                 time.sleep(0.05)
         yield
+
+
+def one_line(error: BaseException) -> str:
+    """Return what is wrong. Compilers show much source and a caret first, or only name a cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines()]
+    if "^" in lines:
+        lines = lines[len(lines) - lines[::-1].index("^") :]
+    said = " ".join(filter(None, lines))
+    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__

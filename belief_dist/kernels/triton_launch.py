@@ -17,7 +17,7 @@ from torch import Tensor
 
 from belief_dist.async_device import upload
 from belief_dist.device_scalars import DeviceScalars
-from belief_dist.kernels.build import Unavailable
+from belief_dist.kernels.build import Unavailable, one_line
 from belief_dist.kernels.eager import CODE_BLOCK
 from belief_dist.kernels.triton_reduce_launch import TritonReductions
 from belief_dist.kernels.triton_tables import Row, Table, Uploaded
@@ -111,7 +111,7 @@ class TritonKernel:
 
             from belief_dist.kernels import triton_codec, triton_kernel
         except Exception as error:  # a broken installation can raise anything
-            raise Unavailable(f"triton cannot be imported ({_one_line(error)})") from error
+            raise Unavailable(f"triton cannot be imported ({one_line(error)})") from error
         if triton_kernel.VERSION < OLDEST:
             oldest = ".".join(map(str, OLDEST))
             raise Unavailable(f"Triton {triton.__version__} is too old: it takes {oldest} or newer")
@@ -146,7 +146,7 @@ class TritonKernel:
             update_stored_reference_(Operands(*here), scalars)
             same = torch.equal(here, there.cpu())
         except Exception as error:
-            raise Unavailable(f"a first launch failed ({_one_line(error)})") from error
+            raise Unavailable(f"a first launch failed ({one_line(error)})") from error
         if not same:
             raise Unavailable("a first update has other bits than the reference")
 
@@ -326,14 +326,3 @@ def _row(operands: Operands) -> Row:
     tensors = (operands.param, *operands[2:_TENSORS])
     addresses = (t.data_ptr() if isinstance(t, Tensor) else 0 for t in tensors)
     return (*addresses, operands.param.numel(), operands.key, operands.first)
-
-
-def _one_line(error: BaseException) -> str:
-    """Return what is wrong. Triton shows much source and a caret first, or only names a cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines()]
-    if "^" in lines:
-        lines = lines[len(lines) - lines[::-1].index("^") :]
-    said = " ".join(filter(None, lines))
-    return f"{type(error).__name__}: {said[:300]}" if said else type(error).__name__

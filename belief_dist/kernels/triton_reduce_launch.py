@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from belief_dist.async_device import upload
+from belief_dist.kernels import eager
+from belief_dist.kernels.build import one_line
+from belief_dist.norm import NUM_WORDS, add_squares_
 from belief_dist.rule import compute_dtype
 
 # Of the machine's memory, at most so many messages are read at once; more are read in turn.
@@ -52,8 +55,6 @@ class TritonReductions:
 
     def __init__(self, *, interprets: bool) -> None:
         # Not before: whoever imports this module need not have Triton.
-        from triton import language as tl
-
         from belief_dist.kernels import triton_reduce, triton_scales
 
         self._interprets = interprets
@@ -62,18 +63,38 @@ class TritonReductions:
             warp = torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
         self._kernels = triton_reduce
         self._scales = triton_scales
-        self._dtypes = {
-            torch.float32: tl.float32,
-            torch.float64: tl.float64,
-            torch.bfloat16: tl.bfloat16,
-            torch.float16: tl.float16,
-        }
         self._threads_per_warp = warp
         self.shape: Shape | None = None  # takes the place of `_shape`, for tests and tuning
         self.checksum_tile, self.checksum_chunk = 2048, 8
         self._tables: dict[tuple[Any, ...], _Table] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._options: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
+
+    def find_problem(self, device: str) -> str | None:
+        """Return why these kernels cannot be used: they do not compile here, or have other bits."""
+        here = torch.randn(2, 512, generator=torch.Generator().manual_seed(0))
+        sums = torch.zeros(512)
+        there, found = here.to(device), torch.zeros(512, device=device)
+        bins, others = (torch.zeros(NUM_WORDS, dtype=torch.int64, device=device) for _ in range(2))
+        expected = torch.zeros(NUM_WORDS, dtype=torch.int64)
+        try:
+            self.ordered_sum_(found, list(there), bins)
+            self.add_squares_(others, list(there))
+            scales = self.grad_scales(bins + others, 3, None, 0.5)
+            checked = self.checksums([there], [5])
+        except Exception as error:  # a compiler can raise anything
+            return f"a first launch failed ({one_line(error)})"
+        eager.ordered_sum_(sums, list(here))
+        add_squares_(expected, torch.cat([sums, *here]))
+        wanted = eager.grad_scales(expected, world_size=3, loss_scale=None, limit=0.5)
+        pairs = [
+            (found, sums),
+            (scales, wanted),
+            (checked, eager.checksum(here.view(-1), 5).view(1)),
+        ]
+        if not all(torch.equal(ours.cpu(), theirs) for ours, theirs in pairs):
+            return "a first sum has other bits than plain torch"
+        return None
 
     # - Sums and squares
 
@@ -149,7 +170,7 @@ class TritonReductions:
                 table.chunks,
                 bins,
                 count,
-                DTYPE=self._dtypes[first.dtype],
+                DTYPE=self._kernels.DTYPES[first.dtype],
                 WIDE=first.dtype == torch.float64,
                 TILE=shape.tile,
                 CHUNK_TILES=_CHUNK_TILES,

@@ -2,8 +2,7 @@
 
 While the host updates one bucket, the gradients of the next come over: two buffers take turns. On
 CUDA they are pinned and copied on a stream of their own; on the CPU a copy is just a copy. Updated
-parameters go back in the order of the main stream, in front of their gather. Nothing of the CUDA
-path has run yet.
+parameters go back in the order of the main stream, in front of their gather.
 
 Source: ZeRO-Offload, arXiv:2101.06840, sections 4 and 5.
 """

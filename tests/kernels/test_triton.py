@@ -16,8 +16,8 @@ import torch
 
 from belief_dist import AdaBelief, kernels, verify
 from belief_dist.device_scalars import device_scalars
-from belief_dist.kernels.build import Unavailable
-from belief_dist.kernels.triton_launch import TritonKernel, _one_line
+from belief_dist.kernels.build import Unavailable, one_line
+from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import Direction, step_scalars
 from tests.harness.paths import ROOT
@@ -165,12 +165,34 @@ def test_the_compilers_own_sentence_is_the_reason() -> None:
     """It comes after much source and a caret; or with the error that Triton's own one wraps."""
     source = "at 20:4:\n    some = kernel\n    source(here)\n    ^\n"
     sentence = "TypeError('cannot convert None of type NoneType to tensor')"
-    assert _one_line(ValueError(source + sentence)) == f"ValueError: {sentence}"
+    assert one_line(ValueError(source + sentence)) == f"ValueError: {sentence}"
     outer = ValueError(source)
     outer.__cause__ = KeyError("inner")
-    assert _one_line(outer) == "KeyError: 'inner'"
-    assert _one_line(ValueError("first\n\nsecond")) == "ValueError: first second"
-    assert _one_line(ValueError()) == "ValueError"
+    assert one_line(outer) == "KeyError: 'inner'"
+    assert one_line(ValueError("first\n\nsecond")) == "ValueError: first second"
+    assert one_line(ValueError()) == "ValueError"
+
+
+def test_sums_that_do_not_work_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updates stay with Triton; sums are those of plain torch."""
+
+    class Broken:
+        def find_problem(self, device: str) -> str:
+            return "a first launch failed (CompilationError: no)"
+
+    kernel = TritonKernel.__new__(TritonKernel)
+    kernel.interprets, kernel.reductions = False, Broken()  # type: ignore[assignment]
+    monkeypatch.setattr(kernels, "_triton", lambda: kernel)
+    kernels._checked_reductions.cache_clear()
+    try:
+        with pytest.warns(
+            RuntimeWarning, match=r"sums.* plain torch.*CompilationError: no"
+        ) as all_:
+            for _ in range(2):
+                assert kernels._reductions(torch.device("cuda")) is None
+        assert len(all_) == 1
+    finally:
+        kernels._checked_reductions.cache_clear()
 
 
 def test_triton_is_preferred_to_multi_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:

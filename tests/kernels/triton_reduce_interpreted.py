@@ -173,6 +173,17 @@ def test_factors(
     assert torch.equal(bits(found), bits(expected))
 
 
+def test_they_try_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU does before the first sum, and what is found if a kernel is wrong."""
+    found = reductions()
+    assert found.find_problem("cpu") is None
+    monkeypatch.setattr(found, "checksums", lambda flats, firsts: torch.zeros(1, dtype=torch.int64))
+    assert found.find_problem("cpu") == "a first sum has other bits than plain torch"
+    monkeypatch.delattr(found._kernels, "reduce")
+    problem = found.find_problem("cpu")
+    assert problem is not None and "a first launch failed (AttributeError" in problem
+
+
 def test_the_choice_falls_on_them() -> None:
     """What the package calls are these kernels, where Triton serves the device."""
     kernel = kernels._kernel(torch.device("cpu"))
