@@ -18,6 +18,7 @@ import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -103,7 +104,11 @@ def compiler() -> list[str]:
     Raises:
         Unavailable: There is no such program.
     """
-    command = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    wanted = os.environ.get("CXX", "")
+    try:
+        command = shlex.split(wanted) or ["g++"]
+    except ValueError as error:
+        raise Unavailable(f"CXX={wanted!r} is no command: {error}") from error
     if shutil.which(command[0]) is None:
         raise Unavailable(f"there is no C++ compiler ({command[0]} is not on PATH)")
     return command
@@ -121,12 +126,18 @@ def compile_library(command: list[str], path: Path) -> None:
     arguments = [*FLAGS, define, "-o", temporary, str(SOURCE)]
     try:
         done = subprocess.run(
-            [*command, *arguments], capture_output=True, text=True, timeout=_COMPILE_SECONDS
+            [*command, *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",  # a compiler's messages are in any encoding
+            timeout=_COMPILE_SECONDS,
         )
         if done.returncode != 0:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             first = (errors or done.stderr.splitlines() or ["no message"])[0]
             raise Unavailable(f"{command[0]} failed: {first}")
+        if not _loads(temporary):
+            raise Unavailable(f"{command[0]} made a library that cannot be loaded")
         os.chmod(temporary, 0o755)  # mkstemp's mode is for one user, an installation is for all
         os.replace(temporary, path)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -134,6 +145,15 @@ def compile_library(command: list[str], path: Path) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _loads(path: str) -> bool:
+    """Try a new library in another process, which a damaged one would end with a bus error."""
+    code = "import ctypes, sys; ctypes.CDLL(sys.argv[1]).belief_source_hash"
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, path], capture_output=True, timeout=_COMPILE_SECONDS
+    )
+    return done.returncode == 0
 
 
 def _open(path: Path) -> ctypes.CDLL | None:
@@ -165,6 +185,8 @@ def _cache_folder() -> Iterator[Path]:
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folder = Path(chosen) if chosen else Path(home) / "belief_dist"
     try:
+        if not chosen and not Path(home).is_absolute():  # there is neither HOME nor a user
+            raise FileNotFoundError(home)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         about = folder.stat()
         # Never load a library that another user could have put there.

@@ -84,6 +84,7 @@ def test_ranks_that_start_together_take_turns(cache: Path) -> None:
     [
         ("no-such-compiler", "there is no C++ compiler (no-such-compiler is not on PATH)"),
         ("false", "false failed"),
+        ("g++ '", 'CXX="g++ \'" is no command: No closing quotation'),
     ],
 )
 def test_without_a_compiler_plain_torch_serves(cache: Path, compiler: str, reason: str) -> None:
@@ -92,6 +93,42 @@ def test_without_a_compiler_plain_torch_serves(cache: Path, compiler: str, reaso
     assert line.startswith("WARNING CPU updates run in chunked plain torch")
     assert reason in line
     assert not leftovers(cache)
+
+
+def compiler_that(cache: Path, does: str) -> str:
+    """Return a compiler that has a version, and otherwise does something of its own."""
+    script = cache / "compiler"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) exec g++ "$@";; esac\n{does}\n')
+    script.chmod(0o700)
+    return str(script)
+
+
+def test_a_compiler_that_writes_another_encoding(cache: Path) -> None:
+    does = "printf 'fatal error: \\351\\350\\n' >&2; exit 1"
+    said = says(start(cache, CXX=compiler_that(cache, does)))
+    assert "compiler failed: fatal error: \ufffd\ufffd" in said
+
+
+@pytest.mark.parametrize("nbytes", [0, 5000])
+def test_a_compiler_that_makes_half_a_library(cache: Path, nbytes: int) -> None:
+    """And says that all went well: loading it would end the process with a bus error."""
+    does = f'g++ "$@" && for f; do case "$f" in *.tmp) truncate -s {nbytes} "$f";; esac; done'
+    said = says(start(cache, CXX=compiler_that(cache, does)))
+    assert "made a library that cannot be loaded" in said
+    assert not libraries(cache)
+
+
+def test_without_a_home_nothing_is_written_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container whose user has no entry: "~" would be a folder of this name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("BELIEF_DIST_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(build.os.path, "expanduser", lambda path: path)
+    with build._cache_folder() as folder:
+        assert folder.is_absolute() and folder.is_dir()
+    assert not folder.exists() and not list(tmp_path.iterdir())
 
 
 def test_who_insists_on_the_kernel_gets_an_error(cache: Path) -> None:
