@@ -4,7 +4,8 @@
 
     run/latest                 the name of the newest checkpoint, replaced last
     run/step-00000200/         complete: renamed to this when all of it was on the disk
-    run/.saving-step-00000300  being written, or left over from a killed process
+    run/.saving-step-00000300  being written, or left over from a killed process; beside it a file
+                               NAME.lock, which is locked while somebody writes
     run/.replaced-step-...     the former checkpoint of a step that is saved again: complete, and
                                the one that counts until the new one has its name
     run/.removed-step-...      being removed
@@ -14,13 +15,16 @@ All functions here are called by one rank only.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from belief_dist.checkpoint.checksummed_files import MANIFEST
 
@@ -37,16 +41,58 @@ def directory_name(step: int) -> str:
 
 
 def begin(run: Path, step: int) -> Path:
-    """Return a new, empty directory to write to; leftovers of killed processes are removed."""
+    """Return a new, empty directory to write to; leftovers of killed processes are removed.
+
+    What another process is writing at this moment, such as a second job that was started in the
+    same folder by mistake, stays. `publish` or `give_up` must follow.
+    """
     run.mkdir(parents=True, exist_ok=True)
     needed = set(complete(run))
     for left in run.iterdir():
         is_left = left.name.startswith((_SAVING, _REPLACED, _REMOVED))
-        if is_left and left.is_dir() and left not in needed:
+        if is_left and left.is_dir() and left not in needed and not _is_written(left):
             shutil.rmtree(left, ignore_errors=True)
+            _lock_of(left).unlink(missing_ok=True)
     temporary = run / f"{_SAVING}{directory_name(step)}-{uuid.uuid4().hex[:8]}"
+    # Locked before there is a directory: nobody finds one without a lock.
+    _locks[temporary] = file = _lock_of(temporary).open("w")
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     temporary.mkdir()
     return temporary
+
+
+def give_up(temporary: Path) -> None:
+    """Remove what was written to a directory from `begin`."""
+    shutil.rmtree(temporary, ignore_errors=True)
+    _unlock(temporary)
+
+
+# Of the directories that this process writes to. The system releases them when it dies.
+_locks: dict[Path, TextIO] = {}
+
+
+def _lock_of(temporary: Path) -> Path:
+    return temporary.with_name(f"{temporary.name}.lock")
+
+
+def _unlock(temporary: Path) -> None:
+    file = _locks.pop(temporary, None)
+    _lock_of(temporary).unlink(missing_ok=True)
+    if file is not None:
+        file.close()
+
+
+def _is_written(temporary: Path) -> bool:
+    """Return whether a living process, this one or another, writes there."""
+    try:
+        with _lock_of(temporary).open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is no lock, or none can be taken on this file system
+        return False
+    return False
 
 
 def publish(written: Path, step: int) -> Path:
@@ -64,7 +110,8 @@ def publish(written: Path, step: int) -> Path:
         os.rename(final, old)
     os.rename(written, final)
     _sync(run)
-    pointer = run / f"{_SAVING}{LATEST}"
+    _unlock(written)
+    pointer = run / f"{_SAVING}{LATEST}-{uuid.uuid4().hex[:8]}"
     with open(pointer, "w") as file:
         file.write(final.name + "\n")
         file.flush()

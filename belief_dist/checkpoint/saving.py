@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 import warnings
 from collections.abc import Mapping
@@ -195,7 +194,7 @@ def write(
     except CheckpointError:
         # Raised on all ranks, so no rank still writes there.
         if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
+            run_directory.give_up(temporary)
         raise
     return published, sum(s.nbytes for s in writer.checksums.values())
 

@@ -108,3 +108,46 @@ def test_steps_are_numbers(tmp_path: Path) -> None:
     assert loaded(tmp_path)[0] == 100_000_001
     (tmp_path / "latest").write_text("../elsewhere")
     assert loaded(tmp_path)[0] == 100_000_001
+
+
+def begin_and_die(run: Path) -> Path:
+    """Begin to save in a process that is killed then."""
+    child = os.fork()
+    if child == 0:
+        run_directory.begin(run, 7)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = (path for path in run.iterdir() if path.is_dir())
+    return left
+
+
+def test_two_jobs_in_one_folder_leave_each_other_alone(tmp_path: Path) -> None:
+    """Started twice by mistake: neither loses what it is writing, nor its checkpoints."""
+    ours = run_directory.begin(tmp_path, 1)
+    (ours / "data").write_text("half of it")
+    child = os.fork()  # another job
+    if child == 0:
+        try:
+            save(tmp_path, 2, value=2.0)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert status == 0 and (ours / "data").read_text() == "half of it"
+    assert loaded(tmp_path) == (2, 2.0)
+    run_directory.give_up(ours)
+    save(tmp_path, 3)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_what_a_killed_job_was_writing_is_removed(tmp_path: Path) -> None:
+    left = begin_and_die(tmp_path)
+    assert left.exists()
+    save(tmp_path, 8)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_leftovers_of_an_earlier_version_have_no_lock(tmp_path: Path) -> None:
+    (tmp_path / ".saving-step-00000004-0123abcd").mkdir()
+    save(tmp_path, 8)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
