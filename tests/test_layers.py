@@ -40,7 +40,7 @@ step_plan
 optimizer sharded
 
 checkpoint.names checkpoint.chunks checkpoint.safe_reader checkpoint.plain_values
-checkpoint.checksummed_files
+checkpoint.checksummed_files checkpoint.atomic_file
 checkpoint.errors checkpoint.dcp_tensor checkpoint.run_directory
 checkpoint.local_shards checkpoint.metadata
 checkpoint.entries

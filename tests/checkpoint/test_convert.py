@@ -251,3 +251,21 @@ def test_states_of_adam_are_not_taken_for_ours(tmp_path: Path, cls: Any) -> None
         "weight": 1,
         "bias": 1,
     }
+
+
+def test_a_file_takes_the_place_of_files_only(tmp_path: Path) -> None:
+    """A link, folder or pipe of this name stays; and a writer that fails leaves the old file."""
+    real = tmp_path / "real"
+    real.write_text("kept")
+    odd = [tmp_path / name for name in ("link", "folder", "pipe")]
+    odd[0].symlink_to(real)
+    odd[1].mkdir()
+    os.mkfifo(odd[2])
+    for path in odd:
+        with pytest.raises(ValueError, match="is no regular file"):
+            write_safetensors({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="cannot hold the dtype"):
+        write_safetensors({"a": torch.zeros(1, dtype=torch.complex128)}, real)
+    assert real.read_text() == "kept" and sorted(tmp_path.iterdir()) == sorted([real, *odd])
+    write_safetensors({"a": torch.ones(1)}, real)
+    assert torch.equal(read_safetensors(real)["a"], torch.ones(1))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from belief_dist.checkpoint.atomic_file import atomic_file
 from belief_dist.checkpoint.formats.deepspeed import read_universal, read_zero, write_universal
 from belief_dist.checkpoint.formats.full_state import FullState, read_full_state, write_full_state
 from belief_dist.checkpoint.formats.safetensors import read_safetensors, write_safetensors
@@ -105,13 +106,15 @@ def write(
         The path that was written.
 
     Raises:
-        ValueError: `to` is unknown, or the template is missing.
+        ValueError: `to` is unknown, the template is missing, or a file would replace something
+            else.
     """
     target = Path(target)
     if to == "belief_dist":
         return write_full_state(full, target)
     if to in ("torch", "official"):
-        torch.save(to_state_dict(full) if to == "torch" else to_official(full), target)
+        with atomic_file(target) as temporary:
+            torch.save(to_state_dict(full) if to == "torch" else to_official(full), temporary)
     elif to == "safetensors":
         write_safetensors(full.model_weights(), target)
     elif to == "universal":

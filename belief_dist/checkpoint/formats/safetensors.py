@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor
+
+from belief_dist.checkpoint.atomic_file import atomic_file
 
 
 def _library() -> ModuleType:
@@ -25,19 +26,17 @@ def write_safetensors(weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Write tensors to a file, atomically.
 
     Raises:
-        ValueError: The library is not installed, or the format lacks a dtype.
+        ValueError: The library is not installed, the format lacks a dtype, or there is something
+            else than a file at `path`.
     """
     library, path = _library(), Path(path)
     # Cloned, because the library refuses tensors that share memory, such as tied weights.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in weights.items()}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        library.save_file(own, temporary, metadata={"format": "pt"})
-    except KeyError as error:
-        raise ValueError(f"safetensors cannot hold the dtype {error}.") from None
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_file(path) as temporary:
+        try:
+            library.save_file(own, temporary, metadata={"format": "pt"})
+        except KeyError as error:
+            raise ValueError(f"safetensors cannot hold the dtype {error}.") from None
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
