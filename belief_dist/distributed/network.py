@@ -37,6 +37,26 @@ def outward_address() -> str:
         return "127.0.0.1"
 
 
+def listen_at(address: str, port: int) -> socket.socket | None:
+    """Return a socket that listens at one address of this host, and not at all that it has.
+
+    Args:
+        address: Under which the other ranks look for it.
+        port: 0 lets the system choose.
+
+    Returns:
+        None for a name, which other hosts may resolve differently; for an address that is not on an
+        interface of this host (a router translates it); and for a port that is taken.
+    """
+    host = "127.0.0.1" if address == "localhost" else address
+    try:
+        version = ipaddress.ip_address(host.split("%")[0]).version
+        family = socket.AF_INET if version == 4 else socket.AF_INET6
+        return socket.create_server((host, port), family=family, backlog=1024)
+    except (ValueError, OSError):
+        return None
+
+
 def is_loopback(address: str) -> bool:
     """Return whether an address reaches this host only."""
     return ipaddress.ip_address(address.split("%")[0]).is_loopback

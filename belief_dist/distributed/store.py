@@ -12,7 +12,12 @@ from torch._C._distributed_c10d import Store, TCPStore
 
 from belief_dist.distributed import elastic_store, mpi, slurm
 from belief_dist.distributed.errors import LaunchError
-from belief_dist.distributed.network import address_towards, outward_address, wait_for_name
+from belief_dist.distributed.network import (
+    address_towards,
+    listen_at,
+    outward_address,
+    wait_for_name,
+)
 from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, RankInfo
 
 Opened = tuple[Store, str, int]  # the store, and the address and port of its server
@@ -61,8 +66,12 @@ def _master(environ: Mapping[str, str]) -> tuple[str | None, int | None]:
 
 
 def _serve(info: RankInfo, address: str, port: int, timeout: timedelta) -> Opened:
+    shares = port != 0
+    # With port 0 the system chooses a free port and binds it, so there is no race for it.
+    listening = listen_at(address, port)
+    if listening is not None:
+        port = listening.getsockname()[1]
     try:
-        # With port 0 the system chooses a free port and binds it, so there is no race for it.
         store = TCPStore(
             address,
             port,
@@ -70,7 +79,8 @@ def _serve(info: RankInfo, address: str, port: int, timeout: timedelta) -> Opene
             is_master=True,
             wait_for_workers=False,
             timeout=timeout,
-            multi_tenant=port != 0,  # other stores in this process may use MASTER_PORT, too
+            multi_tenant=shares,  # other stores in this process may use MASTER_PORT, too
+            master_listen_fd=None if listening is None else listening.detach(),
         )
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):

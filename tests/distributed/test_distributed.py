@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from belief_dist.distributed import LaunchError, handshake, slurm
-from belief_dist.distributed.network import address_towards, interface_of
+from belief_dist.distributed.network import address_towards, interface_of, listen_at
 from belief_dist.distributed.rank_info import HYDRA, OPEN_MPI, SLURM, read_rank_info
 from benchmarks.jobs import free_port
 from tests.harness.paths import ROOT
@@ -178,6 +178,52 @@ def test_interfaces_are_found_by_their_addresses() -> None:
     assert interface_of("::1") == "lo"
     assert interface_of(address_towards("127.0.0.1")) == "lo"
     assert interface_of("198.51.100.77") is None
+
+
+LISTENING = """
+import os, belief_dist.distributed
+belief_dist.distributed.init()
+mine = set()
+for fd in os.listdir("/proc/self/fd"):
+    try:
+        mine.add(os.readlink(f"/proc/self/fd/{fd}"))
+    except FileNotFoundError:
+        pass
+for file in ("/proc/self/net/tcp", "/proc/self/net/tcp6"):
+    for line in open(file).read().splitlines()[1:]:
+        words = line.split()
+        if words[3] == "0A" and f"socket:[{words[9]}]" in mine:
+            print(words[1].split(":")[0])
+"""
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [{}, {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}],
+    ids=["alone", "localhost"],
+)
+def test_who_needs_no_other_host_cannot_be_reached_from_one(environ: dict[str, str]) -> None:
+    """Anybody who reaches the store of a job may change what its ranks tell each other."""
+    if environ:
+        environ = {**environ, "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-c", LISTENING],
+        cwd=ROOT,
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = done.stdout.split()
+    assert found and set(found) == {"0100007F"}  # 127.0.0.1
+
+
+def test_an_address_of_another_host_is_not_listened_at() -> None:
+    """Behind a router that translates addresses, say: then all interfaces serve, as before."""
+    assert listen_at("192.0.2.1", 0) is None and listen_at("node0", 0) is None
+    with listen_at("127.0.0.1", 0) or pytest.fail() as first:
+        assert listen_at("127.0.0.1", first.getsockname()[1]) is None
 
 
 def test_the_hash_changes_with_any_source_file(tmp_path: Path) -> None:
