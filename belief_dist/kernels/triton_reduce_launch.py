@@ -37,7 +37,7 @@ def _shape(nbytes: int, *, codes: bool) -> Shape:
     Where there is much to read, a larger tile is looked through for its highest bin less often;
     where there is little, more programs hide what splitting takes.
     """
-    if codes:
+    if codes or nbytes <= 4:
         return Shape(512, 128, 8)
     return Shape(2048, 512, 2) if nbytes > 8 else Shape(1024, 128, 4)
 
