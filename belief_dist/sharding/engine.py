@@ -114,7 +114,7 @@ class ShardEngine:
         self.driver = Driver(options.max_grad_norm)
         self.read_guard = ReadGuard()
         # Torch's stack of modes would keep a guard that has something to wait for.
-        weakref.finalize(self, self.read_guard.wait_all).atexit = False
+        weakref.finalize(self, self.read_guard.abandon).atexit = False
         self.consensus = StepConsensus(
             comm,
             model_parallel,

@@ -13,9 +13,11 @@ module call after everything has arrived (it cannot leave while one of its own c
 
 from __future__ import annotations
 
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
+
+logger = logging.getLogger("belief_dist")
 
 # These tell about a parameter, or about its gradient, without reading its values.
 _HARMLESS_PROPERTIES = (
@@ -46,6 +50,18 @@ _HARMLESS = frozenset(
     Tensor.register_hook,
     Tensor.__hash__,
 }
+
+
+class TornParameters(RuntimeError):
+    """Parameters have not arrived, and never will: a rank has ended, say."""
+
+
+def _fail(said: str) -> None:
+    raise TornParameters(said)
+
+
+def _never() -> bool:
+    return False
 
 
 def _in_a_block_of_others() -> bool:
@@ -91,7 +107,7 @@ class ReadGuard(TorchFunctionMode):
         self,
         params: Sequence[Tensor],
         wait: Callable[[], None],
-        has_arrived: Callable[[], bool] = lambda: False,
+        has_arrived: Callable[[], bool] = _never,
     ) -> None:
         """Call `wait` once before the first use of any of `params`.
 
@@ -101,7 +117,11 @@ class ReadGuard(TorchFunctionMode):
             has_arrived: Tells without waiting whether `wait` has nothing left to wait for. False
                 where that is not known.
         """
-        keys = [id(param) for param in params]
+        self._expect([id(param) for param in params], wait, has_arrived)
+
+    def _expect(
+        self, keys: list[int], wait: Callable[[], None], has_arrived: Callable[[], bool]
+    ) -> None:
         self._pending.update(dict.fromkeys(keys, wait))
         self._keys[wait] = keys
         self._has_arrived[wait] = has_arrived
@@ -117,18 +137,47 @@ class ReadGuard(TorchFunctionMode):
             self._hook = register_module_forward_pre_hook(self._before_forward)
 
     def wait_all(self) -> None:
-        """Wait for everything, in the order in which it was launched."""
-        pending, self._keys, self._pending = list(self._keys), {}, {}
+        """Wait for everything, in the order in which it was launched.
+
+        Raises:
+            TornParameters: Something has not arrived. It stays expected, so that nobody reads a
+                mixture of two steps later, or saves it.
+        """
+        for wait in list(self._keys):
+            self._wait(wait)
+        self._disarm()
+
+    def abandon(self) -> None:
+        """Stop to watch, for an optimizer that is dropped; what fails to arrive is logged."""
+        for wait in list(self._keys):
+            try:
+                self._wait(wait)
+            except TornParameters as error:
+                logger.error("%s", error)
+        self._keys.clear()
+        self._pending.clear()
         self._has_arrived.clear()
-        for wait in pending:
-            wait()
         self._disarm()
 
     def _wait(self, wait: Callable[[], None]) -> None:
+        # Not pending meanwhile: waiting may read them itself.
+        keys = self._keys.pop(wait)
         del self._has_arrived[wait]
-        for key in self._keys.pop(wait):
+        for key in keys:
             del self._pending[key]
-        wait()
+        try:
+            wait()
+        except TornParameters as error:
+            self._expect(keys, partial(_fail, str(error)), _never)
+            raise
+        except RuntimeError as error:
+            said = (
+                f"{error} These parameters may be half those of this step and half those of the "
+                f"last: drop the optimizer (del), load a checkpoint, and build a new one."
+            )
+            # Without waiting again, which could take a timeout at every read.
+            self._expect(keys, partial(_fail, said), _never)
+            raise TornParameters(said) from error
 
     def _disarm(self) -> None:
         if self._hook is not None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from belief_dist import ShardedAdaBelief
-from belief_dist.sharding.read_guard import ReadGuard
+from belief_dist.sharding.read_guard import ReadGuard, TornParameters
 from tests.harness.late import Slow
 from tests.harness.models import HYPER
 from tests.harness.ranks import run_ranks
@@ -132,6 +132,34 @@ class Unseen(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         with torch._C.DisableTorchFunction():
             return x * self.weight
+
+
+def test_what_did_not_arrive_raises_at_every_read(caplog: pytest.LogCaptureFixture) -> None:
+    """And not only at the first: a rescue save would hold a mixture of two steps."""
+    param, other = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2, 3))
+    log: list[str] = []
+    guard = ReadGuard()
+
+    def fails() -> None:
+        log.append("waits")
+        raise RuntimeError("rank 1 has died.")
+
+    guard.expect([param], fails)
+    guard.expect([other], Late(other, log, "other").settle)
+    guard.arm()
+    for read in (lambda: param + 1, guard.wait_all, lambda: param.detach(), guard.wait_all):
+        with pytest.raises(
+            TornParameters, match=r"rank 1 has died.*half.*load a checkpoint"
+        ) as one:
+            read()
+        assert str(one.value).count("half") == 2
+    assert (other + 1)[0, 0] == 3.0  # that one is whole
+    assert log == ["waits", "other"]  # a second wait would take as long as the first
+    guard.abandon()  # with the optimizer
+    assert "rank 1 has died" in caplog.text
+    with torch.no_grad():
+        param.copy_(torch.zeros(2, 3))
+    assert not (param + 0).any()
 
 
 def test_a_layer_without_children_has_its_weights_before_its_forward() -> None:
