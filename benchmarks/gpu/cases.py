@@ -64,6 +64,7 @@ class Size(NamedTuple):
     step: Shape  # of the step that is timed
     job: Shape  # of short trainings
     steps: int  # of these
+    ranks: tuple[int, ...]  # process groups whose bits are compared
 
 
 FULL = Size(
@@ -74,6 +75,7 @@ FULL = Size(
     step=Shape(24, 1024, 16, 512, 8),
     job=Shape(4, 256, 4, 128, 8),
     steps=30,
+    ranks=(1, 3, 4),
 )
 # For tests: the same code in seconds on a CPU.
 SMALL = Size(
@@ -84,6 +86,7 @@ SMALL = Size(
     step=Shape(1, 64, 2, 16, 2),
     job=Shape(1, 64, 2, 16, 2),
     steps=12,
+    ranks=(3,),
 )
 SIZES = {"full": FULL, "small": SMALL}
 

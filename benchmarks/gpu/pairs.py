@@ -97,5 +97,5 @@ def cases(device: str, size: Size) -> list[Case]:
             del each["... as rank 0 of 8, fp32 masters"]  # its copies are no collectives
         for name, make in each.items():
             run = partial(_measure, make, device, size, **how)  # type: ignore[arg-type]
-            found.append(Case(table, name, run))
+            found.append(Case(table, f"{name}: {kind}", run))
     return found

@@ -175,9 +175,11 @@ def _lines(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def cases(device: str, size: Size) -> list[Case]:
-    one = "nccl" if device == "cuda" else "gloo"
-    return [
-        Case(f"{ranks} rank{'s' * (ranks > 1)}, {backend}", f"{ranks} {backend}", run)
-        for ranks, backend in ((1, one), (3, "gloo"), (4, "gloo"))
-        for run in [partial(compare, ranks, backend, device)]
-    ]
+    found = []
+    for ranks in size.ranks:
+        # NCCL refuses two ranks on one GPU.
+        backend = "nccl" if device == "cuda" and ranks == 1 else "gloo"
+        run = partial(compare, ranks, backend, device)
+        table = f"{ranks} rank{'s' * (ranks > 1)}, {backend}"
+        found.append(Case(table, f"{ranks} {backend}", run))
+    return found

@@ -23,10 +23,12 @@ from tests.harness.paths import ROOT
 # The oldest one promised, that of the last CUDA builds of torch before this environment's, and the
 # newest. constraints.txt can name one version only: that of the environment.
 VERSIONS = ["3.4.0", "3.6.0", "3.9.0"]
-# All forms of what an optimizer calls, and the simplest and hardest of all else.
-MANY = "update_many and (90 or float32 or bits])"
-NVIDIA = f"nvidia and ({MANY} or update_flat-90-float32 or codec) or (reduce and (90 or cuda))"
-AMD = "amd and (update_many or float32 or codec or reduce) or (reduce and hip)"
+# All forms of what an optimizer calls on one architecture, and the simplest of all else.
+MANY = "update_many and (90 or 80-float32 or 100-float32)"
+NVIDIA = (
+    f"nvidia and ({MANY} or update_flat-90-float32 or (codec and 90)) or (reduce and (90 or cuda))"
+)
+AMD = "amd and (update_many and (float32 or 8) or codec or ranks) or (reduce and hip)"
 UNREACHABLE = re.compile(
     r"Failed to establish a new connection|Could not find a version|Temporary failure in name|"
     r"Read timed out|ProxyError|ConnectionError|No matching distribution"

@@ -56,7 +56,7 @@ def same_norm(ours: Tensor, theirs: Tensor) -> bool:
     )
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=50)
 @given(
     st.sampled_from(DTYPES),
     st.sampled_from([1, 2, 3, 4, 8, 9, 13]),
@@ -153,7 +153,7 @@ def test_checksums_of_many_buffers(sizes: list[int], first: int) -> None:
     assert reductions().checksums(flats, firsts).tolist() == expected
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(
     st.integers(0, 1 << 30),
     st.sampled_from([0.5, 6.0, 18.0, 40.0]),
