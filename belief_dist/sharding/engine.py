@@ -395,11 +395,15 @@ class ShardEngine:
             RuntimeError: As for `step`.
             ValueError: As for `step`.
         """
+        # The last step first: what it counted too much is no news of a replay.
+        self._read_last_verdict(param_groups)
         if not async_device.is_capturing(self.grad_norm.device):
             replays = self._graph.read()
             self.update.count_replays(replays.taken)
             self.skipped_steps += replays.skipped
             self._raise_if_apart(replays.fault, param_groups)
+
+    def _read_last_verdict(self, param_groups: ParamGroups) -> None:
         if self.consensus.unread is None:
             return
         word, counted = self.consensus.unread

@@ -134,6 +134,20 @@ def test_a_state_dict_knows_of_replays() -> None:
     assert_same(captured.result(), plain.result())
 
 
+def test_a_step_outside_that_is_skipped_counts_nowhere() -> None:
+    """Neither for who reads the counts right after it, nor for the step outside that follows."""
+    captured, plain = Training(), Training()
+    captured.run(1)
+    captured.capture(2)
+    captured.run(3, None)
+    plain.run(1, 2, 3)
+    steps = [state["step"] for state in captured.optimizer.state_dict()["state"].values()]
+    assert set(steps) == {3} and captured.optimizer.skipped_steps == 1
+    captured.run(None, 4, 5)
+    plain.run(4, 5)
+    assert_same(captured.result(), plain.result())
+
+
 def test_a_fault_in_a_replay_is_raised_at_the_next_read() -> None:
     captured = Training(dtype=torch.bfloat16)
     captured.run(1)
