@@ -9,6 +9,8 @@ operations are one launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,11 @@ def runs_behind(device: torch.device) -> bool:
 def is_capturing(device: torch.device) -> bool:
     """Return whether a CUDA graph records what is launched now, instead of running it."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which `device` is the current one: Triton launches there."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def upload(

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from belief_dist.async_device import is_capturing
 from belief_dist.rule import RECTIFY_THRESHOLD, Direction, StepScalars
 
 
@@ -27,7 +28,7 @@ class DeviceScalars(NamedTuple):
         Raises:
             RuntimeError: A CUDA graph is captured, which nothing may wait for.
         """
-        if self.values.is_cuda and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self.values.device):
             raise RuntimeError(
                 "a CUDA graph can capture this step only where Triton updates all tensors: see "
                 "belief_dist.backends(), and lay out gradients in memory as their parameters."

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from belief_dist import kernels, observers
+from belief_dist.async_device import is_capturing
 from belief_dist.device_scalars import DeviceScalars, device_scalars
 from belief_dist.operands import Operands
 from belief_dist.options import complete_options
@@ -201,7 +202,7 @@ class AdaBelief(Optimizer):
             if len(same) == sharing[name]:
                 step += 1  # in place: a captured graph counts on at every replay
                 continue
-            if step.is_cuda and torch.cuda.is_current_stream_capturing():
+            if is_capturing(step.device):
                 raise RuntimeError(
                     "the parameters with a gradient are others than in the step before: run one "
                     "such step before a CUDA graph captures it."

@@ -17,8 +17,8 @@ version deprecations rule operands options observers state_init_step async_devic
 engine_options device_scalars norm params state_dict state_formats
 
 kernels.build kernels.threads kernels.foreach kernels.triton_kernel kernels.triton_tables
-kernels.triton_reduce kernels.triton_scales kernels.triton_codec
 kernels.cpp kernels.eager
+kernels.triton_reduce kernels.triton_scales kernels.triton_codec
 kernels.triton_reduce_launch
 kernels.triton_launch
 kernels

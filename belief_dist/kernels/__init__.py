@@ -147,9 +147,10 @@ def _checked_reductions() -> TritonReductions | None:
     return kernel.reductions
 
 
-def _reductions(device: torch.device) -> TritonReductions | None:
-    """Return the kernels for sums and checksums of tensors on `device`, if Triton has them."""
-    return _checked_reductions() if isinstance(_kernel(device), TritonKernel) else None
+def _reductions(device: torch.device) -> TritonReductions | CppKernel | Unavailable | None:
+    """Return what sums and checks tensors on `device`; the last two leave plain torch alone."""
+    kernel = _kernel(device)
+    return _checked_reductions() if isinstance(kernel, TritonKernel) else kernel
 
 
 def backends() -> list[tuple[str, bool, str]]:
@@ -260,9 +261,9 @@ def ordered_sum_(
         accumulate: Add to the present values of `out`, as if it were the first piece.
     """
     if out.dtype == compute_dtype(pieces[0].dtype):
-        reductions, kernel = _reductions(out.device), _kernel(out.device)
-        if reductions is not None:
-            reductions.ordered_sum_(out, pieces, bins, accumulate=accumulate)
+        kernel = _reductions(out.device)
+        if isinstance(kernel, TritonReductions):
+            kernel.ordered_sum_(out, pieces, bins, accumulate=accumulate)
             return
         if isinstance(kernel, CppKernel) and kernel.supports(out, *pieces):
             kernel.ordered_sum_(out, pieces, bins, accumulate=accumulate)
@@ -279,9 +280,9 @@ def squared_norm_bins_(bins: Tensor, *values: Tensor) -> None:
         bins: (norm.NUM_WORDS,), int64.
         values: Of one dtype, on one device. Many are one launch on a GPU.
     """
-    reductions, kernel = _reductions(bins.device), _kernel(bins.device)
-    if reductions is not None:
-        reductions.add_squares_(bins, values)
+    kernel = _reductions(bins.device)
+    if isinstance(kernel, TritonReductions):
+        kernel.add_squares_(bins, values)
         return
     for each in values:
         if isinstance(kernel, CppKernel) and kernel.supports(each):
@@ -303,9 +304,9 @@ def sum_int8_(
     out: Tensor, wires: Sequence[Tensor], bins: Tensor | None, *, accumulate: bool
 ) -> None:
     """Add what `encode_int8_` has written, in the given order; otherwise as `ordered_sum_`."""
-    reductions = _reductions(out.device)
-    if reductions is not None and out.dtype == torch.float32:
-        reductions.ordered_sum_(out, wires, bins, accumulate=accumulate, codes=True)
+    kernel = _reductions(out.device)
+    if isinstance(kernel, TritonReductions) and out.dtype == torch.float32:
+        kernel.ordered_sum_(out, wires, bins, accumulate=accumulate, codes=True)
     else:
         ordered_sum_(out, list(map(eager.decode_int8, wires)), bins, accumulate=accumulate)
 
@@ -317,9 +318,9 @@ def checksums(flats: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:
         flats: Contiguous, multiples of 8 bytes; on a GPU they begin at multiples of 16.
         firsts: The position of the first 64-bit word of each among all that are added up.
     """
-    reductions, kernel = _reductions(flats[0].device), _kernel(flats[0].device)
-    if reductions is not None:
-        return reductions.checksums(flats, firsts)
+    kernel = _reductions(flats[0].device)
+    if isinstance(kernel, TritonReductions):
+        return kernel.checksums(flats, firsts)
     pairs = zip(flats, firsts, strict=True)
     if isinstance(kernel, CppKernel) and flats[0].is_cpu:
         return torch.tensor([kernel.checksum(*pair) for pair in pairs])
@@ -330,7 +331,7 @@ def grad_scales(
     bins: Tensor, *, world_size: int, loss_scale: Tensor | None, limit: float | None
 ) -> Tensor:
     """Return the norm of the mean gradient, and the factors on summed ones; see `eager`."""
-    reductions = _reductions(bins.device)
-    if reductions is not None:
-        return reductions.grad_scales(bins, world_size, loss_scale, limit)
+    kernel = _reductions(bins.device)
+    if isinstance(kernel, TritonReductions):
+        return kernel.grad_scales(bins, world_size, loss_scale, limit)
     return eager.grad_scales(bins, world_size=world_size, loss_scale=loss_scale, limit=limit)

@@ -7,12 +7,13 @@ Only `triton_launch` imports this module, and only if Triton is usable.
 import triton
 import triton.language as tl
 
+from belief_dist.kernels.eager import CODE_BLOCK, CODE_BYTES
 from belief_dist.kernels.triton_kernel import _bits, _divide, _float, _narrow, _widen
 
 ROWS = 8  # blocks per program: with as many warps on NVIDIA's GPUs, one warp reads each
 
-_BLOCK = tl.constexpr(256)
-_BLOCK_BYTES = tl.constexpr(260)  # four of the scale, then the codes
+_BLOCK = tl.constexpr(CODE_BLOCK)
+_BLOCK_BYTES = tl.constexpr(CODE_BYTES)  # four of the scale, then the codes
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no room for a fraction
 
 

@@ -23,6 +23,14 @@ import torch
 import triton
 import triton.language as tl
 
+DTYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.uint8: tl.uint8,
+    torch.int16: tl.int16,
+}
 TILE = 1024  # elements per program
 THREADS = TILE // 4
 CHUNK_TILES = 8  # consecutive tiles that share an entry in the map of `update_many`

@@ -9,13 +9,12 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from belief_dist.async_device import upload
+from belief_dist.async_device import current, upload
 from belief_dist.device_scalars import DeviceScalars
 from belief_dist.kernels.build import Unavailable, one_line
 from belief_dist.kernels.eager import CODE_BLOCK
@@ -83,7 +82,7 @@ class Again:
             Whether it was done; it cannot be while a graph is captured, if the last step before
             had other gradients.
         """
-        with _on(self._device):
+        with current(self._device):
             table = self._table.upload(grads)
             if table is None:
                 return False
@@ -107,7 +106,6 @@ class TritonKernel:
             raise Unavailable("torch sees no GPU")
         try:
             import triton
-            from triton import language as tl
 
             from belief_dist.kernels import triton_codec, triton_kernel
         except Exception as error:  # a broken installation can raise anything
@@ -118,14 +116,6 @@ class TritonKernel:
         self._kernel = triton_kernel
         self.reductions = TritonReductions(interprets=self.interprets)
         self._codec = triton_codec
-        self._dtypes = {
-            torch.float32: tl.float32,
-            torch.float64: tl.float64,
-            torch.bfloat16: tl.bfloat16,
-            torch.float16: tl.float16,
-            torch.uint8: tl.uint8,
-            torch.int16: tl.int16,
-        }
         self._tables: OrderedDict[tuple[Any, ...], Again] = OrderedDict()
         self._options: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
         where = "in its interpreter"
@@ -156,6 +146,8 @@ class TritonKernel:
 
     def updates(self, work: Sequence[Operands]) -> bool:
         """Return whether `update_` supports these tensors."""
+        if isinstance(work, FixedOperands) and self in work.kept:  # as it was found before
+            return True
         first = work[0]
         state = first.exp_avg.dtype
         return (
@@ -190,22 +182,23 @@ class TritonKernel:
             grad_scale: As for `rule.update_reference_`.
             skip: One element on the tensors' device; if it is not zero, nothing is changed.
         """
-        fixed = work.kept if isinstance(work, FixedOperands) else {}
-        work = [operands for operands in work if operands.param.numel() > 0]
-        if not work:
-            return
-        if len(work) > 1:
-            found = fixed.get(self)
-            if found is None:
+        kept = work.kept if isinstance(work, FixedOperands) else {}
+        found = kept.get(self)
+        if found is None:
+            work = [operands for operands in work if operands.param.numel() > 0]
+            if not work:
+                return
+            if len(work) > 1:
                 addresses = [operands.grad.data_ptr() for operands in work]
-                found = fixed[self] = (self.again(work), addresses)
+                found = kept[self] = (self.again(work), addresses)
+        if found is not None:
             again, grads = found
             if again.update_(grads, scalars, grad_scale=grad_scale, skip=skip):
                 return
+            work = [operands for operands in work if operands.param.numel() > 0]
         device = work[0].param.device
         wide = work[0].exp_avg.dtype == torch.float64
-        # Triton launches on the current device, which need not be the tensors'.
-        with _on(device):
+        with current(device):
             values = self.values(scalars, grad_scale, skip, device, wide=wide)
             for operands in work:
                 self._update_one(operands, values)
@@ -236,7 +229,7 @@ class TritonKernel:
         """Do what `eager.encode_int8_` does, in one launch."""
         blocks = values.numel() // CODE_BLOCK
         if blocks:
-            with _on(values.device):
+            with current(values.device):
                 self._codec.encode_int8[(-(-blocks // self._codec.ROWS),)](
                     wire, values, error, blocks, ROWS=self._codec.ROWS, **self._options
                 )
@@ -308,11 +301,7 @@ class TritonKernel:
 
     def dtype(self, tensor: Tensor | None) -> Any:
         """Return Triton's name of a tensor's dtype, or None."""
-        return None if tensor is None else self._dtypes[tensor.dtype]
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+        return None if tensor is None else self._kernel.DTYPES[tensor.dtype]
 
 
 def _signed(word: int) -> int:

@@ -13,25 +13,18 @@ of the unit, and leaves the multiple in the lowest bits of the sum, where intege
 Only `triton_reduce_launch` imports this module, and only if Triton is usable.
 """
 
-import torch
 import triton
 import triton.language as tl
 
+from belief_dist.kernels.eager import CODE_BLOCK, CODE_BYTES
 from belief_dist.kernels.triton_kernel import _widen
 from belief_dist.norm import HIGH_BIN, LOW_BIN, NUM_BINS
-
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 
 _LOW = tl.constexpr(LOW_BIN)
 _HIGH = tl.constexpr(HIGH_BIN)
 _NONFINITE = tl.constexpr(2 * NUM_BINS)  # the word that counts them
-_CODE_BLOCK = tl.constexpr(256)  # BLOCK of grad_codec: elements that share a scale
-_CODE_BYTES = tl.constexpr(260)  # its BLOCK_BYTES
+_CODE_BLOCK = tl.constexpr(CODE_BLOCK)
+_CODE_BYTES = tl.constexpr(CODE_BYTES)
 
 
 # - Squares

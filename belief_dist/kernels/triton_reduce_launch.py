@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -11,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from belief_dist.async_device import upload
+from belief_dist.async_device import current, upload
 from belief_dist.kernels import eager
 from belief_dist.kernels.build import one_line
+from belief_dist.kernels.eager import CODE_BLOCK, CODE_BYTES
+from belief_dist.kernels.triton_tables import chunks_of
 from belief_dist.norm import NUM_WORDS, add_squares_
 from belief_dist.rule import compute_dtype
 
@@ -55,7 +56,7 @@ class TritonReductions:
 
     def __init__(self, *, interprets: bool) -> None:
         # Not before: whoever imports this module need not have Triton.
-        from belief_dist.kernels import triton_reduce, triton_scales
+        from belief_dist.kernels import triton_kernel, triton_reduce, triton_scales
 
         self._interprets = interprets
         warp = 32
@@ -63,6 +64,7 @@ class TritonReductions:
             warp = torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size
         self._kernels = triton_reduce
         self._scales = triton_scales
+        self._dtypes = triton_kernel.DTYPES
         self._threads_per_warp = warp
         self.shape: Shape | None = None  # takes the place of `_shape`, for tests and tuning
         self.checksum_tile, self.checksum_chunk = 2048, 8
@@ -111,13 +113,13 @@ class TritonReductions:
 
         Args:
             out: (n,), in the compute dtype of the pieces; None computes the squares alone.
-            pieces: (n,) each; with `codes` (n / 256 * 260,), uint8, see `grad_codec`.
+            pieces: (n,) each; with `codes` (n / CODE_BLOCK * CODE_BYTES,), uint8, see `eager`.
             bins: See `kernels.ordered_sum_`.
             accumulate: Likewise.
             codes: Pieces are 8-bit codes with a scale for each block.
         """
         first = pieces[0]
-        numel = first.numel() // 260 * 256 if codes else first.numel()
+        numel = first.numel() // CODE_BYTES * CODE_BLOCK if codes else first.numel()
         if numel == 0:
             return
         stride = _distance(pieces)
@@ -136,7 +138,7 @@ class TritonReductions:
         count = len(pieces)
         shape = self.shape or _shape(first.element_size() * count, codes=codes)
         programs = min(-(-numel // shape.tile), self._most_programs(shape, first.device))
-        with _on(first.device):
+        with current(first.device):
             self._kernels.reduce[(programs,)](
                 out,
                 first,
@@ -164,13 +166,13 @@ class TritonReductions:
         rows = tuple((flat.data_ptr(), flat.numel()) for flat in flats)
         table = self._table(first.device, rows, shape.tile * _CHUNK_TILES)
         count = len(table.chunks)
-        with _on(first.device):
+        with current(first.device):
             self._kernels.squares[(min(count, self._most_programs(shape, first.device)),)](
                 table.segments,
                 table.chunks,
                 bins,
                 count,
-                DTYPE=self._kernels.DTYPES[first.dtype],
+                DTYPE=self._dtypes[first.dtype],
                 WIDE=first.dtype == torch.float64,
                 TILE=shape.tile,
                 CHUNK_TILES=_CHUNK_TILES,
@@ -200,7 +202,7 @@ class TritonReductions:
         rows = tuple((flat.data_ptr(), flat.nbytes // 8, first) for flat, first in pairs)
         table = self._table(device, rows, self.checksum_tile * self.checksum_chunk)
         if len(table.chunks):
-            with _on(device):
+            with current(device):
                 self._kernels.checksums[(len(table.chunks),)](
                     table.segments,
                     table.chunks,
@@ -217,17 +219,12 @@ class TritonReductions:
         key = (device, size, rows)
         table = self._tables.get(key)
         if table is None:
-            chunks = [
-                number << 32 | chunk
-                for number, (_, length, *_) in enumerate(rows)
-                for chunk in range(-(-length // size))
-            ]
             # Other buckets than before: of an optimizer that was dropped, most likely.
             if len(self._tables) >= _TABLES:
                 self._tables.clear()
             table = self._tables[key] = _Table(
                 torch.tensor(rows, dtype=torch.int64).to(device),
-                torch.tensor(chunks, dtype=torch.int64).to(device),
+                chunks_of([row[1] for row in rows], size).to(device),
             )
         return table
 
@@ -245,7 +242,7 @@ class TritonReductions:
             constants = upload(numbers, torch.float64, bins.device)
             self._constants[bins.device, numbers] = constants
         scales = torch.empty(3, dtype=torch.float64, device=bins.device)
-        with _on(bins.device):
+        with current(bins.device):
             self._scales.grad_scales[(1,)](
                 scales,
                 bins,
@@ -272,8 +269,3 @@ def _distance(pieces: Sequence[Tensor]) -> int | None:
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context that makes `device` current: Triton launches there."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -16,6 +16,8 @@ from operator import or_
 import torch
 from torch import Tensor
 
+from belief_dist.async_device import is_capturing
+
 # Nine addresses as in Operands without its gradient, numel, key, first.
 Row = tuple[int, ...]
 ADDRESSES = 9
@@ -23,6 +25,22 @@ _ALIGNED = 6  # the leading ones; exponents are read one by one and need no alig
 
 # What captured graphs read, which keep addresses and no references.
 _held: list[Tensor] = []
+
+
+def chunks_of(lengths: Sequence[int], size: int) -> Tensor:
+    """Return the map from programs to segments: (chunks,), int64.
+
+    Args:
+        lengths: Of the segments.
+        size: Of a chunk, the last of a segment being shorter.
+
+    Returns:
+        Of each chunk segment << 32 | number of the chunk in its segment.
+    """
+    counts = torch.tensor([-(-length // size) for length in lengths])
+    before = (counts.cumsum(0) - counts).repeat_interleave(counts)
+    segment = torch.arange(len(lengths)).repeat_interleave(counts)
+    return segment << 32 | torch.arange(len(before)) - before
 
 
 @dataclass
@@ -47,10 +65,7 @@ class Table:
 
     def __init__(self, rows: Sequence[Row], device: torch.device, chunk: int) -> None:
         self._device = device
-        counts = torch.tensor([-(-row[ADDRESSES] // chunk) for row in rows])
-        before = (counts.cumsum(0) - counts).repeat_interleave(counts)
-        segment = torch.arange(len(rows)).repeat_interleave(counts)
-        self._chunks = segment << 32 | torch.arange(len(before)) - before
+        self._chunks = chunks_of([row[ADDRESSES] for row in rows], chunk)
         self._segments = torch.tensor(rows, dtype=torch.int64)
         self._aligned = not (self._segments[:, :_ALIGNED] % 16).any()
         # For each stream, as memory that one stream gives back another might still read.
@@ -66,7 +81,7 @@ class Table:
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.current_stream(self._device).cuda_stream if on_gpu else 0
         found = self._uploaded.get(stream)
-        if on_gpu and torch.cuda.is_current_stream_capturing():
+        if is_capturing(self._device):
             # Whoever captures has waited for the device: uploads of other streams are there.
             there = [each for each in self._uploaded.values() if each.addresses == grads]
             if not there:

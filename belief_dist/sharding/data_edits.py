@@ -26,8 +26,7 @@ class DataEdits:
             buckets: Of the optimizer.
             defers: The host must not wait for the device, and so cannot copy what was changed.
         """
-        self._watched = [each.param_shard for each in buckets if each.has_master or each.on_host]
-        self._owners = [each for each in buckets if each.has_master or each.on_host]
+        self._watched = [each for each in buckets if each.has_master or each.on_host]
         self._defers = defers
         # Written in place, so that a CUDA graph compares with what its last replay left.
         self._sums = torch.zeros(0, dtype=torch.int64)
@@ -39,7 +38,8 @@ class DataEdits:
             self._sums = self._sums.copy_(sums) if self._sums.numel() else sums
 
     def _checksums(self) -> Tensor:
-        return checksums(self._watched, [0] * len(self._watched))
+        shards = [each.param_shard for each in self._watched]
+        return checksums(shards, [0] * len(shards))
 
     def take_over(self, *, known: bool) -> Tensor | None:
         """Copy what was changed into the masters.
@@ -56,7 +56,7 @@ class DataEdits:
         differs = self._checksums() != self._sums
         if self._defers:
             return differs.any()
-        for bucket, differ in zip(self._owners, differs.tolist(), strict=True):
+        for bucket, differ in zip(self._watched, differs.tolist(), strict=True):
             if differ:
                 bucket.refresh_edited()
         return None

@@ -12,20 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from verdicts import assert_same, build, held, params_of
+from verdicts import CASES, FORMS, assert_same, build, held, params_of
 
 from belief_dist import ShardedAdaBelief
 from tests.harness.replay import recording
 
 EXACT: dict[str, Any] = {"betas": (0.5, 0.75), "lr": 0.0625}
-FORMS: list[dict[str, Any]] = [
-    {},
-    {"stage": 2, "max_grad_norm": 1.0},
-    {"dtype": torch.bfloat16},
-    {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
-    {"rectify": True},
-]
-CASES = [*((1, form) for form in FORMS), *((8, form) for form in FORMS[:2])]
 
 
 class Training:
