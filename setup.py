@@ -34,7 +34,9 @@ class BuildKernel(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "belief_dist.kernels._cpu_kernel", [str(KERNELS / "cpu_kernel.cpp")], optional=True
+            "belief_dist.kernels._cpu_kernel",
+            [str(KERNELS / source.name) for source in build.SOURCES],
+            optional=True,
         )
     ],
     cmdclass={"build_ext": BuildKernel},

@@ -103,6 +103,7 @@ class EngineOptions:
     max_grad_value: float | None = field(default=None, metadata={"check": _positive_or_none})
     overlap: bool = field(default=True, metadata={"check": _true_or_false})
     offload: Literal["cpu"] | None = field(default=None, metadata={"check": _one_of(None, "cpu")})
+    shared_memory: bool = field(default=True, metadata={"check": _true_or_false})
     check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
     sync_buffers: bool = field(default=True, metadata={"check": _true_or_false})
 

@@ -93,6 +93,7 @@ class ShardedAdaBelief(Optimizer):
             `step`, with the same bits.
         offload: "cpu" keeps master weights and states in the host's memory and updates them there:
             gradients come over and parameters go back bucket by bucket. The bits are the same.
+        shared_memory: On CPUs, ranks of one host read each other's memory instead of messages.
         check_replicas: In every step, raise if a checksum of the ranks' parameters differs.
         sync_buffers: Give all ranks the first rank's buffers of all live modules that hold any of
             the parameters, once, as DistributedDataParallel does.
@@ -142,6 +143,7 @@ class ShardedAdaBelief(Optimizer):
         max_grad_value: float | None = None,
         overlap: bool = True,
         offload: Literal["cpu"] | None = None,
+        shared_memory: bool = True,
         check_replicas: bool = True,
         sync_buffers: bool = True,
         timeout: timedelta | None = None,
@@ -164,7 +166,7 @@ class ShardedAdaBelief(Optimizer):
             problem = error
 
         # Connect.
-        comm = connect(process_group, self._options.reduction, device, timeout)
+        comm = connect(process_group, self._options, device, timeout)
         mesh = None
         if problem is None:
             try:
@@ -381,10 +383,7 @@ class ShardedAdaBelief(Optimizer):
         return self._model_parallel.mesh is not None
 
     def bytes_per_rank(self) -> dict[str, int]:
-        """Return the bytes that this rank really holds, by kind.
-
-        With `offload`, masters, exp_avg and exp_avg_sq are in the host's memory.
-        """
+        """Return the bytes that this rank really holds, by kind; with `offload` on two devices."""
         return self._engine.nbytes()
 
     # - What a checkpoint of all ranks reads and writes

@@ -146,6 +146,7 @@ def _train_in_engine(
 ENGINES: dict[str, Builder] = {
     COMPUTE: _compute_only,
     f"{OURS} ZeRO-1": sharded,
+    f"{OURS} ZeRO-1, messages": partial(sharded, shared_memory=False),
     f"{OURS} ZeRO-1, no overlap": partial(sharded, overlap=False),
     f"{OURS} ZeRO-1, 4 MiB buckets": partial(sharded, bucket_bytes=4 << 20),
     f"{OURS} ZeRO-2": partial(sharded, stage=2),

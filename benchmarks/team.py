@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from examples.gpt.model import GPT, VOCABULARY
 _TIMEOUT = datetime.timedelta(minutes=3)
 _HEAD_WIDTH = 64
 _WARM_UP = 2  # steps
+_LOOK_SECONDS = 0.005
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _rank_main(
         "gloo", init_method=store, rank=rank, world_size=work.ranks, timeout=_TIMEOUT
     )
     import_package(name)
-    before = _memory("VmRSS")
+    before = _memory_mib()
     tokens = work.tokens(rank)
     model = work.model()
     train = BUILDERS[name](model, getattr(torch, work.dtype))
@@ -138,15 +140,41 @@ def _rank_main(
         seconds.append(time.perf_counter() - start)
     if sent is not None:
         sent = (network.bytes_sent() - sent) // work.steps
-    model.state_dict()  # reads all parameters: nothing stays under way
-    link.send(Turn(seconds, phases, _memory("VmHWM") - before, sent))
+    # In steps of their own: looking takes time.
+    with _PeakMemory() as memory:
+        for _ in range(_WARM_UP):
+            list(train(tokens))
+        model.state_dict()  # reads all parameters: nothing stays under way
+        dist.barrier()
+    link.send(Turn(seconds, phases, memory.peak_mib - before, sent))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _memory(field: str) -> float:
-    """Return a field of /proc/self/status in MiB: VmRSS is resident memory, VmHWM its peak."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
+class _PeakMemory:
+    """Looks at the memory of this process all the time, in a thread."""
+
+    def __init__(self) -> None:
+        self.peak_mib = 0.0
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def __enter__(self) -> _PeakMemory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._ends.wait(_LOOK_SECONDS):
+            self.peak_mib = max(self.peak_mib, _memory_mib())
+
+
+def _memory_mib() -> float:
+    """Return this process's memory; of a page that several map, each counts its part."""
+    for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
             return int(line.split()[1]) / 1024
-    raise KeyError(field)
+    raise OSError("/proc/self/smaps_rollup tells no Pss")

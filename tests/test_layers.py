@@ -17,11 +17,16 @@ version deprecations rule operands options observers state_init_step async_devic
 engine_options device_scalars norm params state_dict state_formats
 
 kernels.build kernels.threads kernels.foreach kernels.triton_kernel kernels.triton_tables
-kernels.cpp kernels.eager
+kernels.cpp kernels.signals kernels.eager
 kernels.triton_reduce kernels.triton_scales kernels.triton_codec
 kernels.triton_reduce_launch
 kernels.triton_launch
 kernels
+
+host_memory.forks
+host_memory.arena
+host_memory.team
+host_memory
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
 sharding.outer_reducers sharding.sharded_grad sharding.group_options
@@ -29,7 +34,9 @@ sharding.grad_codec sharding.param_specs
 sharding.bucket sharding.collectives
 sharding.module_buffers
 sharding.param_storage sharding.data_edits sharding.reduce_stream
-sharding.point_to_point sharding.hsdp sharding.rank_checks sharding.cpu_offload
+sharding.host_lines sharding.point_to_point
+sharding.shared_memory sharding.across_hosts
+sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.process_groups sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus
 sharding.graph_counts sharding.disagreements

@@ -24,8 +24,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("cpu_kernel.cpp")
-INSTALLED = SOURCE.parent  # where setup.py puts the library
+INSTALLED = Path(__file__).parent  # where setup.py puts the library
+SOURCES = (INSTALLED / "cpu_kernel.cpp", INSTALLED / "signals.cpp")
 FLAGS = (
     "-O3 -std=c++17 -shared -fPIC -fopenmp "
     # -ffp-contract=off: no fused multiply-adds, for reproducible bits (see the source's head). The
@@ -41,8 +41,9 @@ class Unavailable(Exception):
 
 
 def source_hash() -> str:
-    """Return a hash of the source and the compiler flags."""
-    return hashlib.sha256(SOURCE.read_bytes() + " ".join(FLAGS).encode()).hexdigest()[:16]
+    """Return a hash of the sources and the compiler flags."""
+    texts = [source.read_bytes() for source in SOURCES]
+    return hashlib.sha256(b"".join(texts) + " ".join(FLAGS).encode()).hexdigest()[:16]
 
 
 def find_library() -> tuple[ctypes.CDLL, str]:
@@ -115,7 +116,7 @@ def compiler() -> list[str]:
 
 
 def compile_library(command: list[str], path: Path) -> None:
-    """Compile the source to `path`, atomically.
+    """Compile the sources to `path`, atomically.
 
     Raises:
         Unavailable: The compiler failed; the message has its first error.
@@ -123,7 +124,7 @@ def compile_library(command: list[str], path: Path) -> None:
     descriptor, temporary = tempfile.mkstemp(suffix=".so.tmp", dir=path.parent)
     os.close(descriptor)
     define = f'-DBELIEF_SOURCE_HASH="{source_hash()}"'
-    arguments = [*FLAGS, define, "-o", temporary, str(SOURCE)]
+    arguments = [*FLAGS, define, "-o", temporary, *map(str, SOURCES)]
     try:
         done = subprocess.run(
             [*command, *arguments],

@@ -5,7 +5,7 @@ Because parameters and gradients are views, both collectives run in place and co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class BucketBuffers:
         *,
         amsgrad: bool,
         is_alone: bool,
+        allocate: Callable[[int, torch.dtype, torch.device], Tensor],
     ) -> None:
         """Move `params` (one for each slot) into flat storage; their values stay.
 
@@ -75,6 +76,7 @@ class BucketBuffers:
             options: What to keep, in which form and where.
             amsgrad: Also keep the largest s so far.
             is_alone: There is no other rank.
+            allocate: `Collectives.buffer`, for what is summed or gathered.
         """
         first = params[0]
         compute = compute_dtype(first.dtype)
@@ -83,8 +85,10 @@ class BucketBuffers:
         self.bucket = bucket
         self.params = list(params)
         self._strides = [_dense_stride(param) for param in params]
-        self.flat_param = torch.zeros(bucket.numel, dtype=first.dtype, device=first.device)
-        self.flat_grad = torch.zeros_like(self.flat_param) if options.stage == 1 else None
+        self.flat_param = allocate(bucket.numel, first.dtype, first.device)
+        self.flat_grad: Tensor | None = None
+        if options.stage == 1:
+            self.flat_grad = allocate(bucket.numel, first.dtype, first.device)
         keeps_error = codec_for(options.reduce_dtype).keeps_error
         self.wire_error = torch.zeros_like(self.flat_param) if keeps_error else None
         self.grad_views: list[Tensor] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -19,17 +20,24 @@ class Handle(Protocol):
 class BufferPool:
     """Hands out flat buffers, and gets them back when the operations that use them have ended."""
 
-    def __init__(self, limit: int, least_nbytes: int = 1) -> None:
+    def __init__(
+        self,
+        limit: int,
+        least_nbytes: int = 1,
+        allocate: Callable[[int, torch.dtype, torch.device], Tensor] | None = None,
+    ) -> None:
         """Begin without any buffer.
 
         Args:
             limit: Buffers that exist at the same time, unless more are taken than operations
                 under way could give back.
             least_nbytes: Size of the smallest buffer in bytes.
+            allocate: Makes flat buffers, of elements of a dtype on a device; torch.empty if None.
         """
         self._limit = limit
         # Buffers are told apart by their address, and one of no bytes has none.
         self._least_nbytes = max(least_nbytes, 1)
+        self._allocate = allocate
         self._free: list[Tensor] = []  # uint8
         self._taken: dict[int, Tensor] = {}  # likewise, by address
         self._running: deque[_Loan] = deque()
@@ -52,7 +60,10 @@ class BufferPool:
         if whole is None:
             self._free.clear()  # all are too small
             size = max(nbytes, self._least_nbytes)
-            whole = torch.empty(size, dtype=torch.uint8, device=device)
+            if self._allocate is None:
+                whole = torch.empty(size, dtype=torch.uint8, device=device)
+            else:
+                whole = self._allocate(size, torch.uint8, device)
         self._taken[whole.data_ptr()] = whole
         return whole[:nbytes].view(dtype)
 

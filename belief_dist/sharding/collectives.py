@@ -2,7 +2,10 @@
 
 Ways to sum a bucket over the ranks, all writing only this rank's shard:
 
-* `point_to_point.PointToPoint` (default on gloo): every rank sends each peer its piece in chunks
+* `shared_memory.SharedMemory` (default on CPUs, for ranks of one host): every rank reads its
+  addends where they lie, in the other ranks' memory; `across_hosts.AcrossHosts` where some ranks
+  share a host.
+* `point_to_point.PointToPoint` (on gloo otherwise): every rank sends each peer its piece in chunks
   and adds what arrives in rank order. gloo's own reduce-scatter is an all-reduce inside: twice the
   bytes.
 * `AllToAll` (default elsewhere): one all-to-all, then the same sum.
@@ -45,8 +48,8 @@ class ReduceRequest:
     """A request to sum one bucket over the ranks.
 
     Attributes:
-        flat: (num_shards * piece_numel,), this rank's addends in the codec's form. It must not
-            change before the sum is complete.
+        flat: (num_shards * piece_numel,), this rank's addends in the codec's form, best in memory
+            from `Collectives.buffer`. It must not change before the handle was waited for.
         shard: (shard_numel,), receives the sum of this rank's piece; for one rank it may be `flat`.
         norm_bins: (norm.NUM_WORDS,), int64; receives the squares of the sum when `shard` is
             complete, so that the bins of all ranks have every element once. None if nothing reads
@@ -153,6 +156,32 @@ class Named:
         return tells is not None and tells()
 
 
+class _Failed:
+    """An operation that could not start."""
+
+    def __init__(self, error: CommunicationError) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        raise self._error
+
+
+def start_gather(comm: Collectives, flat: Tensor, bucket: int) -> Named:
+    """Start to gather a bucket's parameters.
+
+    One that cannot start fails when it is waited for, as one that fails on its way: a step that has
+    begun to update updates all of this rank's shards.
+    """
+    what = f"gathering the parameters of bucket {bucket}"
+    gather: Handle
+    try:
+        with naming(comm, what):
+            gather = comm.start_gather(flat)
+    except CommunicationError as error:
+        gather = _Failed(error)
+    return Named(gather, comm, what)
+
+
 class Collectives(ABC):
     """The operations of one optimizer on its process group.
 
@@ -184,12 +213,26 @@ class Collectives(ABC):
         """The process group of all ranks, if there are several."""
         return self._group
 
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a flat tensor of zeros, from which sums and gathers need no copy."""
+        return torch.zeros(numel, dtype=dtype, device=device)
+
     @abstractmethod
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """Start to sum over the ranks; the shard is complete when the handle was waited for."""
 
+    def open_gathers(self, flats: Sequence[Tensor]) -> None:  # noqa: B027
+        """Let the others write to buffers whose gathers are started next, in this order.
+
+        May be left out. Called by all ranks together, after one of their messages: whoever has
+        sent it reads nothing of the buffers any more but its own piece.
+        """
+
     def start_gather(self, flat: Tensor) -> Handle:
-        """Fill `flat` with every rank's own piece of it, in place; needs two shards or more."""
+        """Fill `flat`, from `buffer`, with every rank's own piece of it; needs two shards or more.
+
+        The own piece may change again as soon as the handle was waited for.
+        """
         # In place: the own piece is where the others' will see it, and nothing is copied.
         mine = flat.view(self.num_shards, -1)[self.shard_index]
         return Works([_all_gather(flat, mine, group=self._group, async_op=True)])

@@ -29,7 +29,7 @@ from belief_dist.async_device import LateRead
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import BLOCK
 from belief_dist.sharding.bucket import BucketBuffers
-from belief_dist.sharding.collectives import Collectives, Named
+from belief_dist.sharding.collectives import Collectives, start_gather
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.data_edits import DataEdits
 from belief_dist.sharding.disagreements import raise_if_apart
@@ -174,9 +174,8 @@ class ShardEngine:
             kept.get(plan) or self._new_bucket(plan, param_groups) for plan in layout.buckets
         ]
         self.update = ShardUpdate(layout, self.buckets, comm.shard_index, options)
-        # From the start: torch.distributed.checkpoint would take a step to create them.
         for index, param in enumerate(params):
-            if param not in state:
+            if param not in state:  # now, or torch.distributed.checkpoint takes a step for it
                 state[param] = self.update.new_state(index)
         self.update.adopt([state[param] for param in params])
         # What must not be read while a bucket's gather is on the way: its parameters, and the parts
@@ -232,9 +231,9 @@ class ShardEngine:
             self.options,
             amsgrad=param_groups[plan.group]["amsgrad"],
             is_alone=self.comm.world_size == 1,
+            allocate=self.comm.buffer,
         )
-        # One message for all parameters of the bucket. Masters were made from this rank's own.
-        self.comm.broadcast_(bucket.flat_param)
+        self.comm.broadcast_(bucket.flat_param)  # masters were made from this rank's own
         bucket.refresh_master()
         return bucket
 
@@ -290,8 +289,9 @@ class ShardEngine:
         scales = self._grad_scales(decision.norm_bins, loss_scale)
         self._clip_values(scales[False])
         # Forward needs first what backward has reached last.
-        order = reversed(reducer.schedule.order)
+        order = self.update.changed(reversed(reducer.schedule.order), decision.used)
         is_sharded = self.comm.num_shards > 1
+        self.comm.open_gathers([self.buckets[number].flat_param for number in order])
         for number in self.update.run(
             order,
             decision.used,
@@ -302,9 +302,8 @@ class ShardEngine:
             graph=graph,
         ):
             if is_sharded:
-                gather = self.comm.start_gather(self.buckets[number].flat_param)
-                named = Named(gather, self.comm, f"gathering the parameters of bucket {number}")
-                self.read_guard.expect(self._gathered_with[number], named.wait, named.has_ended)
+                gather = start_gather(self.comm, self.buckets[number].flat_param, number)
+                self.read_guard.expect(self._gathered_with[number], gather.wait, gather.has_ended)
         if self.options.overlap:
             self.read_guard.arm()
         else:

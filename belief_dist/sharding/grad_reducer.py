@@ -164,7 +164,9 @@ class GradReducer(ABC):
         # - The running round of reductions
         self.schedule = Schedule(len(buckets), len(params))
         self._stream = ReduceStream(buckets[0].flat_param.device, comm)
-        self._pool = BufferPool(_RECYCLED, max(map(self._message_nbytes, buckets), default=0))
+        self._pool = BufferPool(
+            _RECYCLED, max(map(self._message_nbytes, buckets), default=0), comm.buffer
+        )
         self.norm_bins = torch.zeros(0)
         self.unclipped_norm_bins: Tensor | None = None
         # An optimizer of an earlier phase, or of a cell that was run before, may still be alive.

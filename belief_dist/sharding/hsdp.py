@@ -12,6 +12,7 @@ Source: Zhao et al., "PyTorch FSDP", arXiv:2304.11277, section 3.2.2.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,10 @@ class HybridShard(Collectives):
         self._row, self._column = row, column
         self._running: deque[_HybridSum] = deque()
 
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Collectives.buffer`; of the row."""
+        return self._row.buffer(numel, dtype, device)
+
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; the shard must divide by the number of rows."""
         # While a bucket travels in the row, its predecessor does so in the column.
@@ -46,6 +51,10 @@ class HybridShard(Collectives):
         self._running = deque(other for other in self._running if not other.is_done)
         self._running.append(operation)
         return operation
+
+    def open_gathers(self, flats: Sequence[Tensor]) -> None:
+        """See `Collectives.open_gathers`; inside the row."""
+        self._row.open_gathers(flats)
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`; inside the row."""

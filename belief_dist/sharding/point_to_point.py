@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -22,67 +23,98 @@ class PointToPoint(Collectives):
         super().__init__(group)
         assert group is not None
         self._inboxes = BufferPool(RECEIVING)
-        members = dist.get_process_group_ranks(group)
-        # In each round (global rank and shard to send to, to receive from); no two are alike, so
-        # that in a round every rank is sent to by one other.
-        self._rounds = [
-            _Round(members[to], to, members[source], source)
-            for distance in range(1, self.world_size)
-            for to in [(self.rank + distance) % self.world_size]
-            for source in [(self.rank - distance) % self.world_size]
-        ]
+        # In each round a rank sends to one other, and no two send to the same.
+        distances = range(1, self.world_size)
+        self._targets = [(self.rank + distance) % self.world_size for distance in distances]
+        self._sources = [(self.rank - distance) % self.world_size for distance in distances]
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""
-        group, flat = self._group, request.flat
+        assert self._group is not None
+        flat = request.flat
         # Sent from where gradients lie; the pool keeps the inbox until the sum is complete.
         outgoing = flat.view(self.num_shards, -1)
         numel = outgoing.shape[1]
         inbox = self._inboxes.take((self.num_shards - 1) * numel, flat.dtype, flat.device)
-        arriving = list(inbox.view(self.num_shards - 1, numel))
-        arriving.insert(self.shard_index, outgoing[self.shard_index])  # read where it lies
-        chunks, sent = [], []
-        for start, stop in _chunks(numel, flat.element_size(), request.codec.unit):
-            received = []
-            for peers in self._rounds:
-                place = arriving[peers.from_shard][start:stop]
-                received.append((dist.irecv(place, peers.source, group=group), peers.source))
-                sent.append(dist.isend(outgoing[peers.to_shard, start:stop], peers.to, group=group))
-            chunks.append(_Chunk(start, stop, received))
-        return self._inboxes.lend(_OrderedSum(chunks, sent, arriving, request), inbox)
+        pieces = list(inbox.view(self.num_shards - 1, numel))
+        pieces.insert(self.shard_index, outgoing[self.shard_index])  # read where it lies
+        chunks, sent = post_chunks(
+            self._group,
+            [(source, pieces[source]) for source in self._sources],
+            [(target, outgoing[target]) for target in self._targets],
+            request.codec.unit,
+        )
+        return self._inboxes.lend(_OrderedSum(chunks, sent, pieces, request), inbox)
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`."""
-        group = self._group
+        assert self._group is not None
         pieces = flat.view(self.num_shards, -1)
-        works: list[dist.Work | None] = []
-        for start, stop in _chunks(pieces.shape[1], flat.element_size(), 1):
-            own = pieces[self.shard_index, start:stop]
-            for peers in self._rounds:
-                place = pieces[peers.from_shard, start:stop]
-                works.append(dist.irecv(place, peers.source, group=group))
-                works.append(dist.isend(own, peers.to, group=group))
-        return Works(works)
+        chunks, sent = post_chunks(
+            self._group,
+            [(source, pieces[source]) for source in self._sources],
+            [(target, pieces[self.shard_index]) for target in self._targets],
+        )
+        return Works([*(work for chunk in chunks for work, _ in chunk.received), *sent])
 
 
-class _Round(NamedTuple):
-    to: int
-    to_shard: int
-    source: int
-    from_shard: int
+class Chunk(NamedTuple):
+    """Elements [start, stop) of every piece that arrives."""
 
-
-class _Chunk(NamedTuple):
     start: int
     stop: int
-    received: list[tuple[dist.Work | None, int]]  # with the global rank of the sender
+    received: list[tuple[dist.Work | None, int]]  # with the sender
 
 
-def _chunks(numel: int, itemsize: int, unit: int) -> list[tuple[int, int]]:
-    """Cut a piece into [start, stop) of about `_CHUNK_BYTES` and of whole units."""
-    step = _CHUNK_BYTES // itemsize
+def post_chunks(
+    group: dist.ProcessGroup,
+    arriving: Sequence[tuple[int, Tensor]],
+    outgoing: Sequence[tuple[int, Tensor]],
+    unit: int = 1,
+) -> tuple[list[Chunk], list[dist.Work | None]]:
+    """Start to receive and to send pieces of one size, chunk by chunk.
+
+    Args:
+        group: Over which they travel.
+        arriving: Where to put the piece of each rank of the group.
+        outgoing: What to send to each.
+        unit: Elements that stay together.
+
+    Returns:
+        What arrives, and the messages that were sent.
+    """
+    like = next(piece for _, piece in (*arriving, *outgoing))
+    step = _CHUNK_BYTES // like.element_size()
     step -= step % unit
-    return [(start, min(start + step, numel)) for start in range(0, numel, step)]
+    members = dist.get_process_group_ranks(group)
+    chunks: list[Chunk] = []
+    sent: list[dist.Work | None] = []
+    for start in range(0, like.numel(), step):
+        chunk = Chunk(start, min(start + step, like.numel()), [])
+        part = slice(chunk.start, chunk.stop)
+        for incoming, going in zip_longest(arriving, outgoing):
+            if incoming is not None:
+                source, place = incoming
+                work = dist.irecv(place[part], members[source], group=group)
+                chunk.received.append((work, source))
+            if going is not None:
+                target, piece = going
+                sent.append(dist.isend(piece[part], members[target], group=group))
+        chunks.append(chunk)
+    return chunks, sent
+
+
+def await_chunk(chunk: Chunk) -> None:
+    """Wait for what arrives.
+
+    Raises:
+        RuntimeError: Naming the rank of the group that has not sent.
+    """
+    for work, source in chunk.received:
+        try:
+            Works([work]).wait()
+        except RuntimeError as error:
+            raise RuntimeError(f"nothing from rank {source} ({error})") from error
 
 
 class _OrderedSum:
@@ -90,22 +122,19 @@ class _OrderedSum:
 
     def __init__(
         self,
-        chunks: Sequence[_Chunk],
+        chunks: Sequence[Chunk],
         sent: Sequence[dist.Work | None],
-        arriving: Sequence[Tensor],  # num_shards times (piece_numel,), the own piece included
+        pieces: Sequence[Tensor],  # num_shards times (piece_numel,), the own one included
         request: ReduceRequest,
     ) -> None:
         self._chunks, self._sent = chunks, sent
-        self._arriving, self._request = arriving, request
+        self._pieces, self._request = pieces, request
 
     def wait(self) -> None:
-        for start, stop, received in self._chunks:
-            for work, source in received:
-                try:
-                    Works([work]).wait()
-                except RuntimeError as error:
-                    raise RuntimeError(f"nothing from rank {source} ({error})") from error
-            # While the chunk is still in cache.
-            self._request.add_([piece[start:stop] for piece in self._arriving], start, stop)
+        for chunk in self._chunks:
+            await_chunk(chunk)
+            # While it is still in cache.
+            parts = [piece[chunk.start : chunk.stop] for piece in self._pieces]
+            self._request.add_(parts, chunk.start, chunk.stop)
         # The caller may write to the gradients again when this returns.
         Works(self._sent).wait()

@@ -11,13 +11,15 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from belief_dist.engine_options import Reduction
+from belief_dist.engine_options import EngineOptions
+from belief_dist.host_memory import Team, meet
+from belief_dist.sharding.across_hosts import AcrossHosts
 from belief_dist.sharding.collectives import (
     AllToAll,
     BackendReduceScatter,
@@ -26,11 +28,12 @@ from belief_dist.sharding.collectives import (
 )
 from belief_dist.sharding.hsdp import HybridShard
 from belief_dist.sharding.point_to_point import PointToPoint
+from belief_dist.sharding.shared_memory import SharedMemory
 
 
 def connect(
     ranks: dist.ProcessGroup | DeviceMesh | None,
-    reduction: Reduction,
+    options: EngineOptions,
     device: torch.device,
     timeout: timedelta | None,
 ) -> Collectives:
@@ -39,7 +42,7 @@ def connect(
     Args:
         ranks: The process group, or a mesh: of one dimension, or of two, of which the last is
             sharded over and the first holds copies. None means all ranks.
-        reduction: "ordered" or "native".
+        options: Of which `reduction` and `shared_memory` count.
         device: Where the parameters are.
         timeout: After which a missing rank becomes an error; None takes that of `ranks`.
 
@@ -71,13 +74,19 @@ def connect(
     backend = str(dist.get_backend(group))
     timeout = timeout or timeout_of(group, device)
 
-    def over(members: Sequence[int]) -> Collectives:
+    def over(members: Sequence[int], *, may_share: bool = True) -> Collectives:
         if len(members) == 1:
             return SingleRank()
         own = _new_group(members, backend, timeout)
-        if reduction == "native":
+        team = _meet(own, may_share and _may_share(options, device))
+        is_gloo = "gloo" in backend and device.type == "cpu"
+        if team is not None and len(set(team.hosts)) == 1:
+            return SharedMemory(own, team, timeout)
+        if team is not None and is_gloo:
+            return AcrossHosts(own, team, timeout)
+        if options.reduction == "native":
             return BackendReduceScatter(own)
-        if "gloo" in backend and device.type == "cpu":
+        if is_gloo:
             return PointToPoint(own)
         return AllToAll(own)
 
@@ -86,7 +95,25 @@ def connect(
             return over(everyone)
         mine = next(row for row in rows if dist.get_rank() in row)
         column = [row[mine.index(dist.get_rank())] for row in rows]
-        return HybridShard(_new_group(everyone, backend, timeout), over(mine), over(column))
+        # Between rows, sums are started while others are waited for, and need messages.
+        return HybridShard(
+            _new_group(everyone, backend, timeout), over(mine), over(column, may_share=False)
+        )
+
+
+def _may_share(options: EngineOptions, device: torch.device) -> bool:
+    return options.shared_memory and options.reduction == "ordered" and device.type == "cpu"
+
+
+def _meet(group: dist.ProcessGroup, may_share: bool) -> Team | None:
+    """Find the ranks of this host; called by all ranks, of which one may have other options."""
+
+    def exchange(value: Any) -> list[Any]:
+        values: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(values, value, group=group)
+        return values
+
+    return meet(dist.get_rank(group), exchange, may_share=may_share)
 
 
 class ModelParallel(NamedTuple):

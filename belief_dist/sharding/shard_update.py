@@ -122,9 +122,15 @@ class ShardUpdate:
         for index in indices:
             self.states[index]["step"] -= 1
 
+    def changed(self, order: Iterable[int], used: Sequence[bool]) -> list[int]:
+        """Return the buckets, in their order, of which a parameter is `used`."""
+        return [
+            number for number in order if any(used[index] for index in self._param_indices[number])
+        ]
+
     def run(
         self,
-        order: Iterable[int],
+        order: Sequence[int],
         used: list[bool],
         param_groups: Sequence[Mapping[str, Any]],
         scales: Mapping[bool, Tensor],
@@ -135,10 +141,8 @@ class ShardUpdate:
     ) -> Iterator[int]:
         """Update the shards of the buckets in `order`, and yield each when it may be gathered.
 
-        Buckets in which no parameter is used have not changed, and are left out.
-
         Args:
-            order: Indices of buckets.
+            order: Indices of buckets, from `changed`.
             used: Which parameters have a gradient, on any rank.
             param_groups: With the options of each.
             scales: The factor on summed gradients, float64, for groups with clip True and False.
@@ -151,11 +155,8 @@ class ShardUpdate:
             # The host must know them before it updates.
             skip = skip.cpu()
             scales = {clip: scale.cpu() for clip, scale in scales.items()}
-        changed = [
-            number for number in order if any(used[index] for index in self._param_indices[number])
-        ]
-        buckets = [self._buckets[number] for number in changed]
-        turns = self._turns(changed, 0 if self.host_gradients is not None else turn_numel)
+        buckets = [self._buckets[number] for number in order]
+        turns = self._turns(order, 0 if self.host_gradients is not None else turn_numel)
         incoming = iter(self._incoming(buckets))
         for numbers in turns:
             plan = self._plan([(number, next(incoming)) for number in numbers])

@@ -35,6 +35,7 @@ def equals_reference(
     master: Literal["fp32", "remainder"] = "fp32",
     state_dtype: torch.dtype = torch.float32,
     process_group: dist.ProcessGroup | None = None,
+    shared_memory: bool = True,
 ) -> None:
     """Train a few steps on all ranks and compare everything after each."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -58,6 +59,7 @@ def equals_reference(
         offload=offload,
         master=master,
         process_group=process_group,
+        shared_memory=shared_memory,
         **small,
         **hyper,
     )
@@ -162,7 +164,10 @@ def main_comparison() -> list[partial[None]]:
 
 
 def combinations() -> list[partial[None]]:
-    """Return a case for each choice of schedule, stage, wire dtype, clipping and accumulation."""
+    """Return a case for each choice of schedule, stage, wire dtype, clipping and accumulation.
+
+    Every other one sends messages, so that of any two choices both ways are tried with each.
+    """
     choices = itertools.product(
         (1, 1500, 10**9), (True, False), (1, 2), (None, torch.bfloat16), (None, 1.0), (1, 3)
     )
@@ -176,6 +181,8 @@ def combinations() -> list[partial[None]]:
             max_grad_norm=clip,
             micro_batches=micro_batches,
             steps=2,
+            shared_memory=sum(map(bool, (overlap, stage == 2, wire, clip, micro_batches > 1))) % 2
+            == 0,
         )
         for bucket_bytes, overlap, stage, wire, clip, micro_batches in choices
     ]

@@ -171,7 +171,12 @@ def traffic_is_as_documented() -> None:
     ):
         params = make_params(dtype)
         optimizer = ShardedAdaBelief(
-            params, bucket_bytes=1500, stage=stage, reduce_dtype=wire, **HYPER
+            params,
+            bucket_bytes=1500,
+            stage=stage,
+            reduce_dtype=wire,
+            shared_memory=False,
+            **HYPER,
         )
         messages = 0
         for step in (1, 2):
