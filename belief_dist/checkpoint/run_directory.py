@@ -16,7 +16,6 @@ All functions here are called by one rank only.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from belief_dist.checkpoint.checksummed_files import MANIFEST
+from belief_dist.checkpoint.checksummed_files import MANIFEST, parse_manifest
 
 LATEST = "latest"
 _SAVING = ".saving-"
@@ -144,8 +143,8 @@ def _serial(path: Path) -> tuple[int, int]:
     """Return in which order a checkpoint was saved; before there were numbers, by its time."""
     manifest = path / MANIFEST
     try:
-        number = json.loads(manifest.read_text()).get("serial", 0)
-    except (OSError, ValueError, AttributeError, RecursionError):
+        number = parse_manifest(manifest.read_text()).get("serial", 0)
+    except (OSError, ValueError, RecursionError):
         number = 0
     return (number if type(number) is int else 0), manifest.stat().st_mtime_ns
 
