@@ -61,6 +61,19 @@ def begin(run: Path, step: int) -> Path:
     return temporary
 
 
+def bytes_written(run: Path, step: int) -> int:
+    """Return how much has been written of a step's checkpoint that is not complete, by all ranks.
+
+    Unlike the rest, any rank may call it.
+    """
+    total = 0
+    with suppress(OSError):  # it is renamed, or removed, at any moment
+        for folder in run.glob(f"{_SAVING}{directory_name(step)}-*"):
+            if folder.is_dir():
+                total += sum(1 + file.stat().st_size for file in folder.iterdir())
+    return total
+
+
 def give_up(temporary: Path) -> None:
     """Remove what was written to a directory from `begin`."""
     shutil.rmtree(temporary, ignore_errors=True)
