@@ -53,6 +53,40 @@ def check_state_dict(
             option is out of range.
     """
     where = f"{where}.load_state_dict"
+    saved = check_form(state_dict, where)
+    have = [len(group["params"]) for group in saved]
+    want = [len(group["params"]) for group in param_groups]
+    if have != want:
+        raise ValueError(
+            f"{where}: the saved param groups hold {have} parameters, these hold "
+            f"{want}; build the optimizer with the same model and groups as when saving."
+        )
+    complete = []
+    for position, group in enumerate(saved):
+        missing = [name for name in _FIRST_OPTIONS if name not in group]
+        if missing:
+            raise ValueError(
+                f"{where}: saved param group {position} has no {missing[0]!r}; "
+                f"this is the state_dict of another optimizer."
+            )
+        complete.append({**{name: DEFAULTS[name] for name in OPTION_NAMES}, **group})
+        try:
+            validate_options(complete[-1])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{where}: in saved param group {position}, {error}") from None
+    return complete
+
+
+def check_form(state_dict: Any, where: str) -> list[Mapping[str, Any]]:
+    """Return the param groups of a state_dict that has the form which torch's optimizers give it.
+
+    Args:
+        state_dict: Of any optimizer.
+        where: Begins the error.
+
+    Raises:
+        ValueError: It has another form, or states of parameters that no group lists.
+    """
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         keys = sorted(map(str, state_dict)) if isinstance(state_dict, Mapping) else state_dict
         raise ValueError(
@@ -70,28 +104,14 @@ def check_state_dict(
                 f"{where}: saved param group {position} must be a dict with a list 'params', got "
                 f"{shown(group)}."
             )
-    have = [len(group["params"]) for group in saved]
-    want = [len(group["params"]) for group in param_groups]
-    if have != want:
-        raise ValueError(
-            f"{where}: the saved param groups hold {have} parameters, these hold "
-            f"{want}; build the optimizer with the same model and groups as when saving."
-        )
     _check_numbers(state, [each for group in saved for each in group["params"]], where)
-    complete = []
-    for position, group in enumerate(saved):
-        missing = [name for name in _FIRST_OPTIONS if name not in group]
-        if missing:
+    for label, entry in state.items():
+        if not isinstance(entry, (Mapping, type(None))):
             raise ValueError(
-                f"{where}: saved param group {position} has no {missing[0]!r}; "
-                f"this is the state_dict of another optimizer."
+                f"cannot load the state of parameter {shown(label)}: it must be a dict, got "
+                f"{shown(entry)}."
             )
-        complete.append({**{name: DEFAULTS[name] for name in OPTION_NAMES}, **group})
-        try:
-            validate_options(complete[-1])
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{where}: in saved param group {position}, {error}") from None
-    return complete
+    return list(saved)
 
 
 def _check_numbers(state: Mapping[Any, Any], params: Sequence[Any], where: str) -> None:
@@ -111,7 +131,7 @@ def _check_numbers(state: Mapping[Any, Any], params: Sequence[Any], where: str) 
             )
 
 
-def check_state_entry(label: str, entry: Any, own: Mapping[str, Any]) -> None:
+def check_state_entry(label: str, entry: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Refuse one parameter's loaded state unless it has the keys and shapes of its `own` state.
 
     Keys of others are let through.
@@ -124,10 +144,6 @@ def check_state_entry(label: str, entry: Any, own: Mapping[str, Any]) -> None:
     Raises:
         ValueError: It does not fit; the sentence tells whose state it looks like.
     """
-    if not isinstance(entry, Mapping):
-        raise ValueError(
-            f"cannot load the state of parameter {label}: it must be a dict, got {shown(entry)}."
-        )
     own = {key: value for key, value in own.items() if key in _OWN_KEYS}
     if _OWN_KEYS.intersection(entry) != set(own):
         origin = ""
@@ -294,7 +310,7 @@ def check_shard(
             f"the shard is damaged."
         )
     for index, own in enumerate(states):
-        check_state_entry(label(index), state_dict["state"].get(index, {}), own)
+        check_state_entry(label(index), state_dict["state"].get(index) or {}, own)
     check_values((label(index), state_dict["state"][index]) for index in range(len(states)))
 
 
