@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from belief_dist.checkpoint import CheckpointError, verify
 from belief_dist.checkpoint.checksummed_files import read_manifest
 from belief_dist.checkpoint.formats import convert
 from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.run_directory import find
+from belief_dist.options import OPTION_NAMES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,21 +23,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         status: int = args.run(args)
-    except (CheckpointError, ValueError, OSError) as error:
-        print(f"belief-dist: {error}", file=sys.stderr)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2
+    except (CheckpointError, ValueError, OSError) as error:
+        return _fail("belief-dist", str(error))
+    except Exception as error:
+        # Files of others can be wrong in more ways than are told apart.
+        return _fail(
+            "belief-dist",
+            f"{args.action} fails, because what it reads is damaged or of another kind: "
+            f"{type(error).__name__}: {error}",
+        )
     return status
 
 
+def _fail(program: str, sentence: str) -> int:
+    """Say why in one line, and return the exit status of errors."""
+    line = " ".join(sentence.split())
+    line = line if len(line) <= 900 else f"{line[:900]}..."
+    print(f"{program}: {line.rstrip('.')}.", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(_fail(self.prog, f"{message} (see {self.prog} --help)"))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="belief-dist", description=__doc__)
+    parser = _Parser(prog="belief-dist", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     checkpoints = commands.add_parser("checkpoint", help="inspect, convert, verify, diff")
     tools = checkpoints.add_subparsers(required=True, metavar="ACTION")
 
     def action(name: str, run: Any, what: str) -> argparse.ArgumentParser:
         made = tools.add_parser(name, help=what, description=what)
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, action=name)
         made.add_argument("--step", type=int, help="of a run directory; default: the newest")
         return made
 
@@ -51,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("source", type=Path)
         made.add_argument("target", type=Path)
         made.add_argument("--weights", type=Path, help="the model's, where source is a state_dict")
-        made.add_argument("--names", help="file with the parameters' names in order, one a line")
+        made.add_argument(
+            "--names", type=Path, help="file with the parameters' names in order, one a line"
+        )
         made.add_argument("--options", default="{}", help="JSON: options that source does not tell")
         made.add_argument("--trust", action="store_true", help="run code in DeepSpeed's pickles")
     made.add_argument("--to", choices=convert.TARGETS, required=True)
@@ -62,16 +91,41 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _read(args: argparse.Namespace, path: Path, **more: Any) -> Any:
-    names = Path(args.names).read_text().split() if args.names else None
     return convert.read(
         path,
         weights=args.weights,
-        names=names,
-        options=json.loads(args.options),
+        names=_names(args.names) if args.names else None,
+        options=_options(args.options),
         step=args.step,
         trust=args.trust,
         **more,
     )
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"--names needs a file with names, and {path} is no file.")
+    try:
+        return path.read_text().split()
+    except UnicodeDecodeError:
+        raise ValueError(f"--names needs a text file with names, which {path} is not.") from None
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"--options must be a JSON object such as '{{\"rectify\": true}}', got {text!r:.80}."
+        )
+    unknown = sorted(options.keys() - {*OPTION_NAMES, "clip"})
+    if unknown:
+        raise ValueError(
+            f"--options has no {unknown[0]!r:.80}; there are {', '.join(OPTION_NAMES)}."
+        )
+    return options
 
 
 def _inspect(args: argparse.Namespace) -> int:

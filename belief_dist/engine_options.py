@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
 
 from belief_dist.deprecations import warn_once
+from belief_dist.options import LEAST_FLOAT32, as_float, is_one_of, shown
 
 Reduction = Literal["ordered", "native"]
 # Takes an option's name and value; returns the value as it is stored, or raises.
@@ -23,12 +25,12 @@ Check = Callable[[str, Any], Any]
 def _one_of(*allowed: Any, hint: str = "") -> Check:
     def check(name: str, value: Any) -> Any:
         # True equals 1, and is no stage.
-        if isinstance(value, bool) or value not in allowed:
+        if isinstance(value, bool) or not is_one_of(value, allowed):
             *most, last = map(_shown, allowed)
             raise ValueError(
                 f"{name} must be {', '.join(most)} or {last}, got {_shown(value)}{hint}."
             )
-        return value
+        return next(each for each in allowed if each == value)
 
     return check
 
@@ -46,7 +48,7 @@ def _dtype(*allowed: torch.dtype | None) -> Check:
 
 
 def _reduction(name: str, value: Any) -> Any:
-    if value == "auto":
+    if isinstance(value, str) and value == "auto":
         warn_once("reduction='auto' means 'ordered', the default; leave it out.", stacklevel=4)
         return "ordered"
     return _one_of("ordered", "native")(name, value)
@@ -54,26 +56,50 @@ def _reduction(name: str, value: Any) -> Any:
 
 def _true_or_false(name: str, value: Any) -> Any:
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
+        raise TypeError(f"{name} must be True or False, got {shown(value)}.")
     return value
 
 
 def _integer(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}.")
+        raise TypeError(f"{name} must be an integer, got {shown(value)}.")
     return value
 
 
 def _positive_integer(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+        raise ValueError(f"{name} must be an integer >= 1, got {shown(value)}.")
     return value
 
 
 def _positive_or_none(name: str, value: Any) -> Any:
-    if value is not None and not value > 0.0:
-        raise ValueError(f"{name} must be > 0 or None, got {value!r}.")
-    return value
+    if value is None:
+        return None
+    limit = as_float(name, value)
+    if not limit > 0.0:
+        raise ValueError(f"{name} must be > 0 or None, got {limit}.")
+    if limit < LEAST_FLOAT32:
+        raise ValueError(
+            f"{name} must be at least {LEAST_FLOAT32:.0e}, got {limit}: in float32 it would be 0, "
+            f"and with it every gradient."
+        )
+    return limit
+
+
+def check_timeout(timeout: Any) -> None:
+    """Check the argument `timeout`, which is no option: ranks may have different ones.
+
+    Raises:
+        TypeError: It is no timedelta.
+        ValueError: It is not positive.
+    """
+    if timeout is not None and not isinstance(timeout, timedelta):
+        raise TypeError(
+            f"timeout must be a datetime.timedelta or None, got {shown(timeout)}; "
+            f"timedelta(seconds=60) makes one."
+        )
+    if timeout is not None and timeout <= timedelta(0):
+        raise ValueError(f"timeout must be > 0 or None, got {timeout}.")
 
 
 _STAGE = _one_of(
@@ -158,4 +184,4 @@ class EngineOptions:
 
 
 def _shown(value: Any) -> str:
-    return str(value) if isinstance(value, torch.dtype) else repr(value)
+    return str(value) if isinstance(value, torch.dtype) else shown(value)

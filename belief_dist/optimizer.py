@@ -14,11 +14,11 @@ from belief_dist import kernels, observers
 from belief_dist.async_device import is_capturing
 from belief_dist.device_scalars import DeviceScalars, device_scalars
 from belief_dist.operands import Operands
-from belief_dist.options import complete_options
+from belief_dist.options import complete_options, shown
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
 from belief_dist.rule import StepScalars, compute_dtype, step_scalars, update_reference_
 from belief_dist.sharding.dtensor import local_part
-from belief_dist.state_dict import check_state_dict, check_state_entry, load_hooks
+from belief_dist.state_dict import check_state_dict, check_state_entry, check_values, load_hooks
 from belief_dist.state_init_step import is_state_init_step
 from belief_dist.step_plan import Part, Plan, look
 
@@ -114,6 +114,10 @@ class AdaBelief(Optimizer):
     ) -> None:
         """See the class."""
         defaults = complete_options(locals(), other_spellings, "AdaBelief")
+        for name, value in {"foreach": foreach, "fused": fused, "capturable": capturable}.items():
+            if not (isinstance(value, bool) or (value is None and name != "capturable")):
+                allowed = "True or False" if name == "capturable" else "True, False or None"
+                raise TypeError(f"{name} must be {allowed}, got {shown(value)}.")
         if fused and foreach:
             raise ValueError("fused=True and foreach=True exclude each other; set one of them.")
         if capturable and (foreach or fused is False):
@@ -334,28 +338,45 @@ class AdaBelief(Optimizer):
         """Load a state_dict of AdaBelief; states keep their own dtype, whatever the parameter's.
 
         Raises:
-            ValueError: It does not fit these parameters, or comes from another optimizer.
+            TypeError: An option of a saved group has the wrong type.
+            ValueError: It does not fit these parameters, comes from another optimizer, or is
+                damaged. The optimizer is then as it was.
         """
         with load_hooks(self, state_dict) as loaded:
             self._load(loaded)
 
     def _load(self, loaded: dict[str, Any]) -> None:
         saved_groups = check_state_dict(loaded, self.param_groups, "AdaBelief")
-        entries = []
+        # Ours are taken as they are; torch, which casts states to the parameter's dtype, gets what
+        # wrappers keep beside them.
+        entries: dict[Any, tuple[str, Tensor, dict[str, Any]]] = {}
+        others: dict[Any, dict[str, Any]] = {}
         for saved, group in zip(saved_groups, self.param_groups, strict=True):
             for index, param in zip(saved["params"], group["params"], strict=True):
                 entry = loaded["state"].get(index)
-                if entry is not None:
-                    own = self._new_state(param, saved["amsgrad"], "meta")
-                    check_state_entry(f"number {index}", entry, own)
-                    entries.append((param, {key: entry[key] for key in own}))
-        super().load_state_dict({**loaded, "param_groups": saved_groups})
-        # torch has cast floating-point states to the parameter's dtype; take the originals again.
-        for param, entry in entries:
+                if entry is None or (isinstance(entry, Mapping) and not entry):
+                    continue  # it has not had a gradient yet
+                own = self._new_state(param, saved["amsgrad"], "meta")
+                label = index if isinstance(index, str) else f"number {index}"
+                check_state_entry(label, entry, own)
+                entries[index] = label, param, {key: entry[key] for key in own}
+                others[index] = {key: entry[key] for key in entry if key not in own}
+        check_values(
+            (label, {key: local_part(value) for key, value in entry.items() if key != "step"})
+            for label, _, entry in entries.values()
+        )
+        try:
+            super().load_state_dict({**loaded, "state": others, "param_groups": saved_groups})
+        except (TypeError, NotImplementedError) as error:
+            raise TypeError(
+                f"AdaBelief.load_state_dict: torch cannot copy what others keep beside the states: "
+                f"{error}."
+            ) from error
+        for _, param, entry in entries.values():
             dtype = compute_dtype(param.dtype)
-            state = self.state[param]
-            for key, value in entry.items():
-                if key == "step":
-                    state[key] = int(value)
-                else:
-                    state[key] = value.detach().to(device=param.device, dtype=dtype, copy=True)
+            own = {
+                key: value.detach().to(device=param.device, dtype=dtype, copy=True)
+                for key, value in entry.items()
+                if key != "step"
+            }
+            self.state[param] = {"step": int(entry["step"]), **own, **self.state[param]}

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -46,7 +47,9 @@ _ALIKE = 0.75
 # Alike all the same, but torch's and the schedulers' own.
 _FOREIGN_GROUP_KEYS = {"decoupled_weight_decay", "max_lr", "min_lr", "initial_lr", "lr_scale"}
 # The smallest positive number that float32 has; below half of it everything is rounded to 0.
-_LEAST_EPS = 2.0**-149
+LEAST_FLOAT32 = 2.0**-149
+# The largest one.
+_FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 # Of this size or more, eps is probably one that was meant for Adam.
 _ADAMS_EPS = 1e-8
 DEFAULTS: dict[str, Any] = {
@@ -63,6 +66,22 @@ DEFAULTS: dict[str, Any] = {
 }
 OPTION_NAMES = tuple(DEFAULTS)
 _SWITCHES = tuple(name for name, value in DEFAULTS.items() if isinstance(value, bool))
+
+
+def shown(value: Any) -> str:
+    """Return what an error calls a value: one line, however long or odd the value is."""
+    try:
+        text = " ".join(repr(value).split())
+    except Exception:  # an int of many digits, or an object that cannot describe itself
+        text = f"a value of type {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
+    """Return whether a value equals one of the `allowed`; tensors and arrays never do."""
+    if isinstance(value, Tensor) or getattr(value, "shape", ()) != ():
+        return False
+    return any(value == each for each in allowed)
 
 
 def resolve_aliases(given: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
@@ -126,8 +145,8 @@ def _without_adams(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name in given.keys() & _OF_ADAM.keys():
         value = kept.pop(name)
         harmless, reason = _OF_ADAM[name]
-        if value not in harmless:
-            raise ValueError(f"{where} cannot serve {name}={value!r}: {reason}. Remove it.")
+        if not is_one_of(value, harmless):
+            raise ValueError(f"{where} cannot serve {name}={shown(value)}: {reason}. Remove it.")
         _warn(f"{where}: option {name!r} is Adam's and was ignored: {reason}.")
     return kept
 
@@ -142,19 +161,39 @@ def _refuse_auto(given: Mapping[str, Any], where: str) -> None:
             )
 
 
-def _number(name: str, value: Any) -> float:
+def as_float(name: str, value: Any) -> float:
+    """Return a number, or the one of a tensor with one element, as a float.
+
+    Raises:
+        TypeError: It is none.
+        ValueError: It is an integer that no float can hold, or a tensor of more elements.
+    """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(
                 f"{name} must be one number, got a tensor of shape {tuple(value.shape)}."
             )
+        if value.is_meta or value.is_complex() or value.dtype == torch.bool:
+            kind = "on the meta device" if value.is_meta else f"of dtype {value.dtype}"
+            raise TypeError(f"{name} must be a real number, got a tensor {kind}.")
         return float(value)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's are, too
         raise TypeError(
-            f"{name} must be a number, got {value!r} of type {type(value).__name__}; "
+            f"{name} must be a number, got {shown(value)} of type {type(value).__name__}; "
             f"write it without quotes in JSON or YAML."
         )
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, and is larger than any float.") from None
+
+
+def _fits_float32(name: str, value: float, what: str) -> None:
+    if value > _FLOAT32_MAX:
+        raise ValueError(
+            f"{name} is too large: {what} would be infinite in float32, whose largest number is "
+            f"{_FLOAT32_MAX:.3g}."
+        )
 
 
 def validate_options(group: Mapping[str, Any]) -> None:
@@ -164,13 +203,13 @@ def validate_options(group: Mapping[str, Any]) -> None:
         TypeError: An option has the wrong type.
         ValueError: An option is out of range, or two options exclude each other.
     """
-    lr = _number("lr", group["lr"])
+    lr = as_float("lr", group["lr"])
     if not (math.isfinite(lr) and lr >= 0.0):
         raise ValueError(f"lr must be finite and >= 0, got {lr}.")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas must be a pair (beta1, beta2), got {betas!r}.")
-    beta1, beta2 = (_number(f"betas[{i}]", beta) for i, beta in enumerate(betas))
+        raise TypeError(f"betas must be a pair (beta1, beta2), got {shown(betas)}.")
+    beta1, beta2 = (as_float(f"betas[{i}]", beta) for i, beta in enumerate(betas))
     for i, beta in enumerate((beta1, beta2)):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"betas[{i}] must be in [0, 1), got {beta}.")
@@ -181,23 +220,27 @@ def validate_options(group: Mapping[str, Any]) -> None:
             "use betas[0] > 0.",
             stacklevel=4,
         )
-    eps = _number("eps", group["eps"])
+    eps = as_float("eps", group["eps"])
     if not (math.isfinite(eps) and eps > 0.0):
         raise ValueError(
             f"eps must be finite and > 0, got {eps}: with 0 a parameter whose gradient is zero "
             f"becomes 0 / 0. The published default is 1e-16."
         )
-    if eps < _LEAST_EPS:
+    if eps < LEAST_FLOAT32:
         raise ValueError(
-            f"eps must be at least {_LEAST_EPS:.0e}, got {eps}: in float32 it would be 0, and a "
+            f"eps must be at least {LEAST_FLOAT32:.0e}, got {eps}: in float32 it would be 0, and a "
             f"parameter whose gradient is zero would become 0 / 0."
         )
-    weight_decay = _number("weight_decay", group["weight_decay"])
+    weight_decay = as_float("weight_decay", group["weight_decay"])
     if not (math.isfinite(weight_decay) and weight_decay >= 0.0):
         raise ValueError(f"weight_decay must be finite and >= 0, got {weight_decay}.")
+    _fits_float32(f"lr={lr}", lr / (1.0 - beta1), "the first step's lr / (1 - betas[0])")
+    _fits_float32(f"eps={eps}", eps / (1.0 - beta2), "what it adds up to, eps / (1 - betas[1]),")
+    for factor in (1.0, lr):
+        _fits_float32(f"weight_decay={weight_decay}", factor * weight_decay, "a step's decay")
     for name in _SWITCHES:
         if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be True or False, got {group[name]!r}.")
+            raise TypeError(f"{name} must be True or False, got {shown(group[name])}.")
     if group["rectify"] and group["amsgrad"]:
         raise ValueError(
             "rectify=True cannot be combined with amsgrad=True: the official package silently "
@@ -214,8 +257,11 @@ def normalize_group_names(group: Mapping[str, Any], where: str) -> dict[str, Any
         TypeError: A key is nearly one of ours, or an alias and its target are both given.
         ValueError: A key is an argument of the constructor alone.
     """
+    for name in group:
+        if not isinstance(name, str):
+            raise TypeError(f"{where}: the keys of a param group are strings, got {shown(name)}.")
     for name in ("capturable", "no_decay"):
-        if group.get(name):
+        if not is_one_of(group.get(name), (None, False)):
             hint = ""
             if name == "no_decay":
                 hint = (
@@ -251,16 +297,16 @@ def complete_options(
     other_spellings = _without_adams(other_spellings, where)
     for name in other_spellings:
         target = ALIASES.get(name, name)
-        if target in options and options[target] != DEFAULTS[target]:
+        if target in options and not is_one_of(options[target], [DEFAULTS[target]]):
             raise TypeError(f"{where} got {target!r} in two spellings; keep one of them.")
     options.update(resolve_aliases(other_spellings, OPTION_NAMES, where))
     _refuse_auto(options, where)
     validate_options(options)
     no_decay = given["no_decay"]
-    if no_decay not in (None, "1d") and not callable(no_decay):
+    if not is_one_of(no_decay, (None, "1d")) and not callable(no_decay):
         raise ValueError(
             f"no_decay must be None, '1d' (no weight decay for parameters of fewer than 2 "
-            f"dimensions) or a function of (name, parameter), got {no_decay!r}."
+            f"dimensions) or a function of (name, parameter), got {shown(no_decay)}."
         )
     eps = float(options["eps"])
     if eps >= _ADAMS_EPS:

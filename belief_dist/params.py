@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from belief_dist.options import normalize_group_names, validate_options
+from belief_dist.options import normalize_group_names, shown, validate_options
 
 # Which parameters get no weight decay: those of fewer than 2 dimensions, or those for which a
 # function of name (None where parameters came without) and parameter says so.
@@ -44,8 +44,15 @@ def as_groups(params: Any, where: str) -> list[dict[str, Any]]:
             f"or is every parameter filtered out?"
         )
     if isinstance(items[0], Mapping):
+        for group in items:
+            _check_group(group, where)
         return [dict(group) for group in items]
     return [{"params": items}]
+
+
+def _check_group(group: Any, where: str) -> None:
+    if not isinstance(group, Mapping):
+        raise TypeError(f"{where} needs each param group to be a dict, got {type(group).__name__}.")
 
 
 def prepare_group(
@@ -61,16 +68,21 @@ def prepare_group(
 
     Raises:
         TypeError: Something in it is not a tensor, or an option is unknown or of a wrong type.
-        ValueError: A parameter is a duplicate, not a leaf, or of an unsupported dtype, or an
-            option is out of range.
+        ValueError: A parameter is a duplicate, sparse, not a leaf, or of an unsupported dtype, or
+            an option is out of range.
     """
-    if not isinstance(group, Mapping):
-        raise TypeError(f"{where} needs each param group to be a dict, got {type(group).__name__}.")
+    _check_group(group, where)
     if "params" not in group:
-        raise ValueError(f"{where} got a param group without 'params'; it has {sorted(group)}.")
+        keys = sorted(map(str, group))
+        raise ValueError(f"{where} got a param group without 'params'; it has {shown(keys)}.")
     members = group["params"]
     if isinstance(members, (set, frozenset)):
         raise TypeError(_UNORDERED.format(where=where))
+    if not isinstance(members, Iterable):
+        raise TypeError(
+            f"{where} needs the 'params' of a group to be a tensor or an iterable of them, "
+            f"got {shown(members)}."
+        )
     members = [members] if isinstance(members, Tensor) else list(members)
     names: list[str] = []
     tensors: list[Tensor] = []
@@ -104,6 +116,11 @@ def prepare_group(
                 f"{where} cannot optimize parameter {label} of dtype "
                 f"{str(tensor.dtype).removeprefix('torch.')}; supported: {supported}."
             )
+        if tensor.layout != torch.strided:
+            raise ValueError(
+                f"{where} cannot optimize parameter {label} of layout {tensor.layout}; make it "
+                f"dense."
+            )
         if not (tensor.is_leaf or tensor.retains_grad):
             raise ValueError(
                 f"{where} cannot optimize parameter {label}: it is not a leaf, but the result of "
@@ -119,9 +136,11 @@ def common_device(params: Sequence[Tensor], where: str) -> torch.device:
     """Return the device on which all parameters lie.
 
     Raises:
-        ValueError: They lie on several, or on the meta device.
+        ValueError: There are none, or they lie on several devices, or on the meta device.
     """
     devices = {param.device for param in params}
+    if not devices:
+        raise ValueError(f"{where} got no parameters: every param group is empty.")
     if len(devices) > 1:
         raise ValueError(
             f"{where} needs all parameters on one device, got "
@@ -165,7 +184,9 @@ def _is_exempt(name: str | None, tensor: Tensor, no_decay: NoDecay, where: str) 
         hint = "" if name else " (without names; pass model.named_parameters() to have them)"
         raise ValueError(f"{where}: no_decay failed on {label}{hint}: {error!r}.") from error
     if not isinstance(exempt, bool):
-        raise TypeError(f"{where}: no_decay must return True or False, got {exempt!r} for {label}.")
+        raise TypeError(
+            f"{where}: no_decay must return True or False, got {shown(exempt)} for {label}."
+        )
     return exempt
 
 

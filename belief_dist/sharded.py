@@ -21,8 +21,8 @@ from torch.optim import Optimizer
 
 from belief_dist import observers
 from belief_dist.deprecations import warn_once
-from belief_dist.engine_options import EngineOptions, Reduction
-from belief_dist.options import complete_options
+from belief_dist.engine_options import EngineOptions, Reduction, check_timeout
+from belief_dist.options import complete_options, shown
 from belief_dist.params import (
     NoDecay,
     as_groups,
@@ -158,6 +158,7 @@ class ShardedAdaBelief(Optimizer):
         device = torch.device("cpu")
         problem: Exception | None = None
         try:
+            check_timeout(timeout)
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
             self._options = EngineOptions.from_arguments(arguments)
             super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)
@@ -166,6 +167,7 @@ class ShardedAdaBelief(Optimizer):
             problem = error
 
         # Connect.
+        timeout = timeout if problem is None else None
         comm = connect(process_group, self._options, device, timeout)
         mesh = None
         if problem is None:
@@ -233,7 +235,7 @@ class ShardedAdaBelief(Optimizer):
             param_group = dict(param_group)
             clip = param_group.pop("clip", True)
         if not isinstance(clip, bool):
-            raise TypeError(f"clip of a param group must be True or False, got {clip!r}.")
+            raise TypeError(f"clip of a param group must be True or False, got {shown(clip)}.")
         prepared = prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
         for group in split_by_decay(prepared, self._no_decay, "ShardedAdaBelief"):
             super().add_param_group({**group, "clip": clip})
@@ -475,8 +477,8 @@ class ShardedAdaBelief(Optimizer):
         become the masters.
 
         Raises:
-            ValueError: On every rank, before anything is changed: some rank's is not a shard of
-                this optimizer, or of another rank, world size or layout.
+            TypeError, ValueError: On every rank, before anything is changed: some rank's is
+                damaged, no shard of this optimizer, or of another rank, world size or layout.
         """
         with load_hooks(self, state_dict) as loaded:
             self._load(loaded)
@@ -486,7 +488,7 @@ class ShardedAdaBelief(Optimizer):
         problem = None
         try:
             check_shard(state_dict, self.param_groups, states, self._sharding(), self._label)
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             problem = error
         raise_together(self.comm, problem)
 
@@ -494,6 +496,4 @@ class ShardedAdaBelief(Optimizer):
         copy_shard_(state_dict, self.param_groups, states)
         self._engine.keep_loaded_masters()
         sharding = state_dict["sharding"]
-        self._continue_from(
-            int(sharding["skipped_steps"]), int(sharding.get("seed", self._options.seed))
-        )
+        self._continue_from(sharding["skipped_steps"], sharding.get("seed", self._options.seed))

@@ -30,6 +30,7 @@ read_hostfile "$hostfile"
 check_hosts
 first=${hosts[0]}
 address=${MASTER_ADDR:-$(on_host "$first" 'hostname -I' | cut -d ' ' -f 1)}
+[[ $address =~ ^[A-Za-z0-9._:-]+$ ]] || die "MASTER_ADDR must be a name or an address of $first, got \"$address\""
 port=$(port_on "$first" "${MASTER_PORT:-}")
 
 # The launcher forwards next to nothing of the environment but the lines of a file, and stumbles over

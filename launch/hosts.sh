@@ -46,6 +46,7 @@ check='test -x "$1" || { echo "has no $1"; exit 9; }
 check_hosts() {
     local answers host i said own share least=0 pids=() names=()
     [[ -n $python ]] || die "there is no python on PATH: activate the environment first"
+    [[ $python$root != *\'* ]] || die "the paths $python and $root must not hold a quote: shells of the hosts read them"
     answers=$(mktemp -d)
     for i in "${!hosts[@]}"; do
         on_host "${hosts[i]}" "bash -c '$check' check '$python' '$root'" >"$answers/$i" 2>&1 &
@@ -82,7 +83,8 @@ on_host() {
 
 # port_on HOST [PORT]: print PORT if it is free on HOST, or any free one.
 port_on() {
-    [[ ${2:-0} =~ ^[0-9]{1,5}$ ]] || die "MASTER_PORT must be a number, got \"$2\""
+    [[ -z ${2:-} ]] || { [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] && (($2 <= 65535)); } ||
+        die "MASTER_PORT must be in 1..65535, got \"$2\""
     on_host "$1" "'$python' -c 'import socket; s = socket.socket(); s.setsockopt(1, 2, 1); s.bind((\"\", ${2:-0})); print(s.getsockname()[1])'" 2>/dev/null ||
         die "MASTER_PORT is $2, which is taken on $1: choose another, or none"
 }

@@ -22,7 +22,7 @@ head=${HEAD:?set HEAD to the host at which all nodes meet}
 nodes=${NNODES:?set NNODES to the number of nodes, or MIN:MAX}
 port=${PORT:-29400}
 [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] || die "NNODES must be a number or MIN:MAX, got $nodes"
-[[ $port =~ ^[1-9][0-9]{0,4}$ ]] || die "PORT must be in 1..65535, got $port"
+{ [[ $port =~ ^[1-9][0-9]{0,4}$ ]] && ((port <= 65535)); } || die "PORT must be in 1..65535, got $port"
 elastic=
 [[ $nodes == *:* ]] && elastic=yes
 restarts=${MAX_RESTARTS:-${elastic:+3}}

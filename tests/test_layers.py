@@ -54,6 +54,7 @@ checkpoint.entries
 checkpoint.saving checkpoint.torch_api
 checkpoint.async_save checkpoint.loading
 checkpoint.formats checkpoint.formats.safetensors checkpoint.formats.full_state
+checkpoint.formats.torch_file
 checkpoint.formats.torch checkpoint.formats.deepspeed
 checkpoint.formats.convert
 checkpoint

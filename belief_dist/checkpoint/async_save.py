@@ -6,7 +6,7 @@ import copy
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from belief_dist.checkpoint import run_directory
 from belief_dist.checkpoint.dcp_tensor import DcpChunk, DcpTensor
 from belief_dist.checkpoint.entries import METADATA_KEY
 from belief_dist.checkpoint.errors import CheckpointError, run_together
@@ -24,6 +25,10 @@ from belief_dist.checkpoint.saving import Saved, check_arguments, comm_of, conte
 from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
 
 logger = logging.getLogger("belief_dist")
+
+# How long an exception that leaves a saver's block waits for a save of which nothing is written
+# any more. Ranks have about equally much to write, so that those which run end at about one time.
+STILL_SECONDS = 10.0
 
 
 class Staging:
@@ -78,12 +83,45 @@ class Staging:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
 
+class _Writer:
+    """A thread that the end of the process waits for, unless it was given up.
+
+    Python waits for ordinary threads alone, and no thread can be made one or cease to be one. So
+    the writing one is a daemon, and an ordinary one waits for it.
+    """
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(write,), name="belief_dist save", daemon=True
+        )
+        threading.Thread(target=self._is_over.wait, name="belief_dist save's end").start()
+        self._thread.start()
+
+    def _run(self, write: Callable[[], None]) -> None:
+        try:
+            write()
+        finally:
+            self._is_over.set()
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self, timeout: float | None = None) -> None:
+        self._thread.join(timeout)
+
+    def give_up(self) -> None:
+        """Let the process end without it."""
+        self._is_over.set()
+
+
 class BackgroundSaver:
     """Writes the checkpoints of a run while it trains; every method is called by all ranks.
 
     If a save fails, the next `save`, `wait` or `optimizer.step()` raises, on all ranks in the same
     call; the previous checkpoint is unchanged. At most one save is in flight: the next one waits
-    for it.
+    for it. An exception that leaves the `with` block waits, too, as long as ranks are writing, and
+    not for a rank that has stopped.
 
     Args:
         run, model, optimizer, scaler, keep, process_group: As for `save`.
@@ -110,7 +148,8 @@ class BackgroundSaver:
         self._writers = _over_gloo(self._comm, timeout)
         self._flags = _over_gloo(self._comm, timeout)
         self._staging = Staging()
-        self._thread: threading.Thread | None = None
+        self._thread: _Writer | None = None
+        self._step = 0  # that is being saved
         self._failure: BaseException | None = None
         self._result: Saved | None = None
         self._hook = None
@@ -141,10 +180,8 @@ class BackgroundSaver:
 
         staged = run_together(self._flags, f"cannot save step {step} to {self._run}", collect)
         blocked = time.perf_counter() - begin
-        self._thread = threading.Thread(
-            target=self._write, args=(step, staged, begin, blocked), name="belief_dist save"
-        )
-        self._thread.start()
+        self._step = step
+        self._thread = _Writer(lambda: self._write(step, staged, begin, blocked))
         if self._comm.rank == 0:
             logger.info("step %d is being saved; training waited %.3f s", step, blocked)
         return blocked
@@ -204,14 +241,38 @@ class BackgroundSaver:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close; after an error without collectives, as other ranks may not take part in them."""
+        """Close; after an error without collectives, as other ranks may not take part in them.
+
+        For the same reason the save in flight may never end: it is waited for while it moves on.
+        """
         if error is None:
             self.close()
             return
         if self._hook is not None:
             self._hook.remove()
-        if self._thread is not None:
-            self._thread.join()
+        if self._thread is not None and not self._ends_by_itself(self._thread):
+            self._thread.give_up()
+            sentence = (
+                f"the save of step {self._step} in the background was given up, as nothing of it "
+                f"was written for {STILL_SECONDS:g} s: another rank has stopped or left, or the "
+                f"disk does not answer. Earlier checkpoints are unchanged."
+            )
+            logger.error("%s", sentence)
+            if hasattr(error, "add_note"):  # since Python 3.11
+                error.add_note(sentence)
+        self._thread = None
+
+    def _ends_by_itself(self, thread: _Writer) -> bool:
+        """Wait for the save as long as any rank writes, and return whether it has ended."""
+        written, since = -1, time.monotonic()
+        while thread.is_alive():
+            now = run_directory.bytes_written(self._run, self._step)
+            if now != written:
+                written, since = now, time.monotonic()
+            elif time.monotonic() - since > STILL_SECONDS:
+                return False
+            thread.join(0.1)
+        return True
 
 
 def _over_gloo(comm: Collectives, timeout: timedelta) -> Collectives:

@@ -16,8 +16,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Yield where to write; afterwards it takes the place of `path`, if nothing was raised.
 
     Raises:
-        ValueError: `path` is a link, folder, pipe or device, which would be replaced.
+        ValueError: `path` is a link, folder, pipe or device, which would be replaced, or its folder
+            is missing.
     """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path} cannot be written: there is no folder {path.parent}.")
     if os.path.lexists(path):
         check_regular(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")

@@ -165,7 +165,7 @@ def _write_item(item: WriteItem, planner: Any, stream: Any) -> None:
 def write_manifest(
     directory: Path, checksums: Mapping[str, Checksum], step: int, serial: int
 ) -> None:
-    """Write the manifest: all files of a checkpoint with their checksums; then fsync.
+    """Write the manifest: all files of a checkpoint with their checksums, and its own; then fsync.
 
     Args:
         directory: The checkpoint.
@@ -174,8 +174,9 @@ def write_manifest(
         serial: Counts the saves of a run.
     """
     files = {name: checksum._asdict() for name, checksum in sorted(checksums.items())}
+    content = {"step": step, "serial": serial, "files": files}
     with open(directory / MANIFEST, "w") as file:
-        json.dump({"step": step, "serial": serial, "files": files}, file, indent=1)
+        json.dump({**content, "crc32": _crc32_of(content)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 
@@ -191,13 +192,37 @@ def read_manifest(directory: Path) -> tuple[int, dict[str, Checksum]]:
         raise ValueError(f"{directory} is no complete checkpoint: it has no {MANIFEST}.")
     check_regular(path)
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_manifest(path.read_text())
         return _natural(manifest["step"]), {
             check_name(name): Checksum(_natural(entry["nbytes"]), _natural(entry["crc32"]))
             for name, entry in manifest["files"].items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {type(error).__name__}: {error}.") from None
+
+
+def parse_manifest(text: str) -> dict[str, Any]:
+    """Return what a manifest tells, after comparing it with its own checksum.
+
+    Those of older versions have none.
+
+    Raises:
+        ValueError: It is no JSON, or was changed.
+    """
+    manifest = json.loads(text)
+    if not isinstance(manifest, dict):
+        raise ValueError(f"a table is {type(manifest).__name__}")
+    expected = manifest.pop("crc32", None)
+    # A damaged key must not make an older manifest of it.
+    if expected is None and not manifest.keys() <= {"step", "serial", "files"}:
+        raise ValueError("it has no checksum of its own, and keys of later versions")
+    if expected is not None and expected != _crc32_of(manifest):
+        raise ValueError("it has changed since it was written: its own CRC-32 is another")
+    return manifest
+
+
+def _crc32_of(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
 def _natural(value: Any) -> int:

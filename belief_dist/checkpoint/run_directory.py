@@ -16,7 +16,6 @@ All functions here are called by one rank only.
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import re
 import shutil
@@ -26,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-from belief_dist.checkpoint.checksummed_files import MANIFEST
+from belief_dist.checkpoint.checksummed_files import MANIFEST, parse_manifest
 
 LATEST = "latest"
 _SAVING = ".saving-"
@@ -60,6 +59,19 @@ def begin(run: Path, step: int) -> Path:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     temporary.mkdir()
     return temporary
+
+
+def bytes_written(run: Path, step: int) -> int:
+    """Return how much has been written of a step's checkpoint that is not complete, by all ranks.
+
+    Unlike the rest, any rank may call it.
+    """
+    total = 0
+    with suppress(OSError):  # it is renamed, or removed, at any moment
+        for folder in run.glob(f"{_SAVING}{directory_name(step)}-*"):
+            if folder.is_dir():
+                total += sum(1 + file.stat().st_size for file in folder.iterdir())
+    return total
 
 
 def give_up(temporary: Path) -> None:
@@ -144,8 +156,8 @@ def _serial(path: Path) -> tuple[int, int]:
     """Return in which order a checkpoint was saved; before there were numbers, by its time."""
     manifest = path / MANIFEST
     try:
-        number = json.loads(manifest.read_text()).get("serial", 0)
-    except (OSError, ValueError, AttributeError, RecursionError):
+        number = parse_manifest(manifest.read_text()).get("serial", 0)
+    except (OSError, ValueError, RecursionError):
         number = 0
     return (number if type(number) is int else 0), manifest.stat().st_mtime_ns
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from belief_dist import AdaBelief, checkpoint
-from belief_dist.checkpoint import checksummed_files
+from belief_dist.checkpoint import async_save, checksummed_files
 from belief_dist.checkpoint.async_save import Staging
 from tests.harness.checkpoints import Odd, build, compare, everything, train
 from tests.harness.ranks import run_ranks
@@ -90,6 +90,36 @@ def fails_together(run: Path) -> None:
     assert closed is not None and closed.step == 5
 
 
+def leaves_a_stopped_rank(run: Path) -> None:
+    """An exception ends the block soon, although a rank's writing thread has stopped."""
+    rank = dist.get_rank()
+    model, optimizer = build()
+    train(model, optimizer, range(2))
+    gate = threading.Event()
+    write_item = checksummed_files._write_item
+
+    def waits(*arguments: Any) -> None:
+        assert rank == 0 or gate.wait(60)
+        write_item(*arguments)
+
+    checksummed_files._write_item = waits
+    async_save.STILL_SECONDS = 1.0
+    begin = time.monotonic()
+    error = ZeroDivisionError("of the script")
+    with pytest.raises(ZeroDivisionError) as raised:
+        with checkpoint.BackgroundSaver(run, model=model, optimizer=optimizer) as saver:
+            saver.save(2)
+            raise error
+    assert raised.value is error and time.monotonic() - begin < 30
+    if sys.version_info >= (3, 11):
+        assert "the save of step 2 in the background was given up" in error.__notes__[0]
+    dist.barrier()
+    gate.set()  # it goes on, and nobody has made the others' threads fail
+    while not (run / "latest").exists():
+        time.sleep(0.05)
+    checksummed_files._write_item = write_item
+
+
 def test_in_the_background_of_several_ranks(tmp_path: Path) -> None:
     runs = [tmp_path / name for name in "abc"]
     run_ranks(
@@ -99,6 +129,31 @@ def test_in_the_background_of_several_ranks(tmp_path: Path) -> None:
         partial(trains_on, runs[1], {"dtype": torch.bfloat16, "master": "remainder", "stage": 2}),
         partial(fails_together, runs[2]),
     )
+
+
+def test_an_exception_does_not_wait_for_a_stopped_rank(tmp_path: Path) -> None:
+    run_ranks(2, tmp_path, partial(leaves_a_stopped_rank, tmp_path / "run"))
+
+
+def test_an_exception_waits_for_a_save_that_moves_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint before an error is worth the seconds that it takes."""
+    monkeypatch.setattr(async_save, "STILL_SECONDS", 1.0)
+    write_item = checksummed_files._write_item
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.15)
+        write_item(*arguments)
+
+    monkeypatch.setattr(checksummed_files, "_write_item", slow)
+    model, optimizer = build()
+    with pytest.raises(ZeroDivisionError) as raised:
+        with checkpoint.BackgroundSaver(tmp_path, model=model, optimizer=optimizer) as saver:
+            saver.save(2)
+            raise ZeroDivisionError
+    assert (tmp_path / "latest").read_text() == "step-00000002\n"
+    assert not getattr(raised.value, "__notes__", [])
 
 
 def test_in_the_background_of_one_process(tmp_path: Path) -> None:
@@ -152,6 +207,31 @@ optimizer = AdaBelief(model.named_parameters())
 saver = checkpoint.BackgroundSaver(sys.argv[1], model=model, optimizer=optimizer)
 saver.save(3)
 """
+
+
+STOPPED = """
+import sys, threading, torch
+from belief_dist import AdaBelief, checkpoint
+from belief_dist.checkpoint import async_save, checksummed_files
+async_save.STILL_SECONDS = 0.5
+checksummed_files._write_item = lambda *_: threading.Event().wait()
+model = torch.nn.Linear(4, 4)
+optimizer = AdaBelief(model.named_parameters())
+with checkpoint.BackgroundSaver(sys.argv[1], model=model, optimizer=optimizer) as saver:
+    saver.save(3)
+    raise KeyError("of the script")
+"""
+
+
+def test_a_process_ends_although_its_save_was_given_up(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STOPPED, str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=90,
+    )
+    assert done.returncode == 1 and "KeyError: 'of the script'" in done.stderr
+    assert "the save of step 3 in the background was given up" in done.stderr
 
 
 def test_a_script_that_ends_says_that_its_last_save_failed(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from belief_dist import AdaBelief, checkpoint
-from belief_dist.checkpoint.checksummed_files import read_manifest
+from belief_dist.checkpoint.checksummed_files import Checksum, read_manifest, write_manifest
 from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.safe_reader import SafeReader
 
@@ -266,6 +266,8 @@ MANIFESTS = {
     "text": manifest("a", crc32="0"),
     "no files": '{"step": 1}',
     "binary": "\x00\x01",
+    "unknown key": '{"step": 1, "files": {}, "crc33": 5}',
+    "wrong checksum": '{"step": 1, "files": {}, "crc32": 5}',
 }
 
 
@@ -277,6 +279,21 @@ def test_manifests(name: str, victim: Path) -> None:
     command = [sys.executable, "-m", "belief_dist.cli", "checkpoint", "verify", str(victim)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(tmp_path: Path) -> None:
+    """A step of 1 is a bit away from 3; without a checksum of its own, that loaded as step 3."""
+    files = {".metadata": Checksum(2893, 0x1234), "__0_0.distcp": Checksum(77, 0xFFFF_FFFF)}
+    write_manifest(tmp_path, files, 1, 1)
+    path = tmp_path / "manifest.json"
+    written = path.read_bytes()
+    assert read_manifest(tmp_path) == (1, files)
+    for bit in range(8 * len(written)):
+        changed = bytearray(written)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="is damaged"):
+            read_manifest(tmp_path)
 
 
 @pytest.mark.parametrize("command", ["inspect", "convert", "diff"])

@@ -161,10 +161,14 @@ def test_settings_of_the_recipes_are_checked(environment: dict[str, str], tmp_pa
         torchrun = {"HEAD": "localhost", "NNODES": "2", "PORT": taken}
         for recipe, variables, said in [
             ("deepspeed.sh", {"MASTER_PORT": taken}, f"MASTER_PORT is {taken}, which is taken"),
-            ("deepspeed.sh", {"MASTER_PORT": "0); exit("}, "MASTER_PORT must be a number, got"),
+            ("deepspeed.sh", {"MASTER_PORT": "0); exit("}, "MASTER_PORT must be in 1..65535, got"),
+            ("deepspeed.sh", {"MASTER_PORT": "65536"}, 'MASTER_PORT must be in 1..65535, got "6'),
+            ("deepspeed.sh", {"MASTER_PORT": "1 2"}, "MASTER_PORT must be in 1..65535, got"),
+            ("deepspeed.sh", {"MASTER_ADDR": "a;id"}, "MASTER_ADDR must be a name or an address"),
             ("deepspeed.sh", {"DS_ENV_FILE": str(bad)}, 'expected NAME=VALUE, got "export B=2"'),
             ("deepspeed.sh", {"LAUNCHER": "rsh"}, "LAUNCHER must be pdsh or openmpi, got rsh"),
             ("torchrun.sh", torchrun, f"PORT is {taken}, which is taken on localhost"),
+            ("torchrun.sh", torchrun | {"PORT": "70000"}, "PORT must be in 1..65535, got 70000"),
             ("torchrun.sh", torchrun | {"HEAD": "no.such.host"}, "HEAD is 'no.such.host', which"),
             ("torchrun.sh", torchrun | {"NNODES": "1:"}, "NNODES must be a number or MIN:MAX"),
             ("torchrun.sh", torchrun | {"NNODES": "1:4"}, "a job that restarts needs --folder"),

@@ -20,6 +20,9 @@ from belief_dist.checkpoint.formats.torch import (
     to_state_dict,
     warm_start_from_adam,
 )
+from belief_dist.checkpoint.formats.torch_file import read_torch_file
+from belief_dist.options import validate_options
+from belief_dist.state_dict import check_form
 
 TARGETS = ("belief_dist", "torch", "official", "universal", "safetensors")
 
@@ -66,9 +69,8 @@ def read(
     elif source.is_file():
         if weights is None:
             raise ValueError(f"{source} holds an optimizer's state_dict: pass weights, too.")
-        saved = torch.load(source, map_location="cpu", weights_only=True)
-        if not isinstance(saved, Mapping) or "param_groups" not in saved:
-            raise ValueError(f"{source} holds no optimizer's state_dict.")
+        saved = read_torch_file(source)
+        check_form(saved, str(source))
         if not from_adam and is_of_adam(saved):
             raise ValueError(
                 f"{source} holds states of Adam or AdamW, whose exp_avg_sq is another quantity "
@@ -78,6 +80,13 @@ def read(
         full = from_state_dict(
             saved, _weights(Path(weights)), names=names, options=options, step=step
         )
+        for number, group in enumerate(full.groups):
+            # Adam's own eps does not count.
+            own = {**group["options"], "eps": eps} if from_adam else group["options"]
+            try:
+                validate_options(own)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{source}: in param group {number}, {error}") from None
     else:
         raise ValueError(f"there is nothing at {source}.")
     return warm_start_from_adam(full, eps=eps) if from_adam else full
@@ -86,7 +95,11 @@ def read(
 def _weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    found: dict[str, Tensor] = read_torch_file(path)
+    if not isinstance(found, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in found.items()
+    ):
+        raise ValueError(f"{path} holds no model's weights, which are a dict of named tensors.")
     return found
 
 
@@ -110,6 +123,8 @@ def write(
             else.
     """
     target = Path(target)
+    if not full.groups and to in ("torch", "official", "universal"):
+        raise ValueError("the source holds weights alone, and no optimizer's states to convert.")
     if to == "belief_dist":
         return write_full_state(full, target)
     if to in ("torch", "official"):
@@ -143,8 +158,7 @@ def differences(one: FullState, other: FullState) -> list[str]:
                         f"{what} of {name}: {a.dtype} {tuple(a.shape)} and {b.dtype} "
                         f"{tuple(b.shape)}"
                     )
-                elif not torch.equal(a, b):
-                    odd = (a != b).sum().item()
+                elif odd := int((_bits_of(a) != _bits_of(b)).any(-1).sum()):
                     gap = (a.double() - b.double()).abs().max().item()
                     found.append(
                         f"{what} of {name}: {odd} of {a.numel()} elements differ, "
@@ -153,6 +167,11 @@ def differences(one: FullState, other: FullState) -> list[str]:
             elif a != b:
                 found.append(f"{what} of {name}: {a!r} and {b!r}")
     return found
+
+
+def _bits_of(tensor: Tensor) -> Tensor:
+    """Return (elements, bytes of each)."""
+    return tensor.contiguous().view(tensor.numel(), 1).view(torch.uint8)
 
 
 def _pairs(

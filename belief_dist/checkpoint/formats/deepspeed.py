@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from belief_dist.checkpoint.formats.full_state import FullState
+from belief_dist.checkpoint.formats.torch_file import read_torch_file
 from belief_dist.options import DEFAULTS, OPTION_NAMES
 
 _STATES = ("exp_avg", "exp_avg_sq")
 
 
 def _load(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=False)
+    return read_torch_file(path, trust=True)
 
 
 def _by_rank(folder: Path, pattern: str) -> list[Path]:

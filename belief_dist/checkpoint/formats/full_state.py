@@ -11,7 +11,7 @@ import torch.distributed.checkpoint.state_dict_loader as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from belief_dist.checkpoint.checksummed_files import read_manifest
+from belief_dist.checkpoint.checksummed_files import check_files, read_manifest
 from belief_dist.checkpoint.chunks import inverse
 from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, STATES, state_key, weight_key
 from belief_dist.checkpoint.loading import SafePlanner, read_metadata
@@ -65,9 +65,11 @@ def read_full_state(checkpoint: str | Path, *, step: int | None = None) -> FullS
     """Read a checkpoint into memory; 8-bit states are decoded to float32.
 
     Raises:
-        ValueError: There is no checkpoint, or it has a later format.
+        ValueError: There is no checkpoint, it has a later format, or a file has changed.
     """
     path = find(Path(checkpoint), step)
+    saved_step, checksums = read_manifest(path)
+    check_files(path, checksums, sorted(checksums))
     dcp_metadata, metadata, _ = read_metadata(path)
     entries: dict[str, Any] = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -99,7 +101,7 @@ def read_full_state(checkpoint: str | Path, *, step: int | None = None) -> FullS
         metadata.get("groups", []),
         metadata.get("dtypes", {}),
         dict(aliases),
-        read_manifest(path)[0],
+        saved_step,
     )
 
 

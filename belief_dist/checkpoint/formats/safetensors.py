@@ -48,6 +48,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     library = _library()
     from safetensors import SafetensorError
 
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is no file.")
     try:
         found: dict[str, Tensor] = library.load_file(path)
     except SafetensorError as error:

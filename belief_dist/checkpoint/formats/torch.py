@@ -15,6 +15,7 @@ from torch import Tensor
 
 from belief_dist.checkpoint.formats.full_state import FullState
 from belief_dist.options import DEFAULTS, OPTION_NAMES
+from belief_dist.state_dict import check_form, count_steps
 
 _OFFICIAL = {"exp_avg_var": "exp_avg_sq", "max_exp_avg_var": "max_exp_avg_sq"}
 # Options that adabelief-pytorch does not put into its state_dict, with its defaults.
@@ -47,13 +48,15 @@ def from_state_dict(
         step: Step of the run; None takes the largest of the parameters' steps.
 
     Raises:
-        ValueError: Names are missing, or shapes do not match.
+        ValueError: Names or states are missing, or shapes do not match.
     """
-    groups = state_dict["param_groups"]
+    groups = check_form(state_dict, "the file")
     count = sum(len(group["params"]) for group in groups)
     found = list(names) if names is not None else _names(groups, weights, count)
     if len(found) != count:
-        raise ValueError(f"the state_dict has {count} parameters, but {len(found)} names are given")
+        raise ValueError(
+            f"the state_dict has {count} parameters, but {len(found)} names are given."
+        )
     is_official = any("exp_avg_var" in entry for entry in state_dict["state"].values())
     base = {**DEFAULTS, **(OFFICIAL_SWITCHES if is_official else {})}
     full = FullState({name: value.detach() for name, value in weights.items()})
@@ -67,8 +70,8 @@ def from_state_dict(
             if name not in weights:
                 raise ValueError(f"the weights have no parameter {name!r}, which is optimized.")
             if entry:
-                full.steps[name] = int(entry["step"])
                 full.states[name] = _states(name, entry, weights[name])
+                full.steps[name] = count_steps(repr(name), entry.get("step"))
     full.step = max(full.steps.values(), default=0) if step is None else step
     return full
 
@@ -96,6 +99,11 @@ def _states(name: str, entry: Mapping[str, Any], weight: Tensor) -> dict[str, Te
                     f"{tuple(weight.shape)}; are names in the order of the groups?"
                 )
             states[_OFFICIAL.get(key, key)] = value.detach()
+    if not {"exp_avg", "exp_avg_sq"} <= states.keys():
+        raise ValueError(
+            f"the state of {name!r} has {sorted(map(str, entry))}, and exp_avg and exp_avg_sq are "
+            f"needed."
+        )
     return states
 
 
@@ -103,7 +111,7 @@ def _names(
     groups: Sequence[Mapping[str, Any]], weights: Mapping[str, Tensor], count: int
 ) -> list[str]:
     if all("param_names" in group for group in groups):
-        return [name for group in groups for name in group["param_names"]]
+        return [str(name) for group in groups for name in group["param_names"]]
     if len(groups) == 1 and len(weights) == count:
         return list(weights)
     raise ValueError(
