@@ -1,6 +1,6 @@
 """ShardedAdaBelief in real DeepSpeed engines, next to the same training without DeepSpeed.
 
-Started by the deepspeed launcher on every rank: `stage0_job.py FOLDER PART`. Every case
+Started on every rank, by the deepspeed launcher or a fork: `stage0_job.py FOLDER PART`. Every case
 asserts; the first failure ends the job.
 """
 
