@@ -2,9 +2,11 @@
 # make test    lint, type check and all tests
 # make test-fast  the same, without the tests that start processes: a few minutes
 # make gpu     bits, speed and memory on one GPU, by PYTHON as it is: eight minutes, docs/gpu.md
-# Two processes run the tests, a file each: many tests wait for timeouts or for imports.
+# Two processes run the tests, a file each: many tests wait for timeouts or for imports. The order of
+# files is that of tests/harness/lanes.py.
 # All but gpu set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
 SHELL := /bin/bash
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=
@@ -16,10 +18,10 @@ train: venv
 	launch/local.sh $(ARGS)
 
 test: lint
-	python -m pytest --numprocesses 2 --dist loadfile --durations=25 $(ARGS)
+	$(PYTEST) --durations=25 $(ARGS)
 
 test-fast: lint
-	python -m pytest --numprocesses 2 --dist loadfile -m 'not processes' $(ARGS)
+	$(PYTEST) -m 'not processes' $(ARGS)
 
 lint: venv
 	ruff check

@@ -1,4 +1,4 @@
-"""The lane of each test, and one folder for what DeepSpeed compiles.
+"""The lane and the order of tests, and one folder for what DeepSpeed compiles.
 
 So each operation is built once for all tests. The folder is not the user's own: a build that was
 killed leaves a lock there, for which the next one waits for ever.
@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             lanes.mark(item)
+    items.sort(key=lanes.order)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.harness import lanes
+from tests.harness.forked import Job, run_forked
+from tests.harness.paths import ROOT
 from tests.harness.ranks import describe, run_ranks
 
 
@@ -49,3 +52,33 @@ def test_every_rank_begins_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for value in ("first", "second"):
         monkeypatch.setenv("BELIEF_DIST_TEST", value)
         run_ranks(2, tmp_path, partial(begins_afresh, value))
+
+
+FORK = """
+import os, sys, time, torch
+rank, what = int(os.environ.get("RANK", -1)), sys.argv[1]
+assert "belief_dist" not in sys.modules and not hasattr(torch, "belief_dist_test")
+torch.belief_dist_test = True
+print(what, rank, os.environ.get("WORLD_SIZE"))
+if what == "refused":
+    sys.exit("as it shall")
+if what == "fails":
+    assert rank != 1, "as it shall"
+    time.sleep(600)
+"""
+
+
+def test_forks_are_new_processes_and_one_that_fails_ends_its_job(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(FORK)
+    asked = [Job(1, ["alone"]), Job(3, ["fails"]), Job(1, ["refused"]), Job(2, ["last"])]
+    alone, fails, refused, last = run_forked(script, tmp_path, asked, preloaded=["torch"])
+    assert (alone.returncode, alone.stdout) == (0, "alone -1 None\n")
+    assert fails.returncode == 1 and "AssertionError: as it shall" in fails.stderr
+    assert refused.returncode == 1 and refused.stderr == "as it shall\n"
+    assert last.returncode == 0
+    assert sorted(last.stdout.splitlines()) == ["last 0 2", "last 1 2"]
+
+
+def test_long_files_are_there() -> None:
+    assert [path for path in lanes.LONG if not (ROOT / "tests" / path).is_file()] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from belief_dist.checkpoint.formats.convert import differences
 from belief_dist.checkpoint.formats.full_state import read_full_state
 from lab import Node
+from tests.harness.forked import Job, run_all_forked
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -55,19 +55,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def local(ranks: int, folder: Path, *settings: object) -> Path:
-    """Train on this machine, without a lab; return the folder of the run."""
-    command = [BIN / "torchrun", "--standalone", f"--nproc-per-node={ranks}", SCRIPT]
-    command += ["--config", ROOT / "configs" / "gpt.yaml", *SETTINGS, "--folder", folder]
-    done = subprocess.run(
-        [str(word) for word in (*command, *settings)],
-        env=environment(),
-        cwd=folder.parent,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Train on this machine, without a lab or a launcher; return the folder of the run."""
+    run_all_forked(SCRIPT, folder.parent, [local_job(ranks, folder, *settings)])
     return folder
+
+
+def local_job(ranks: int, folder: Path, *settings: object) -> Job:
+    """Return one of several jobs of `SCRIPT` that this machine is to train."""
+    config = ["--config", ROOT / "configs" / "gpt.yaml"]
+    return Job(ranks, [*config, *SETTINGS, "--folder", folder, *settings])
 
 
 def wait_for_step(run: Path, step: int, seconds: float) -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from jobs import LAUNCH, SETTINGS, environment, local, rows, unlike, wait_for_step
+from jobs import LAUNCH, SCRIPT, SETTINGS, environment, local_job, rows, unlike, wait_for_step
 from lab import Lab
+from tests.harness.forked import run_all_forked
 
 STEPS = 80
 MORE = ["--steps", str(STEPS), "--save_every", "5"]
@@ -35,15 +36,17 @@ def test_a_lost_node_costs_the_steps_since_the_checkpoint(lab: Lab, tmp_path: Pa
     assert [row["step"] for row in rows(run)] == list(range(1, STEPS + 1))
 
     # Exact: each generation has the bits of as many local ranks that continue from its checkpoint.
-    by_hand = tmp_path / "by_hand"
+    by_hand, whole = tmp_path / "by_hand", tmp_path / "whole"
+    jobs = [local_job(3, whole, *MORE)]
     for number, (_, ranks) in enumerate(began):
         last = began[number + 1][0] if number + 1 < len(began) else STEPS
         if last > began[number][0]:
-            local(ranks, by_hand, *MORE, "--stop_at", last, "--eval_every", STEPS)
+            stop = ["--stop_at", last, "--eval_every", STEPS]
+            jobs.append(local_job(ranks, by_hand, *MORE, *stop))
+    run_all_forked(SCRIPT, tmp_path, jobs)
     assert unlike(run, by_hand) == []
 
     # And rounding alone tells it from a run that has lost nothing.
-    whole = local(3, tmp_path / "whole", *MORE)
     assert unlike(run, whole) != []
     for ours, theirs in zip(rows(run), rows(whole), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)

@@ -16,7 +16,6 @@ RECIPES = {
     "mpirun-openmpi": (OPEN_MPI, ["mpirun.sh", "HOSTFILE"], 1),
     "mpirun-mpich": ({}, ["mpirun.sh", "HOSTFILE"], 1),
     "torchrun-2x2": ({"HEAD": "node0", "NNODES": "2", "NPROC": "2"}, ["torchrun.sh"], 2),
-    "torchrun-4x1": ({"HEAD": "node0", "NNODES": "4", "NPROC": "1"}, ["torchrun.sh"], 4),
 }
 
 

@@ -16,7 +16,8 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 import belief_dist
-from tests.harness.launch import largest_difference, launch
+from tests.harness.forked import Job, run_all_forked
+from tests.harness.launch import largest_difference
 from tests.harness.paths import ROOT
 from zero_stages_job import ROWS, STEPS, WORLD_SIZE, make_batch, make_model, param_groups
 
@@ -65,7 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], list[di
                     else:  # without a GPU nothing is pinned, but DeepSpeed would compile it
                         section["pin_memory"] = False
                 (folder / f"{name}.json").write_text(json.dumps(config))
-        launch(folder, job=[JOB])
+        run_all_forked(JOB, folder, [Job(WORLD_SIZE, [folder])])
         return folder
 
     def results(name: str) -> list[dict[str, Any]]:
@@ -107,19 +108,29 @@ def unsharded(params: dict[str, Any]) -> dict[str, torch.Tensor]:
 
 def test_deepspeed_reads_what_needs_fp16(tmp_path: Path) -> None:
     """Most CPUs lack it: DeepSpeed's own class reads the file, and refuses a wrong copy of it."""
-    program = "import sys, deepspeed; deepspeed.DeepSpeedConfig(sys.argv[1])"
-
-    def parse(config: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-        file = tmp_path / "config.json"
-        file.write_text(json.dumps(config | {"train_batch_size": 8}))
-        return subprocess.run(
-            [sys.executable, "-c", program, str(file)], capture_output=True, text=True
-        )
-
+    program = (
+        "import sys, deepspeed\n"
+        "for path in sys.argv[1:]:\n"
+        "    try: deepspeed.DeepSpeedConfig(path)\n"
+        "    except ValueError as error: print(path, 'refused:', *str(error).split())\n"
+        "    else: print(path, 'read')"
+    )
+    files: dict[bool, list[str]] = {True: [], False: []}
     for name in NEED_FP16:
-        config = read(CONFIGS / f"{name}.json")
-        done = parse(config)
-        assert done.returncode == 0, done.stderr
+        config = read(CONFIGS / f"{name}.json") | {"train_batch_size": 8}
         section = next(key for key in ("fp16", "bf16") if key in config)
-        wrong = parse(config | {section: config[section] | {"loss_skale": 1}})
-        assert wrong.returncode != 0 and "loss_skale" in wrong.stderr
+        wrong = config | {section: config[section] | {"loss_skale": 1}}
+        for good, text in ((True, config), (False, wrong)):
+            file = tmp_path / f"{name}.{good}.json"
+            file.write_text(json.dumps(text))
+            files[good].append(str(file))
+    done = subprocess.run(
+        [sys.executable, "-c", program, *files[True], *files[False]], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    for file in files[True]:
+        assert f"{file} read" in said
+    for file in files[False]:
+        (refused,) = [line for line in said if line.startswith(f"{file} refused: ")]
+        assert "loss_skale" in refused

@@ -10,6 +10,7 @@ import torch
 
 from belief_dist.checkpoint.formats import convert
 from belief_dist.checkpoint.formats.full_state import FullState, read_full_state
+from tests.harness.forked import Job, run_all_forked
 from tests.harness.launch import launch
 from zero_checkpoints_job import CASES, WORLD_SIZE
 
@@ -75,7 +76,8 @@ def test_zero_and_universal(tmp_path: Path) -> None:
         (again / "latest_universal").write_text("universal")
         written = convert.read(again / "universal", trust=True)
         assert convert.differences(whole, written) == []
-    for source, ranks in [("again", 2), ("saved", 1), ("saved", 3), ("saved", 4)]:
-        launch(tmp_path, source, job=[JOB], world_size=ranks)
+    resumed = [("again", 2), ("saved", 1), ("saved", 3), ("saved", 4)]
+    run_all_forked(JOB, tmp_path, [Job(ranks, [tmp_path, source]) for source, ranks in resumed])
+    for source, ranks in resumed:
         for name in names:
             check_resumed(tmp_path, source, ranks, name, wholes[name])

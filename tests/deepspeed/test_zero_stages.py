@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 import belief_dist
+from tests.harness.forked import Job, run_all_forked
 from tests.harness.launch import largest_difference, launch
 from zero_stages_job import ROWS, STEPS, WORLD_SIZE, make_batch, make_model, param_groups
 
 JOB = Path(__file__).with_name("zero_stages_job.py")
 STAGES = (0, 1, 2, 3)
-STARTERS = {0: "deepspeed", 1: "torchrun", 2: "spawn", 3: "deepspeed"}
+STARTERS = {0: "deepspeed", 1: "torchrun", 2: "spawn", 3: "forked"}
 
 # A large eps: with 1e-16 a wrong scale of the gradients, say a forgotten mean, would not show.
 HYPER = {"lr": 0.1, "betas": [0.8, 0.95], "eps": 1e-2, "weight_decay": 0.1}
@@ -65,7 +66,10 @@ def run(tmp_path_factory):
         folder = tmp_path_factory.mktemp(f"stage{stage}")
         for case in CASES:
             (folder / f"{case}.json").write_text(json.dumps(make_config(case, stage)))
-        launch(folder, job=[JOB], starter=STARTERS[stage])
+        if STARTERS[stage] == "forked":
+            run_all_forked(JOB, folder, [Job(WORLD_SIZE, [folder])])
+        else:
+            launch(folder, job=[JOB], starter=STARTERS[stage])
         return folder
 
     def results(stage: int, case: str) -> list[dict[str, Any]]:

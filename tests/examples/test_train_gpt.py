@@ -1,16 +1,23 @@
-"""The example job as users start it: trained, interrupted, resumed; nothing of it is faked."""
+"""The example job as users start it: trained, interrupted, resumed; nothing of it is faked.
+
+Launchers start some runs; of many settings the ranks are forks, which saves their imports.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.harness.forked import Job, run_all_forked, run_forked
 from tests.harness.paths import BIN, ROOT
 
 SCRIPT = str(ROOT / "examples" / "train_gpt.py")
@@ -19,13 +26,15 @@ SMALL = (
     "--save_every 100 --sample_bytes 20"
 ).split()
 
+CONFIG = ["--config", str(ROOT / "configs" / "gpt.yaml")]
+
 LAUNCHERS = {
     "deepspeed": [str(ROOT / "launch" / "local.sh"), "2"],
     "torchrun": [
         *[str(BIN / "torchrun"), "--standalone", "--nproc-per-node=2"],
-        *[SCRIPT, "--config", str(ROOT / "configs" / "gpt.yaml")],
+        *[SCRIPT, *CONFIG],
     ],
-    "python": [sys.executable, SCRIPT, "--config", str(ROOT / "configs" / "gpt.yaml")],
+    "python": [sys.executable, SCRIPT, *CONFIG],
 }
 
 
@@ -61,38 +70,41 @@ def zero(stage: int | str) -> list[str]:
     return ["--engine", "deepspeed", "--deepspeed_config", str(config)]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "settings"),
-    [
-        ("deepspeed", ["--accumulate", "2"]),
-        ("torchrun", ["--dtype", "bfloat16"]),
-        ("python", []),
-        ("deepspeed", zero(1)),
-        ("torchrun", [*zero(2), "--dtype", "bfloat16", "--accumulate", "2"]),
-        ("torchrun", zero(3)),
-        ("python", zero(0)),
-        ("deepspeed", [*zero("sharded"), "--dtype", "bfloat16", "--accumulate", "2"]),
-    ],
-    ids=[
-        "deepspeed",
-        "torchrun-bf16",
-        "python",
-        "deepspeed-zero1",
-        "torchrun-zero2",
-        "torchrun-zero3",
-        "python-zero0",
-        "deepspeed-sharded",
-    ],
-)
-def test_a_resumed_run_is_the_uninterrupted_one(
-    launcher: str, settings: list[str], tmp_path: Path
-) -> None:
-    """Losses, norms and learning rates are equal to the last digit, and all artefacts are there."""
-    said = train(launcher, tmp_path, *settings, "--out", "whole")
-    train(launcher, tmp_path, *settings, "--out", "parts", "--stop_at", "3")
-    train(launcher, tmp_path, *settings, "--resume", "parts")
+# By how many ranks, and with what settings.
+RESUMED = {
+    "accumulate": (2, ["--accumulate", "2"]),
+    "bf16": (2, ["--dtype", "bfloat16"]),
+    "zero0": (1, zero(0)),
+    "zero2": (2, [*zero(2), "--dtype", "bfloat16", "--accumulate", "2"]),
+    "zero3": (2, zero(3)),
+    "deepspeed-sharded": (2, [*zero("sharded"), "--dtype", "bfloat16", "--accumulate", "2"]),
+}
+Started = Callable[..., tuple[Path, str]]
 
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Started:
+    """Give a function (launcher, *settings) -> a run's folder, and what was printed."""
+
+    @functools.cache
+    def started(launcher: str, *settings: str) -> tuple[Path, str]:
+        folder = tmp_path_factory.mktemp("whole")
+        said = train(launcher, folder, *settings, "--out", "whole")
+        return folder / "whole", said
+
+    return started
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a run of two ranks that has ended after half of its steps; tests copy it."""
+    folder = tmp_path_factory.mktemp("stopped")
+    train("torchrun", folder, "--out", "run", "--stop_at", "3")
+    return folder / "run"
+
+
+def check_resumed(whole: Path, parts: Path, said: str) -> None:
+    """Losses, norms and learning rates are equal to the last digit, and all artefacts are there."""
     assert [row["step"] for row in rows(whole)] == [1, 2, 3, 4, 5, 6]
     assert rows(parts) == rows(whole)
     assert rows(whole)[-1]["loss"] < rows(whole)[0]["loss"]
@@ -102,60 +114,87 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         assert expected in said
 
 
-def test_states_are_sharded_and_the_table_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "settings"),
+    [("deepspeed", zero(1)), ("python", [])],
+    ids=["deepspeed-zero1", "python"],
+)
+def test_a_resumed_run_is_the_uninterrupted_one(
+    launcher: str, settings: list[str], uninterrupted: Started, tmp_path: Path
+) -> None:
+    whole, said = uninterrupted(launcher, *settings)
+    train(launcher, tmp_path, *settings, "--out", "parts", "--stop_at", "3")
+    train(launcher, tmp_path, *settings, "--resume", "parts")
+    check_resumed(whole, tmp_path / "parts", said)
+
+
+def test_every_engine_resumes_what_it_has_saved(tmp_path: Path) -> None:
+    """Three jobs each: whole, stopped, and resumed by new processes."""
+    jobs = []
+    for name, (ranks, settings) in RESUMED.items():
+        for more in (
+            ["--out", f"{name}.whole"],
+            ["--out", f"{name}.parts", "--stop_at", "3"],
+            ["--resume", f"{name}.parts"],
+        ):
+            jobs.append(Job(ranks, [*CONFIG, *SMALL, *settings, *more]))
+    said = run_all_forked(Path(SCRIPT), tmp_path, jobs)
+    for name, whole in zip(RESUMED, said[::3], strict=True):
+        check_resumed(tmp_path / f"{name}.whole", tmp_path / f"{name}.parts", whole)
+
+
+def test_states_are_sharded_and_the_table_says_so(uninterrupted: Started) -> None:
     """Two ranks hold half of each state, up to padding."""
-    said = train("torchrun", tmp_path, "--out", "run")
+    _, said = uninterrupted("torchrun")
     (line,) = [line for line in said.splitlines() if "exp_avg_sq" in line]
     held, unsharded = (float(cell) for cell in line.replace("│", " ").split()[1:3])
     assert unsharded / 2 <= held <= unsharded / 2 + 0.001
 
 
-def test_two_engines_train_alike(tmp_path: Path) -> None:
+def test_two_engines_train_alike(uninterrupted: Started) -> None:
     """The same job by ShardedAdaBelief and by DeepSpeed at ZeRO-1: one rule, so one trajectory.
 
     Sums in another order differ in the last bits, which six small steps do not amplify much.
     """
-    train("torchrun", tmp_path, "--out", "sharded")
-    train("torchrun", tmp_path, "--out", "zero1", *zero(1))
-    for ours, theirs in zip(rows(tmp_path / "sharded"), rows(tmp_path / "zero1"), strict=True):
+    sharded, _ = uninterrupted("torchrun")
+    zero1, _ = uninterrupted("deepspeed", *zero(1))
+    for ours, theirs in zip(rows(sharded), rows(zero1), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["lr"] == theirs["lr"]
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        (["--batch", "5"], "batch must be a multiple of ranks x accumulate (1 x 2), got 5"),
-        (["--heads", "3"], "width must be a multiple of twice the heads"),
-        (["--stop_at", "0"], "stop_at must be at least 1"),
-        (["--engine", "deepspeed"], "engine=deepspeed and deepspeed_config go together"),
-        (
-            [*zero(2)[:2], "--deepspeed_config", f"{ROOT}/configs/deepspeed_zero2_bf16.json"],
-            "asks for bfloat16: pass --dtype bfloat16",
-        ),
-        (
-            [*zero(2)[:2], "--deepspeed_config", "nowhere.json"],
-            "deepspeed_config nowhere.json cannot be read",
-        ),
-        (["--learning", "1"], "--learning"),
-        (["--optimizer.speed", "1"], "speed"),
-        (["--resume", "nowhere"], "there is no checkpoint under nowhere"),
+WRONG = {
+    "batch must be a multiple of ranks x accumulate (1 x 2), got 5": ["--batch", "5"],
+    "width must be a multiple of twice the heads": ["--heads", "3"],
+    "stop_at must be at least 1": ["--stop_at", "0"],
+    "engine=deepspeed and deepspeed_config go together": ["--engine", "deepspeed"],
+    "asks for bfloat16: pass --dtype bfloat16": [
+        *[*zero(2)[:2], "--deepspeed_config", f"{ROOT}/configs/deepspeed_zero2_bf16.json"]
     ],
-)
-def test_wrong_settings_get_a_sentence_and_no_traceback(
-    settings: list[str], expected: str, tmp_path: Path
-) -> None:
-    done = start("python", tmp_path, "--accumulate", "2", *settings)
-    assert done.returncode == 2
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+    "deepspeed_config nowhere.json cannot be read": [
+        *[*zero(2)[:2], "--deepspeed_config", "nowhere.json"]
+    ],
+    "--learning": ["--learning", "1"],
+    "speed": ["--optimizer.speed", "1"],
+    "there is no checkpoint under nowhere": ["--resume", "nowhere"],
+}
 
 
-def test_a_run_resumes_only_as_it_was_started(tmp_path: Path) -> None:
+def test_wrong_settings_get_a_sentence_and_no_traceback(tmp_path: Path) -> None:
+    jobs = [
+        Job(1, [*CONFIG, *SMALL, "--accumulate", "2", *settings]) for settings in WRONG.values()
+    ]
+    for expected, done in zip(WRONG, run_forked(Path(SCRIPT), tmp_path, jobs), strict=True):
+        assert done.returncode == 2, expected
+        assert expected in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_a_run_resumes_only_as_it_was_started(stopped: Path, tmp_path: Path) -> None:
     """Other settings would be another run: refused, and nothing is touched."""
-    train("torchrun", tmp_path, "--out", "run", "--stop_at", "3")
-    before = rows(tmp_path / "run")
+    shutil.copytree(stopped, tmp_path / "run")
+    before = rows(stopped)
     other_seed = start("torchrun", tmp_path, "--resume", "run", "--seed", "2")
     assert "seed is 2 here, and the run in" in other_seed.stderr
     occupied = start("python", tmp_path, "--out", "run")
@@ -164,12 +203,13 @@ def test_a_run_resumes_only_as_it_was_started(tmp_path: Path) -> None:
     assert rows(tmp_path / "run") == before
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_another_number_of_ranks(
+    stopped: Path, uninterrupted: Started, tmp_path: Path
+) -> None:
     """The same global batch, its gradients summed in other parts: rounding differs, no more."""
-    train("torchrun", tmp_path, "--out", "whole")
-    train("torchrun", tmp_path, "--out", "run", "--stop_at", "3")
+    shutil.copytree(stopped, tmp_path / "run")
     train("python", tmp_path, "--resume", "run")
-    whole, parts = rows(tmp_path / "whole"), rows(tmp_path / "run")
+    whole, parts = rows(uninterrupted("torchrun")[0]), rows(tmp_path / "run")
     assert parts[:3] == whole[:3] and len(parts) == len(whole)
     for ours, theirs in zip(parts[3:], whole[3:], strict=True):
         assert ours["lr"] == theirs["lr"]

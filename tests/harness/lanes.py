@@ -1,4 +1,8 @@
-"""Which lane a test runs in: its folder marks the subject, and what it calls marks `processes`."""
+"""Which lane a test runs in, and when.
+
+Its folder marks the subject, what it calls marks `processes`. Files that take minutes come first:
+the last one to begin is what one of two workers waits for.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,34 @@ SUBJECTS = {
 STARTERS = {"multiprocessing", "run_job", "run_ranks", "subprocess"}
 # Where functions are followed. The package may start a compiler, which makes no test slow.
 FOLLOWED = (ROOT / "tests", ROOT / "benchmarks")
+
+# Of all that takes more than a minute, the longest first.
+LONG = (
+    "launch/test_images.py",
+    "cluster/test_failures.py",
+    "cluster/test_slurm.py",
+    "cluster/test_launchers.py",
+    "examples/test_train_gpt.py",
+    "kernels/test_triton_versions.py",
+    "sharding/test_sharded.py",
+    "examples/test_clients.py",
+    "cluster/test_elastic.py",
+    "benchmarks/test_benchmarks.py",
+    "benchmarks/test_gpu_report.py",
+    "launch/test_launch.py",
+    "mpi_backend/test_mpi.py",
+    "kernels/test_build.py",
+    "distributed/test_distributed.py",
+    "deepspeed/test_stage0.py",
+    "deepspeed/test_zero_stages.py",
+    "deepspeed/test_zero_checkpoints.py",
+)
+
+
+def order(item: pytest.Item) -> int:
+    """Return by what tests are sorted; those of one file stay as they are."""
+    path = item.path.relative_to(ROOT / "tests").as_posix()
+    return LONG.index(path) if path in LONG else len(LONG)
 
 
 def mark(item: pytest.Function) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,11 @@ def make_params(dtype: torch.dtype = torch.float32, seed: int = 0) -> list[torch
 
 def make_grad(shape: tuple[int, ...], step: int, rank: int, index: int, micro: int = 0) -> Tensor:
     """Return a gradient over many decades: sums of such numbers depend on their order."""
+    return _drawn(shape, step, rank, index, micro).clone()
+
+
+@functools.cache
+def _drawn(shape: tuple[int, ...], step: int, rank: int, index: int, micro: int) -> Tensor:
     generator = torch.Generator().manual_seed(
         1 + step + 100 * rank + 10_000 * index + 10**6 * micro
     )

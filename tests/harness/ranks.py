@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import gc
 import multiprocessing
 import os
 import reprlib
@@ -32,6 +33,7 @@ PRELOADED = [
     "numpy",
     "pytest",
     "torch",
+    "torch._dynamo",  # by the first optimizer of a process
     "torch.distributed.checkpoint.state_dict",
     "torch.distributed.fsdp",
     "torch.distributed.optim",
@@ -63,6 +65,8 @@ def _main(
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    # Every optimizer looks for modules among all live objects: not among those of all imports.
+    gc.freeze()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",

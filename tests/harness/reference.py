@@ -104,10 +104,16 @@ def collect(optimizer: ShardedAdaBelief, keys: Sequence[str]) -> list[list[torch
     """Put states together from the fragments of all ranks of the optimizer's group."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     mine = [[optimizer.state[param][key] for param in params] for key in keys]
-    everyone = optimizer.comm.exchange(mine)
+    # As bytes in arrays, which take a fraction of the time that tensors take to be pickled.
+    everyone = optimizer.comm.exchange(
+        [[part.contiguous().view(torch.uint8).numpy() for part in parts] for parts in mine]
+    )
     return [
-        [torch.cat([theirs[k][i] for theirs in everyone]) for i in range(len(params))]
-        for k in range(len(keys))
+        [
+            torch.cat([torch.from_numpy(theirs[k][i]) for theirs in everyone]).view(part.dtype)
+            for i, part in enumerate(parts)
+        ]
+        for k, parts in enumerate(mine)
     ]
 
 

@@ -6,6 +6,7 @@ take the way of backends like NCCL (one all-to-all for each bucket), which gloo'
 
 from __future__ import annotations
 
+import gc
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -48,6 +49,7 @@ def run_threads(world_size: int, *cases: Callable[[], None]) -> None:
 
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()  # as tests.harness.ranks does, and why
     try:
         with _threaded_world():
             store = dist.HashStore()
@@ -57,6 +59,7 @@ def run_threads(world_size: int, *cases: Callable[[], None]) -> None:
             for rank in ranks:
                 rank.join()
     finally:
+        gc.unfreeze()
         torch.set_num_threads(threads_before)
     if failures:
         raise AssertionError(failures[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,18 +14,20 @@ import pytest
 
 from belief_dist.kernels import build
 
+# What an optimizer asks for in a step; to make one would import much more than the kernel.
 UPDATE = """
 import logging, sys, torch
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout, level=logging.INFO)
 from pathlib import Path
-import belief_dist
+from belief_dist import kernels
 from belief_dist.kernels import build
+from belief_dist.operands import Operands
+from belief_dist.options import DEFAULTS
+from belief_dist.rule import step_scalars
 build.INSTALLED = Path(sys.argv[1])
-p = torch.nn.Parameter(torch.ones(3))
-p.grad = torch.ones(3)
-optimizer = belief_dist.AdaBelief([p])
-for _ in range(2):
-    optimizer.step()
+p, m, s = torch.ones(3), torch.zeros(3), torch.zeros(3)
+for step in (1, 2):
+    kernels.update_([Operands(p, torch.ones(3), m, s)], step_scalars(DEFAULTS, step))
 assert p[0] < 1, p
 """
 
@@ -53,6 +56,14 @@ def cache(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir(mode=0o700)
     yield folder
     folder.chmod(0o700)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a library of this source, compiled here."""
+    file = tmp_path_factory.mktemp("compiled") / "kernel.so"
+    build.compile_library(build.compiler(), file)
+    return file
 
 
 def libraries(folder: Path) -> list[Path]:
@@ -140,12 +151,11 @@ def test_who_insists_on_the_kernel_gets_an_error(cache: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [0, 100, 50_000])
-def test_a_damaged_library_is_replaced(cache: Path, kept: int) -> None:
+def test_a_damaged_library_is_replaced(cache: Path, library: Path, kept: int) -> None:
     """A crash or a full disk has cut it off; to load what is left would kill the process."""
     command = build.compiler()
     damaged = cache / f"cpu_kernel-{build.source_hash()}-{build._fingerprint(command)}-0123.so"
-    build.compile_library(command, damaged)
-    damaged.write_bytes(damaged.read_bytes()[:kept])
+    damaged.write_bytes(library.read_bytes()[:kept])
     assert "compiled now" in says(start(cache))
     assert "compiled before" in says(start(cache))
     assert not damaged.exists()
@@ -194,20 +204,18 @@ def test_a_cache_that_cannot_be_made_is_done_without(tmp_path: Path) -> None:
 
 
 def test_a_library_of_another_source_is_not_loaded(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
+    library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = cache / "kernel.so"
-    build.compile_library(build.compiler(), library)
     assert build._open(library) is not None
     monkeypatch.setattr(build, "FLAGS", [*build.FLAGS, "-DOTHER"])
     assert build._open(library) is None
 
 
-def test_the_installed_library_comes_first(cache: Path) -> None:
+def test_the_installed_library_comes_first(cache: Path, library: Path) -> None:
     """What the installation has built is loaded without a compiler and without a cache."""
     installed = cache / "installed"
     installed.mkdir()
-    build.compile_library(build.compiler(), installed / "_cpu_kernel.test.so")
+    shutil.copy(library, installed / "_cpu_kernel.test.so")
     process = subprocess.run(
         [sys.executable, "-c", UPDATE, str(installed)],
         env=os.environ | {"BELIEF_DIST_CACHE": str(cache), "CXX": "no-such-compiler"},

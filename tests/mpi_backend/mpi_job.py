@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import datetime
+import gc
 import os
 import signal
 import sys
@@ -335,6 +336,7 @@ def huge(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # as tests.harness.ranks does, and why
     assert belief_dist.mpi_backend.BACKEND == "mpi4py"
     what, folder, *more = sys.argv[1:]
     others = {
