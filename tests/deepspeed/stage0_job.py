@@ -7,6 +7,7 @@ asserts; the first failure ends the job.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import re
@@ -404,6 +405,7 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     assert early or "belief_dist" not in sys.modules
+    gc.freeze()  # as tests.harness.ranks does, and why
     done = []
     for case in cases(args.part):
         print(f"rank {rank()}: {case.__name__}", flush=True)

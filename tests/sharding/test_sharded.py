@@ -1,6 +1,7 @@
 """ShardedAdaBelief on real gloo processes: equal, bit for bit, to one process.
 
-Two ranks would prove nothing about order (a + b commutes): every case runs on 1 to 5.
+Two ranks would prove nothing about order (a + b commutes): every case runs on 1 to 4. Five show
+that nothing ends at four: on them runs every feature, and of combinations every pair of choices.
 """
 
 from __future__ import annotations
@@ -45,16 +46,13 @@ def test_smaller_states_depend_on_no_sharding(world_size: int, tmp_path: Path) -
             },
         ),
     )
-    run_ranks(
-        world_size,
-        tmp_path,
-        *(partial(equals_reference, bytes_, True, **more) for bytes_, more in choices),
-    )
+    cases = [partial(equals_reference, bytes_, True, **more) for bytes_, more in choices]
+    run_ranks(world_size, tmp_path, *cases[:: 1 if world_size < 5 else 2])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5])
 def test_all_combinations(world_size: int, tmp_path: Path) -> None:
-    run_ranks(world_size, tmp_path, *combinations())
+    run_ranks(world_size, tmp_path, *combinations()[:: 1 if world_size < 5 else 3])
 
 
 @pytest.mark.parametrize("world_size, every", [(2, 5), (3, 5), (4, 7), (5, 7), (8, 31)])
