@@ -97,7 +97,7 @@ class ShardedAdaBelief(Optimizer):
         check_replicas: In every step, raise if a checksum of the ranks' parameters differs.
         sync_buffers: Give all ranks the first rank's buffers of all live modules that hold any of
             the parameters, once, as DistributedDataParallel does.
-        timeout: After which a rank that does not answer is an error; None: the process group's.
+        timeout: After which a rank that does not answer is an error; None: half that of the group.
 
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
         parameters' dtype (no flat gradients at stage 2); master, exp_avg and exp_avg_sq are

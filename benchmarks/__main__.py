@@ -39,6 +39,7 @@ from benchmarks.evidence import (
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.gradients import recorded, synthetic
 from benchmarks.habits import HABITS, run_habits
+from benchmarks.host import run_host, run_soak
 from benchmarks.mpi import run_mpi
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
@@ -210,6 +211,30 @@ def mpi(
     _tell_sheets(sheets, {}, None)
     if markdown is not None:
         _write_markdown(markdown, sheets)
+
+
+def host(
+    ranks: int = 2, mib: int = 64, rounds: int = 9, soak: int = 0, json: Path | None = None
+) -> None:
+    """Time what ranks of one host do through shared memory, beside messages and a copy.
+
+    Args:
+        ranks: Processes.
+        mib: Of the buffer that is summed and gathered, in MiB.
+        rounds: How often all take turns.
+        soak: Instead, train a small model for so many steps and tell what a rank holds meanwhile.
+        json: Write all timings here.
+    """
+    if soak:
+        table = Table(title=f"{soak} steps on {ranks} ranks, of the first")
+        held = run_soak(ranks, soak)
+        for heading in held[0]:
+            table.add_column(heading, justify="right")
+        for row in held:
+            table.add_row(*(f"{value:,}" for value in row.values()))
+        _console().print(table)
+        return
+    _tell(run_host(ranks, mib, rounds), json)
 
 
 def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> None:
@@ -497,7 +522,7 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
-_ON_RANKS = [step, deepspeed, mpi, checkpoint, compatibility, resume, bits, overhead, habits]
+_ON_RANKS = [step, deepspeed, mpi, checkpoint, compatibility, resume, bits, overhead, host, habits]
 _PREDICTED = [simulate, scale]
 _SHOWN = [plot, markdown]
 

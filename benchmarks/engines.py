@@ -150,6 +150,7 @@ ENGINES: dict[str, Builder] = {
     f"{OURS} ZeRO-1, no overlap": partial(sharded, overlap=False),
     f"{OURS} ZeRO-1, 4 MiB buckets": partial(sharded, bucket_bytes=4 << 20),
     f"{OURS} ZeRO-2": partial(sharded, stage=2),
+    f"{OURS} ZeRO-2, 4 MiB buckets": partial(sharded, stage=2, bucket_bytes=4 << 20),
     f"{OURS} ZeRO-1, bf16 sent": partial(sharded, reduce_dtype=torch.bfloat16),
     f"{OURS} ZeRO-1, int8 sent": partial(sharded, reduce_dtype=torch.int8),
     f"{OURS} ZeRO-1, native": partial(sharded, reduction="native"),

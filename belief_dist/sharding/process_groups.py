@@ -44,7 +44,8 @@ def connect(
             sharded over and the first holds copies. None means all ranks.
         options: Of which `reduction` and `shared_memory` count.
         device: Where the parameters are.
-        timeout: After which a missing rank becomes an error; None takes that of `ranks`.
+        timeout: After which a missing rank becomes an error; None takes half of that of `ranks`:
+            our error, which tells rank, bucket and phase, comes before the backend's.
 
     Raises:
         TypeError: `ranks` is something else.
@@ -72,7 +73,7 @@ def connect(
         )
     group = ranks.get_group(0) if isinstance(ranks, DeviceMesh) else ranks
     backend = str(dist.get_backend(group))
-    timeout = timeout or timeout_of(group, device)
+    timeout = timeout or timeout_of(group, device) / 2
 
     def over(members: Sequence[int], *, may_share: bool = True) -> Collectives:
         if len(members) == 1:
@@ -155,7 +156,7 @@ def connect_model_parallel(mesh: DeviceMesh | None, timeout: timedelta | None) -
         return ModelParallel(mesh, SingleRank())
     with _in_equally_many_groups(_groups_of(mesh)):
         row = mesh.get_group(0)
-        timeout = timeout or timeout_of(row, torch.device(mesh.device_type))
+        timeout = timeout or timeout_of(row, torch.device(mesh.device_type)) / 2
         group = _new_group(members, str(dist.get_backend(row)), timeout)
         return ModelParallel(mesh, BackendReduceScatter(group))
 

@@ -14,6 +14,7 @@ from benchmarks import step
 from benchmarks.bits import run_bits
 from benchmarks.engines import BY_JSON, ENGINES
 from benchmarks.habits import PEERS, run_habit, table
+from benchmarks.host import run_host, run_soak
 from benchmarks.resume import compare_runs, draw_resume
 from benchmarks.step import chosen_engines, run_by_json
 from benchmarks.team import Turn, Workload, take_turn
@@ -54,6 +55,17 @@ def test_a_step_of_every_kind_of_engine_is_timed_and_drawn(tmp_path: Path) -> No
     done = run("plot", f"--files=[{results}]", f"--out={picture}")
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_shared_memory_is_timed_beside_messages_and_soaks() -> None:
+    results = run_host(ranks=2, mib=1, rounds=1)
+    transport, small = results["transport"], results["small"]
+    assert len(transport.rows) == 7 and len(small.rows) == 3
+    assert all(row.median > 0 for row in (*transport.rows, *small.rows))
+    first, *_, last = run_soak(ranks=2, steps=200)
+    # What every step left behind would show by the hundreds.
+    assert last["descriptors"] == first["descriptors"] and last["threads"] <= first["threads"]
+    assert last["mappings"] - first["mappings"] < 20
 
 
 def test_deepspeed_is_timed_by_the_same_json(monkeypatch: pytest.MonkeyPatch) -> None:
