@@ -101,6 +101,34 @@ def test_labels_and_the_health_check(podman: Podman) -> None:
         )
 
 
+SSH = """
+/opt/belief_dist/docker/sshd.sh 2>/dev/null & first=$!
+until ssh localhost true 2>/dev/null; do sleep 0.1; done
+echo "user $(cut -d ' ' -f 2 ~/.ssh/id_rsa.pub)"
+echo "host $(ssh-keyscan -p 2222 localhost 2>/dev/null | cut -d ' ' -f 3)"
+chmod o+w ~/.ssh; ssh localhost true 2>/dev/null || echo "refused"; chmod o-w ~/.ssh
+kill $first; wait $first
+/opt/belief_dist/docker/sshd.sh 2>/dev/null &
+until ssh localhost true 2>/dev/null; do sleep 0.1; done
+echo "next $(ssh-keyscan -p 2222 localhost 2>/dev/null | cut -d ' ' -f 3)"
+"""
+
+
+def test_every_start_of_sshd_has_a_host_key_of_its_own(podman: Podman) -> None:
+    """The cluster's key lets in, and says nothing about which node answers."""
+    said = [line.split() for line in podman.start(IMAGE, "bash", "-c", SSH).splitlines()]
+    assert [line[0] for line in said] == ["user", "host", "refused", "next"]
+    keys = [line[1] for line in said if len(line) == 2]
+    assert len(set(keys)) == 3 and all(key.startswith("AAAA") for key in keys)
+
+
+def test_kubeflow_can_start_sshd_alone(podman: Podman) -> None:
+    start = "cd ~/.ssh && ssh-keygen -q -t ed25519 -N '' -f id_rsa && cp id_rsa.pub authorized_keys"
+    serve = "(/usr/sbin/sshd -De -f /home/mpiuser/.sshd_config &) 2>/dev/null"
+    ask = "chmod 3777 ~/.ssh; until ssh localhost true 2>/dev/null; do sleep 0.1; done; echo served"
+    assert podman.start(IMAGE, "bash", "-c", f"{start} && {serve}; {ask}").strip() == "served"
+
+
 @pytest.fixture(scope="module")
 def trained(podman: Podman) -> dict[str, list[dict[str, Any]]]:
     """Give, for each compose file, the log of what two nodes have trained."""
