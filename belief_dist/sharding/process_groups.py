@@ -54,7 +54,8 @@ def connect(
     """
     if not (ranks is None or isinstance(ranks, (dist.ProcessGroup, DeviceMesh))):
         raise TypeError(
-            f"process_group must be a ProcessGroup, a DeviceMesh or None, got {ranks!r:.100}; "
+            f"process_group must be a ProcessGroup, a DeviceMesh or None, got a "
+            f"{type(ranks).__name__}; "
             f"torch.distributed.new_group(ranks) makes one."
         )
     if not (dist.is_available() and dist.is_initialized()):
