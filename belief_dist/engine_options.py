@@ -131,6 +131,9 @@ class EngineOptions:
     offload: Literal["cpu"] | None = field(default=None, metadata={"check": _one_of(None, "cpu")})
     shared_memory: bool = field(default=True, metadata={"check": _true_or_false})
     check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
+    on_desync: Literal["raise", "repair"] = field(
+        default="raise", metadata={"check": _one_of("raise", "repair")}
+    )
     sync_buffers: bool = field(default=True, metadata={"check": _true_or_false})
 
     @classmethod
@@ -149,6 +152,10 @@ class EngineOptions:
         if options.reduce_dtype == torch.int8 and options.reduction == "native":
             raise ValueError(
                 "reduce_dtype=torch.int8 needs reduction='ordered': backends cannot add it."
+            )
+        if options.on_desync == "repair" and not options.check_replicas:
+            raise ValueError(
+                "on_desync='repair' needs check_replicas=True, which finds what differs."
             )
         return options
 

@@ -94,9 +94,9 @@ class ShardedAdaBelief(Optimizer):
         offload: "cpu" keeps master weights and states in the host's memory and updates them there:
             gradients come over and parameters go back bucket by bucket. The bits are the same.
         shared_memory: On CPUs, ranks of one host read each other's memory instead of messages.
-        check_replicas: In every step, raise if a checksum of the ranks' parameters differs.
-        sync_buffers: Give all ranks the first rank's buffers of all live modules that hold any of
-            the parameters, once, as DistributedDataParallel does.
+        check_replicas: In every step, compare a checksum of the ranks' parameters.
+        on_desync: If it differs, "raise", or "repair": ranks get what most have, skipping the step.
+        sync_buffers: Once, give all ranks the first rank's buffers of modules that hold parameters.
         timeout: After which a rank that does not answer is an error; None: half that of the group.
 
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
@@ -145,6 +145,7 @@ class ShardedAdaBelief(Optimizer):
         offload: Literal["cpu"] | None = None,
         shared_memory: bool = True,
         check_replicas: bool = True,
+        on_desync: Literal["raise", "repair"] = "raise",
         sync_buffers: bool = True,
         timeout: timedelta | None = None,
         **other_spellings: Any,

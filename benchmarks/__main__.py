@@ -36,6 +36,7 @@ from benchmarks.evidence import (
     overview,
     training_sheet,
 )
+from benchmarks.faults import run_faults
 from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.gradients import recorded, synthetic
 from benchmarks.habits import HABITS, run_habits
@@ -235,6 +236,25 @@ def host(
         _console().print(table)
         return
     _tell(run_host(ranks, mib, rounds), json)
+
+
+def faults(seeds: int = 2, only: list[str] | None = None, json: Path | None = None) -> None:
+    """End one rank of three at every phase of a step, in every way, under us and under peers.
+
+    Args:
+        seeds: Moments of each phase and way; two take a quarter of an hour.
+        only: Words of which one is in the name of each engine that is chosen.
+        json: Write the table here.
+    """
+    rows = run_faults(seeds, only or ())
+    table = Table(title="One rank of three ends")
+    for heading in rows[0]:
+        table.add_column(heading, justify="left" if heading in ("engine", "rank 1") else "right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    _console().print(table)
+    if json is not None:
+        json.write_text(json_module.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
 
 def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> None:
@@ -522,7 +542,19 @@ def readme() -> None:
 
 
 _ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
-_ON_RANKS = [step, deepspeed, mpi, checkpoint, compatibility, resume, bits, overhead, host, habits]
+_ON_RANKS = [
+    step,
+    deepspeed,
+    mpi,
+    checkpoint,
+    compatibility,
+    resume,
+    bits,
+    overhead,
+    host,
+    faults,
+    habits,
+]
 _PREDICTED = [simulate, scale]
 _SHOWN = [plot, markdown]
 

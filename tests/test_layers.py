@@ -37,7 +37,7 @@ sharding.param_storage sharding.data_edits sharding.reduce_stream
 sharding.host_lines sharding.point_to_point
 sharding.shared_memory sharding.across_hosts
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
-sharding.process_groups sharding.grad_reducer
+sharding.process_groups sharding.grad_reducer sharding.replica_repair
 sharding.zero1 sharding.zero2 sharding.step_consensus
 sharding.graph_counts sharding.disagreements
 sharding.shard_update

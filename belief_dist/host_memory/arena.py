@@ -14,8 +14,10 @@ from torch import Tensor
 
 from belief_dist.host_memory import forks
 
-# Room for addresses. Memory is taken when it is first written to.
-_ROOM = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+# Room for addresses; memory is taken when it is first written to. A process has 128 TiB of them and
+# maps as much for every rank of the host and every optimizer.
+_MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+_ROOM = min(2 * _MEMORY, 1 << 38)
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # since Python 3.13
 
 
@@ -128,7 +130,10 @@ class Arena:
             offset = known.pop()
         else:
             if self._end + size > _ROOM:
-                raise MemoryError(f"{size} bytes more than twice the memory of this host")
+                raise MemoryError(
+                    f"{self._end + size} bytes of parameters and gradients on one rank are more "
+                    f"than the {_ROOM} that ranks of a host can share; pass shared_memory=False."
+                )
             offset, self._end = self._end, self._end + size
         part = self._mapping.bytes(offset, used)
         # A tensor's storage keeps the memoryview that it was made from.

@@ -25,7 +25,7 @@ from torch import Tensor
 from belief_dist.host_memory import Team
 from belief_dist.sharding.buffer_pool import BufferPool, Handle
 from belief_dist.sharding.collectives import RECEIVING, Collectives, ReduceRequest, Works
-from belief_dist.sharding.host_lines import RING, HostLines, Signal
+from belief_dist.sharding.host_lines import RING, CopyBack, HostLines, Signal
 from belief_dist.sharding.point_to_point import Chunk, await_chunk, post_chunks
 
 _ADDENDS = "come with its gradients"
@@ -63,6 +63,7 @@ class AcrossHosts(Collectives):
         self._relayed = [rank for rank in self._away if relay(rank, self._here) == self.rank]
         self._inboxes = BufferPool(RECEIVING)
         self._staging = BufferPool(RECEIVING, allocate=self.buffer)
+        self._moved = BufferPool(RING, allocate=self.buffer)  # for parameters that have moved
         self._sums = self._gathers = 0
         self._works: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         weakref.finalize(self, self._works.put, None).atexit = False  # the thread ends
@@ -76,10 +77,9 @@ class AcrossHosts(Collectives):
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""
         assert self._group is not None
         flat = request.flat
-        addends, staged = flat, None
-        if self._lines.team.arena.offset_of(flat) is None:
-            staged = self._staging.take(flat.numel(), flat.dtype, flat.device)
-            addends = staged.copy_(flat)
+        addends = self._lines.shared(flat, self._staging)
+        if addends is not flat:
+            addends.copy_(flat)
         number, self._sums = self._sums, self._sums + 1
         if number >= RING:
             self._lines.wait(Signal.SUMMED, number - RING + 1, _SUMS)
@@ -99,7 +99,7 @@ class AcrossHosts(Collectives):
         work = _Sum(self._lines, number, request, own, arriving, chunks, sent)
         self._works.put(work)
         handle: Handle = self._inboxes.lend(work, inbox)
-        return handle if staged is None else self._staging.lend(handle, staged)
+        return handle if addends is flat else self._staging.lend(handle, addends)
 
     def open_gathers(self, flats: Sequence[Tensor]) -> None:
         """See `Collectives.open_gathers`; each is opened when it starts."""
@@ -110,8 +110,12 @@ class AcrossHosts(Collectives):
         number, self._gathers = self._gathers, self._gathers + 1
         if number >= RING:
             self._lines.wait(Signal.WRITTEN, number - RING + 1, _PARAMETERS)
-        pieces = flat.view(self.world_size, -1)
-        self._lines.tell(Signal.OPENED, number, flat)
+        own = flat.view(self.world_size, -1)[self.rank]
+        place = self._lines.shared(flat, self._moved)
+        pieces = place.view(self.world_size, -1)
+        if place is not flat:
+            pieces[self.rank].copy_(own)
+        self._lines.tell(Signal.OPENED, number, place)
         self._lines.post(Signal.OPENED, number + 1)
         chunks, sent = post_chunks(
             self._group,
@@ -122,7 +126,9 @@ class AcrossHosts(Collectives):
             self._lines, number, {r: pieces[r] for r in (self.rank, *self._relayed)}, chunks, sent
         )
         self._works.put(work)
-        return work
+        if place is flat:
+            return work
+        return self._moved.lend(CopyBack(work, place, flat, own), place)
 
 
 class _Work(ABC):

@@ -243,11 +243,11 @@ class Collectives(ABC):
         if self.world_size > 1:
             dist.all_reduce(message, group=self._group)
 
-    def broadcast_(self, flat: Tensor) -> None:
-        """Give every rank the values of the first rank of the group."""
+    def broadcast_(self, flat: Tensor, source: int = 0) -> None:
+        """Give every rank the values of one rank of the group."""
         if self.world_size > 1:
             assert self._group is not None
-            dist.broadcast(flat, src=dist.get_global_rank(self._group, 0), group=self._group)
+            dist.broadcast(flat, src=dist.get_global_rank(self._group, source), group=self._group)
 
     def exchange(self, value: Any) -> list[Any]:
         """Return the picklable `value` of every rank."""

@@ -8,8 +8,12 @@ from typing import Any
 from torch import Tensor
 
 from belief_dist.sharding.collectives import Collectives
+from belief_dist.sharding.dtensor import local_part
+from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
 from belief_dist.sharding.step_consensus import StepConsensus, Verdict
+
+SKIPPED = "%s: step skipped on all ranks (%d so far)"
 
 
 def raise_if_apart(
@@ -64,3 +68,22 @@ def raise_if_apart(
         )
     if verdict == Verdict.REPLICAS_DIFFER:
         raise RuntimeError(replica_fault(comm, consensus.replica_sums.tolist(), copies()))
+
+
+def why_skipped(verdict: Verdict) -> str:
+    """Return why all ranks have skipped a step, for a verdict that is no error."""
+    return {
+        Verdict.NOT_FINITE: "a gradient is not finite",
+        Verdict.GIVEN_UP: "backward has raised on some rank",
+        Verdict.REPLICAS_DIFFER: "gradients are partly those of wrong parameters",
+    }[verdict]
+
+
+def copies_of(
+    layout: Layout, params: Sequence[Tensor], label: Callable[[int], str]
+) -> list[dict[str, Tensor]]:
+    """Return this rank's copies of the parameters of each bucket, by their label."""
+    return [
+        {label(slot.param): local_part(params[slot.param]) for slot in plan.slots}
+        for plan in layout.buckets
+    ]

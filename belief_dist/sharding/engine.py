@@ -32,7 +32,7 @@ from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives, start_gather
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.data_edits import DataEdits
-from belief_dist.sharding.disagreements import raise_if_apart
+from belief_dist.sharding.disagreements import SKIPPED, copies_of, raise_if_apart, why_skipped
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_codec import codec_for
@@ -46,6 +46,7 @@ from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.process_groups import ModelParallel
 from belief_dist.sharding.rank_checks import compare_order, compare_ranks
 from belief_dist.sharding.read_guard import ReadGuard
+from belief_dist.sharding.replica_repair import repair_replicas
 from belief_dist.sharding.shard_update import ShardUpdate
 from belief_dist.sharding.step_consensus import StepConsensus, Verdict
 from belief_dist.sharding.zero1 import Zero1Reducer
@@ -412,16 +413,20 @@ class ShardEngine:
             return
         self.update.uncount_steps(counted)
         self._graph.take_back()
-        self._raise_if_apart(verdict, param_groups)
+        if self.consensus.defers:  # else it was raised before anything was updated
+            self._raise_if_apart(verdict, param_groups)
         self.skipped_steps += 1
         self.reducer.forget_errors()
         if self.comm.shard_index == 0:
-            reason = "a gradient is not finite"
-            if verdict == Verdict.GIVEN_UP:
-                reason = "backward has raised on some rank"
-            logger.warning("%s: step skipped on all ranks (%d so far)", reason, self.skipped_steps)
+            logger.warning(SKIPPED, why_skipped(verdict), self.skipped_steps)
 
     def _raise_if_apart(self, verdict: Verdict, param_groups: ParamGroups) -> None:
+        if verdict == Verdict.REPLICAS_DIFFER and self.options.on_desync == "repair":
+            sums = self.consensus.replica_sums.tolist()
+            repaired = repair_replicas(self.comm, sums, self.buckets, self._copies())
+            logger.warning("copies of parameters differed between ranks, and were %s", repaired)
+            self._note_versions()
+            return
         raise_if_apart(
             verdict,
             self.comm,
@@ -433,11 +438,7 @@ class ShardEngine:
 
     def _copies(self) -> list[dict[str, Tensor]]:
         self.read_guard.wait_all()  # what is told differs now
-        labels = list(map(self._label, range(len(self.params))))
-        return [
-            {labels[slot.param]: local_part(self.params[slot.param]) for slot in plan.slots}
-            for plan in self.layout.buckets
-        ]
+        return copies_of(self.layout, self.params, self._label)
 
     # - Masters and parameters
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from belief_dist.host_memory import Team
 from belief_dist.kernels.signals import NBYTES, addresses, signals
+from belief_dist.sharding.buffer_pool import BufferPool, Handle
 
 
 class Signal(IntEnum):
@@ -90,6 +91,15 @@ class HostLines:
         }
         self._failure: str | None = None
 
+    def shared(self, flat: Tensor, pool: BufferPool) -> Tensor:
+        """Return `flat`, or a buffer of its size from `pool` if `flat` is not in shared memory.
+
+        What was made there may have moved: torch.multiprocessing moves tensors that it sends.
+        """
+        if self.team.arena.offset_of(flat) is not None:
+            return flat
+        return pool.take(flat.numel(), flat.dtype, flat.device)
+
     # - Numbers
 
     def post(self, signal: Signal, value: int) -> None:
@@ -156,7 +166,7 @@ class HostLines:
     def tell(self, signal: Signal, number: int, tensor: Tensor) -> None:
         """Write down where the tensor lies that the post of `number` is about."""
         offset = self.team.arena.offset_of(tensor)
-        assert offset is not None, "the tensor must be from Collectives.buffer"
+        assert offset is not None
         self._rings[signal, self._rank][number % RING] = offset
 
     def told(self, signal: Signal, rank: int, number: int, like: Tensor, start: int) -> Tensor:
@@ -179,3 +189,19 @@ class HostLines:
         start = _MESSAGES + number % 2 * MESSAGE_BYTES
         part = self._parts[rank][start : start + like.nbytes]
         return torch.frombuffer(part, dtype=like.dtype).view(like.shape)
+
+
+class CopyBack:
+    """A gather into another place than where it is wanted."""
+
+    def __init__(self, gather: Handle, place: Tensor, flat: Tensor, own: Tensor) -> None:
+        """Copy all of `place` to `flat` when `gather` has ended, but the piece `own` of `flat`."""
+        self._gather, self._place, self._flat = gather, place, flat
+        self._start = own.storage_offset() - flat.storage_offset()
+        self._stop = self._start + own.numel()
+
+    def wait(self) -> None:
+        """Wait for it."""
+        self._gather.wait()
+        self._flat[: self._start].copy_(self._place[: self._start])
+        self._flat[self._stop :].copy_(self._place[self._stop :])

@@ -77,8 +77,8 @@ def compare_order(comm: Collectives, specs: Sequence[ParamSpec], params: Sequenc
         if spec.name == str(index):
             alike.setdefault((spec.shape, spec.dtype, spec.group, spec.kind), []).append(index)
     doubtful = [each for each in alike.values() if len(each) > 1]
-    digests = iter(_digests([params[index] for each in doubtful for index in each]))
-    mine = [tuple(islice(digests, len(each))) for each in doubtful]
+    found = iter(digests([params[index] for each in doubtful for index in each]))
+    mine = [tuple(islice(found, len(each))) for each in doubtful]
     everyone = comm.exchange(mine)
     for place, each in enumerate(doubtful):
         orders: dict[tuple[int, ...], dict[tuple[int, ...], int]] = {}
@@ -109,7 +109,7 @@ def replica_fault(
     """
     bucket, odd = _first_difference(comm.exchange(sums))
     where = f"of one of the parameters {', '.join(buckets[bucket])}"
-    params = _digests(list(buckets[bucket].values()))
+    params = digests(list(buckets[bucket].values()))
     everyone = comm.exchange(params)
     if len(set(map(tuple, everyone))) > 1:  # else the gather has spread one copy since
         param, odd = _first_difference(everyone)
@@ -126,7 +126,7 @@ def replica_fault(
     )
 
 
-def _digests(tensors: Sequence[Tensor]) -> list[int]:
+def digests(tensors: Sequence[Tensor]) -> list[int]:
     """Return a checksum of the bits of each tensor."""
     if not tensors:
         return []

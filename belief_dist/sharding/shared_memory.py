@@ -24,7 +24,7 @@ from torch import Tensor
 from belief_dist.host_memory import Team
 from belief_dist.sharding.buffer_pool import BufferPool, Handle
 from belief_dist.sharding.collectives import RECEIVING, Collectives, ReduceRequest
-from belief_dist.sharding.host_lines import MESSAGE_BYTES, RING, HostLines, Signal
+from belief_dist.sharding.host_lines import MESSAGE_BYTES, RING, CopyBack, HostLines, Signal
 
 # How long a sum that could be taken waits for the script. On busy cores the thread seldom does it.
 _GRACE_SECONDS = 0.01
@@ -52,7 +52,11 @@ class SharedMemory(Collectives):
         self._staging = BufferPool(RECEIVING, allocate=self.buffer)
         # How many of each this rank has begun.
         self._sums = self._opened = self._gathers = self._messages = 0
-        self._open: deque[int] = deque()  # addresses of buffers whose gathers are to start
+        # Buffers whose gathers are to start, by address, and where the others write.
+        self._open: deque[tuple[int, Tensor]] = deque()
+        self._moved = BufferPool(
+            RING, allocate=self.buffer
+        )  # in the place of those that have moved
         # Sums under way, in order. A thread shares them, and what they write to.
         self._lock = threading.RLock()
         self._pending: deque[_OrderedSum] = deque()
@@ -70,10 +74,9 @@ class SharedMemory(Collectives):
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""
         flat = request.flat
-        addends, staged = flat, None
-        if self._lines.team.arena.offset_of(flat) is None:
-            staged = self._staging.take(flat.numel(), flat.dtype, flat.device)
-            addends = staged.copy_(flat)
+        addends = self._lines.shared(flat, self._staging)
+        if addends is not flat:
+            addends.copy_(flat)
         number, self._sums = self._sums, self._sums + 1
         if number >= RING:
             self._take_ready()
@@ -85,7 +88,7 @@ class SharedMemory(Collectives):
         self._lines.post(Signal.PUBLISHED, number + 1)
         self._take_ready()
         self._has_pending.set()
-        return operation if staged is None else self._staging.lend(operation, staged)
+        return operation if addends is flat else self._staging.lend(operation, addends)
 
     def _take_ready(self) -> None:
         """Take all sums whose addends are there, in their order."""
@@ -149,15 +152,17 @@ class SharedMemory(Collectives):
     def _open_one(self, flat: Tensor) -> None:
         if self._opened >= RING:
             self._lines.wait(Signal.WRITTEN, self._opened - RING + 1, _PARAMETERS)
-        self._lines.tell(Signal.OPENED, self._opened, flat)
+        place = self._lines.shared(flat, self._moved)
+        self._lines.tell(Signal.OPENED, self._opened, place)
         self._opened += 1
-        self._open.append(flat.data_ptr())
+        self._open.append((flat.data_ptr(), place))
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`; returns when this rank's piece is in all buffers."""
         if not self._open:
             self.open_gathers([flat])
-        if self._open.popleft() != flat.data_ptr():
+        address, place = self._open.popleft()
+        if address != flat.data_ptr():
             self._lines.fail("gathers were opened in another order than they are started in")
         number, self._gathers = self._gathers, self._gathers + 1
         self._lines.wait(Signal.OPENED, number + 1, "come to where parameters are gathered")
@@ -167,7 +172,10 @@ class SharedMemory(Collectives):
             start = self.shard_index * own.numel()
             self._lines.told(Signal.OPENED, peer, number, own, start).copy_(own)
         self._lines.post(Signal.WRITTEN, number + 1)
-        return _Gather(self._lines, number)
+        gather = _Gather(self._lines, number)
+        if place is flat:
+            return gather
+        return self._moved.lend(CopyBack(gather, place, flat, own), place)
 
     # - The small message of a step
 

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import step
 from benchmarks.bits import run_bits
 from benchmarks.engines import BY_JSON, ENGINES
+from benchmarks.faults import WAYS, Case, cases, run_case
 from benchmarks.habits import PEERS, run_habit, table
 from benchmarks.host import run_host, run_soak
 from benchmarks.resume import compare_runs, draw_resume
@@ -66,6 +67,18 @@ def test_shared_memory_is_timed_beside_messages_and_soaks() -> None:
     # What every step left behind would show by the hundreds.
     assert last["descriptors"] == first["descriptors"] and last["threads"] <= first["threads"]
     assert last["mappings"] - first["mappings"] < 20
+
+
+@pytest.mark.parametrize("phase, kept", [("agreement", True), ("gather", None)])
+def test_a_rank_is_ended_and_what_the_others_notice_is_told(phase: str, kept: bool | None) -> None:
+    outcome = run_case(Case("ShardedAdaBelief", phase, "killed", 5))
+    assert outcome.seconds is not None and outcome.names_victim and outcome.kept is kept
+
+
+def test_cases_of_faults_are_every_phase_and_way() -> None:
+    found = cases(seeds=2, only=["messages", "FSDP2"])
+    assert len(found) == 2 * len(WAYS) * (6 + 3)
+    assert found == cases(seeds=2, only=["messages", "FSDP2"])
 
 
 def test_deepspeed_is_timed_by_the_same_json(monkeypatch: pytest.MonkeyPatch) -> None:

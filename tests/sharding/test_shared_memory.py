@@ -92,7 +92,14 @@ def mixtures(hosts: str) -> list[Callable[[], None]]:
 @pytest.mark.parametrize("hosts", ["aab", "aabb", "abab", "aabbb"])
 def test_bits_do_not_depend_on_where_ranks_are(hosts: str, tmp_path: Path) -> None:
     more = [ranks_of_a_host_share] if len(hosts) == 4 else []
-    run_ranks(len(hosts), tmp_path, *mixtures(hosts), *more, partial(crosses_once, hosts))
+    run_ranks(
+        len(hosts),
+        tmp_path,
+        *mixtures(hosts),
+        *more,
+        partial(crosses_once, hosts),
+        partial(on_hosts, hosts, parameters_that_move_are_copied, AcrossHosts),
+    )
 
 
 def crosses_once(hosts: str) -> None:
@@ -164,6 +171,28 @@ def memory_from_elsewhere_is_copied() -> None:
     assert (shard == sum(range(1, comm.world_size + 1))).all()
 
 
+def parameters_that_move_are_copied() -> None:
+    """torch.multiprocessing moves what it sends into memory of its own, and all views with it."""
+    for stage in (1, 2):
+        params, still = make_params(), make_params()
+        options = {"bucket_bytes": 1500, "stage": stage, **HYPER}
+        optimizer, other = ShardedAdaBelief(params, **options), ShardedAdaBelief(still, **options)
+        for step in range(4):
+            if step == 2:
+                for param in params[:4]:
+                    param.untyped_storage()._share_fd_cpu_()
+                    assert optimizer.comm._lines.team.arena.offset_of(param.data) is None
+            for each, made in ((params, optimizer), (still, other)):
+                backward(
+                    each, [make_grad(s, step, dist.get_rank(), i) for i, s in enumerate(SHAPES)]
+                )
+                made.step()
+                made.zero_grad()
+        optimizer.wait_pending()
+        other.wait_pending()
+        assert all(map(torch.equal, params, still)), stage
+
+
 def a_collective_of_the_script_holds_nobody_up(stage: Literal[1, 2]) -> None:
     """One rank is late in backward and has two buffers only; the others stand in a barrier.
 
@@ -204,6 +233,7 @@ def test_sums_messages_and_scripts_that_stand_elsewhere(world_size: int, tmp_pat
         more_sums_than_places,
         long_messages_travel_too,
         memory_from_elsewhere_is_copied,
+        parameters_that_move_are_copied,
         partial(a_collective_of_the_script_holds_nobody_up, 1),
         partial(a_collective_of_the_script_holds_nobody_up, 2),
         nothing_is_left,

@@ -68,6 +68,41 @@ def flipped_bit(dtype: torch.dtype, index: int, bit: int, culprit: int) -> None:
     assert optimizer.state[params[0]]["step"] == 2
 
 
+def repaired_bit(dtype: torch.dtype, index: int, culprit: int, stage: Stage) -> None:
+    """With "repair" the rank gets what the others have, owner or not, and the step is skipped."""
+    params, steady = make_params(dtype), make_params(dtype)
+    options = {"bucket_bytes": 1500, "stage": stage, "on_desync": "repair", **HYPER}
+    optimizer, undisturbed = (
+        ShardedAdaBelief(params, **options),
+        ShardedAdaBelief(steady, **options),
+    )
+    for step in (1, 2, 3):
+        if step == 2:
+            words = params[index].data.view({2: torch.int16, 4: torch.int32}[dtype.itemsize])
+            if dist.get_rank() == culprit:
+                words.view(-1)[:3] ^= 1 << 9
+            one_step(optimizer, params, 9)
+            assert optimizer.skipped_steps == 1
+            # Masters of the owner's that were taken for edited are those of the others' parameters.
+            undisturbed.refresh_masters() if dtype != torch.float32 else None
+            optimizer.refresh_masters() if dtype != torch.float32 else None
+        one_step(optimizer, params, step)
+        one_step(undisturbed, steady, step)
+    assert same(snapshot(undisturbed), snapshot(optimizer))
+    assert all(map(torch.equal, params, steady))
+
+
+def two_against_two() -> None:
+    """Without a majority nobody knows who is right: an error, and nothing was changed."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=1500, on_desync="repair", **HYPER)
+    with torch.no_grad():
+        params[7].data[0, 0] = dist.get_rank() % 2
+    with pytest.raises(RuntimeError, match="none has a majority"):
+        one_step(optimizer, params, 1)
+    assert params[7][0, 0] == dist.get_rank() % 2 and optimizer.skipped_steps == 0
+
+
 def other_options() -> None:
     """A learning rate that one rank has set alone is an error, and not another model per rank."""
     params = make_params()
@@ -135,6 +170,12 @@ def test_ranks_that_come_apart(world_size: int, tmp_path: Path) -> None:
         partial(flipped_bit, torch.float32, 7, 0, 1),
         partial(flipped_bit, torch.float32, 1, 31, 2),
         partial(flipped_bit, torch.bfloat16, 6, 15, 0),
+        *(
+            partial(repaired_bit, dtype, index, culprit, stage)
+            for culprit in range(3)
+            for dtype, index, stage in ((torch.float32, 7, 1), (torch.bfloat16, 6, 2))
+        ),
+        *([two_against_two] if world_size == 4 else []),
         other_options,
         other_loss_scale,
         no_check_when_it_is_off,

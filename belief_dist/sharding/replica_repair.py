@@ -1,0 +1,62 @@
+"""Makes the ranks' copies of the parameters equal again, by the copies of most of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.collectives import Collectives
+from belief_dist.sharding.rank_checks import digests, replica_fault
+
+
+@torch.no_grad()
+def repair_replicas(
+    comm: Collectives,
+    sums: list[int],
+    buckets: Sequence[BucketBuffers],
+    copies: Sequence[Mapping[str, Tensor]],
+) -> str:
+    """Give ranks whose copy of a parameter is that of a minority the copy of the others.
+
+    Called by all ranks, before anything is gathered, which would spread a wrong copy.
+
+    Args:
+        comm: The process group.
+        sums: One checksum for each bucket, as this rank has sent them.
+        buckets: Of the optimizer.
+        copies: The parameters of each bucket by their label.
+
+    Returns:
+        What was repaired, in words that are the same on all ranks.
+
+    Raises:
+        RuntimeError: On all ranks: a parameter has no copy that most ranks agree about, or none
+            differs any more. Nothing was changed then.
+    """
+    differ = [
+        n for n, each in enumerate(zip(*comm.exchange(sums), strict=True)) if len({*each}) > 1
+    ]
+    params = [(n, label, param) for n in differ for label, param in copies[n].items()]
+    everyone = comm.exchange(digests([param for _, _, param in params]))
+    found: list[tuple[str, Tensor, int, list[int]]] = []
+    is_hopeless = False
+    for (_, label, param), values in zip(params, zip(*everyone, strict=True), strict=True):
+        most, count = Counter(values).most_common(1)[0]
+        if count < len(values):
+            is_hopeless |= 2 * count <= len(values)
+            odd = [rank for rank, value in enumerate(values) if value != most]
+            found.append((label, param, values.index(most), odd))
+    if is_hopeless or not found:
+        raise RuntimeError(replica_fault(comm, sums, copies))
+    for _, param, source, _ in found:
+        good = param.contiguous().view(-1)
+        comm.broadcast_(good, source)
+        param.copy_(good.view(param.shape))
+    for number in differ:
+        buckets[number].refresh_edited()
+    said = "; ".join(f"parameter {label} of rank {odd}" for label, _, _, odd in found)
+    return f"made equal to the copies of the other ranks: {said}"
