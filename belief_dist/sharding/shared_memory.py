@@ -27,8 +27,8 @@ from belief_dist.sharding.collectives import RECEIVING, Collectives, ReduceReque
 from belief_dist.sharding.host_lines import MESSAGE_BYTES, RING, CopyBack, HostLines, Signal
 
 # How long a sum that could be taken waits for the script. On busy cores the thread seldom does it.
-_GRACE_SECONDS = 0.01
-_WAIT_SECONDS = 0.05
+_GRACE_SECONDS = 0.1
+_WAIT_SECONDS = 0.1
 
 _ADDENDS = "come with its gradients"
 _SUMS = "summed the gradients"
