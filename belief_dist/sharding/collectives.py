@@ -170,16 +170,17 @@ def start_gather(comm: Collectives, flat: Tensor, bucket: int) -> Named:
     """Start to gather a bucket's parameters.
 
     One that cannot start fails when it is waited for, as one that fails on its way: a step that has
-    begun to update updates all of this rank's shards.
+    begun to update updates all of this rank's shards. Later ones are not started, as the other
+    ranks would take them for this one.
     """
     what = f"gathering the parameters of bucket {bucket}"
-    gather: Handle
-    try:
-        with naming(comm, what):
-            gather = comm.start_gather(flat)
-    except CommunicationError as error:
-        gather = _Failed(error)
-    return Named(gather, comm, what)
+    if comm.gather_failure is None:
+        try:
+            with naming(comm, what):
+                return Named(comm.start_gather(flat), comm, what)
+        except CommunicationError as error:
+            comm.gather_failure = error
+    return Named(_Failed(comm.gather_failure), comm, what)
 
 
 class Collectives(ABC):
@@ -190,7 +191,10 @@ class Collectives(ABC):
         world_size: Number of ranks, whose gradients are added.
         shard_index: Which shard this process owns.
         num_shards: How many shards there are; fewer than ranks if several ranks keep each.
+        gather_failure: Why no gather can be started any more, or None.
     """
+
+    gather_failure: CommunicationError | None = None
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group

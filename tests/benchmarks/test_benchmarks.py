@@ -69,9 +69,16 @@ def test_shared_memory_is_timed_beside_messages_and_soaks() -> None:
     assert last["mappings"] - first["mappings"] < 20
 
 
-@pytest.mark.parametrize("phase, kept", [("agreement", True), ("gather", None)])
-def test_a_rank_is_ended_and_what_the_others_notice_is_told(phase: str, kept: bool | None) -> None:
-    outcome = run_case(Case("ShardedAdaBelief", phase, "killed", 5))
+@pytest.mark.parametrize(
+    "case, kept",
+    [
+        (Case("ShardedAdaBelief", "agreement", "killed", 5), True),
+        # Gathers after one that has not started would be taken for it.
+        (Case("ShardedAdaBelief, messages", "gather", "raises", 36), None),
+    ],
+)
+def test_a_rank_is_ended_and_what_the_others_notice_is_told(case: Case, kept: bool | None) -> None:
+    outcome = run_case(case)
     assert outcome.seconds is not None and outcome.names_victim and outcome.kept is kept
 
 
