@@ -62,8 +62,9 @@ class AcrossHosts(Collectives):
         self._relays = [relay(self.rank, host) for host in by_host if host is not self._here]
         self._relayed = [rank for rank in self._away if relay(rank, self._here) == self.rank]
         self._inboxes = BufferPool(RECEIVING)
-        self._staging = BufferPool(RECEIVING, allocate=self.buffer)
-        self._moved = BufferPool(RING, allocate=self.buffer)  # for parameters that have moved
+        self._staging = BufferPool(RECEIVING, allocate=self._lines.buffer)
+        # In the place of parameters that have moved.
+        self._moved = BufferPool(RING, allocate=self._lines.buffer)
         self._sums = self._gathers = 0
         self._works: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         weakref.finalize(self, self._works.put, None).atexit = False  # the thread ends
@@ -71,7 +72,7 @@ class AcrossHosts(Collectives):
 
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Collectives.buffer`; in memory that the host's other ranks have mapped."""
-        return self._lines.team.arena.take(numel * dtype.itemsize).view(dtype)
+        return self._lines.buffer(numel, dtype, device)
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""

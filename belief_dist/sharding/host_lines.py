@@ -91,6 +91,10 @@ class HostLines:
         }
         self._failure: str | None = None
 
+    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a flat tensor of zeros that the peers have mapped; `device` is the CPU."""
+        return self.team.arena.take(numel * dtype.itemsize).view(dtype)
+
     def shared(self, flat: Tensor, pool: BufferPool) -> Tensor:
         """Return `flat`, or a buffer of its size from `pool` if `flat` is not in shared memory.
 

@@ -49,14 +49,13 @@ class SharedMemory(Collectives):
         super().__init__(group)
         everyone = range(self.world_size)
         self._lines = HostLines(team, self.rank, everyone, self.exchange, timeout)
-        self._staging = BufferPool(RECEIVING, allocate=self.buffer)
+        self._staging = BufferPool(RECEIVING, allocate=self._lines.buffer)
         # How many of each this rank has begun.
         self._sums = self._opened = self._gathers = self._messages = 0
         # Buffers whose gathers are to start, by address, and where the others write.
         self._open: deque[tuple[int, Tensor]] = deque()
-        self._moved = BufferPool(
-            RING, allocate=self.buffer
-        )  # in the place of those that have moved
+        # In the place of those that have moved.
+        self._moved = BufferPool(RING, allocate=self._lines.buffer)
         # Sums under way, in order. A thread shares them, and what they write to.
         self._lock = threading.RLock()
         self._pending: deque[_OrderedSum] = deque()
@@ -67,7 +66,7 @@ class SharedMemory(Collectives):
 
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """See `Collectives.buffer`; in memory that the others have mapped."""
-        return self._lines.team.arena.take(numel * dtype.itemsize).view(dtype)
+        return self._lines.buffer(numel, dtype, device)
 
     # - Sums
 
