@@ -117,8 +117,12 @@ class Arena:
         """All of it, as this process sees it."""
         return self._mapping
 
-    def take(self, nbytes: int) -> Tensor:
+    def take(self, nbytes: int, *, outlives: bool = False) -> Tensor:
         """Return a flat tensor of bytes, all zero, which comes back when nothing uses it.
+
+        Args:
+            nbytes: Its size.
+            outlives: It does not come back: peers may still read it when this process has done.
 
         Raises:
             MemoryError: So many addresses are not left.
@@ -137,8 +141,9 @@ class Arena:
             offset, self._end = self._end, self._end + size
         part = self._mapping.bytes(offset, used)
         # A tensor's storage keeps the memoryview that it was made from.
-        ends = weakref.finalize(part, self._take_back, self._mapping, self._free, offset, size)
-        ends.atexit = False
+        if not outlives:
+            ends = weakref.finalize(part, self._take_back, self._mapping, self._free, offset, size)
+            ends.atexit = False
         forks.note(part, self._mapping.address + offset, size)
         return torch.frombuffer(part, dtype=torch.uint8)[:nbytes]
 

@@ -73,6 +73,8 @@ class ReduceRequest:
             stop: The first that does not belong to it; None for the end.
         """
         shard = self.shard
+        if shard.numel() == 0:  # of a bucket of empty parameters
+            return
         if stop is not None:
             shard = shard[self.codec.window(start, stop)]
         self.codec.sum_(shard, pieces, self.norm_bins, accumulate=self.accumulate)

@@ -78,7 +78,8 @@ class HostLines:
         self.peers = [other for other in ranks if other != rank]
         self._timeout = timeout.total_seconds()
         self._signals = signals()
-        self._memory = team.arena.take(_BYTES)
+        # A rank that has dropped its optimizer leaves what slower ones still wait for.
+        self._memory = team.arena.take(_BYTES, outlives=True)
         starts: list[int] = exchange(team.arena.offset_of(self._memory))
         self._mappings = {r: team.mapping(r) for r in ranks}
         self._parts = {r: self._mappings[r].bytes(starts[r], _BYTES) for r in ranks}

@@ -25,3 +25,4 @@ class Slow:
             return Handle()
 
         optimizer.comm.start_gather = start_late
+        optimizer.comm.open_gathers = lambda flats: None  # who reads last starts first

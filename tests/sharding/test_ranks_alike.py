@@ -237,7 +237,7 @@ def edits_by_hand(edit: Callable[[Any], None]) -> None:
 
 
 def limits_come_from_the_group() -> None:
-    """The limit of the process group holds for the optimizer, and its error says who is late."""
+    """Half the process group's limit is the optimizer's, and its error says who is late."""
     ranks = list(range(dist.get_world_size()))
     group = dist.new_group(ranks, timeout=timedelta(seconds=2))
     model = nn.Sequential(*[nn.Linear(8, 8) for _ in range(4)])
@@ -250,7 +250,7 @@ def limits_come_from_the_group() -> None:
     if dist.get_rank() != 1:  # which is late
         with pytest.raises(CommunicationError) as caught:
             model(torch.ones(1, 8)).sum().backward()
-        assert 1.5 < time.monotonic() - begin < 20
+        assert 0.8 < time.monotonic() - begin < 20
         said = str(caught.value)
         assert re.match(rf"rank {dist.get_rank()} of .*, summing the gradients of bucket \d+", said)
         assert re.search(r"rank 1 \(process \d+\) has not come with its gradients", said), said

@@ -236,8 +236,25 @@ def test_sums_messages_and_scripts_that_stand_elsewhere(world_size: int, tmp_pat
         parameters_that_move_are_copied,
         partial(a_collective_of_the_script_holds_nobody_up, 1),
         partial(a_collective_of_the_script_holds_nobody_up, 2),
+        a_rank_may_drop_its_optimizer_first,
         nothing_is_left,
     )
+
+
+def a_rank_may_drop_its_optimizer_first() -> None:
+    """Slower ranks still wait for what it has done in its last step."""
+    for _ in range(3):
+        params = make_params()
+        optimizer = ShardedAdaBelief(params, bucket_bytes=1500, timeout=TIMEOUT, **HYPER)
+        backward(params, [make_grad(s, 1, dist.get_rank(), i) for i, s in enumerate(SHAPES)])
+        optimizer.step()
+        if dist.get_rank():
+            time.sleep(0.2)  # the first rank has gone by then
+        optimizer.wait_pending()
+        began = time.monotonic()
+        del optimizer, params
+        gc.collect()
+        assert time.monotonic() - began < 20
 
 
 def nothing_is_left() -> None:
