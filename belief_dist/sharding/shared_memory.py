@@ -159,7 +159,8 @@ class SharedMemory(Collectives):
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`; returns when this rank's piece is in all buffers."""
         if not self._open:
-            self.open_gathers([flat])
+            self._open_one(flat)
+            self._lines.post(Signal.OPENED, self._opened)
         address, place = self._open.popleft()
         if address != flat.data_ptr():
             self._lines.fail("gathers were opened in another order than they are started in")
