@@ -35,6 +35,7 @@ sharding.bucket sharding.collectives
 sharding.module_buffers
 sharding.param_storage sharding.data_edits sharding.reduce_stream
 sharding.host_lines sharding.point_to_point
+sharding.host_collectives
 sharding.shared_memory sharding.across_hosts
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.process_groups sharding.grad_reducer sharding.replica_repair

@@ -86,7 +86,11 @@ def open_peer(name: FileName) -> Mapping:
 
 
 class Arena:
-    """Hands out tensors in a file in memory, which has no name and ends with its last user."""
+    """Hands out tensors in a file in memory, which has no name and ends with its last user.
+
+    Attributes:
+        mapping: All of it, as this process sees it.
+    """
 
     def __init__(self) -> None:
         """Make the file.
@@ -98,7 +102,7 @@ class Arena:
         self._closes = weakref.finalize(self, os.close, self._descriptor)
         self._closes.atexit = False
         os.ftruncate(self._descriptor, _ROOM)
-        self._mapping = Mapping(self._descriptor)
+        self.mapping = Mapping(self._descriptor)
         self._end = 0
         self._free: dict[int, list[int]] = {}  # offsets by size
 
@@ -111,11 +115,6 @@ class Arena:
     def hide(self) -> None:
         """Let nobody else open it from now on."""
         self._closes()
-
-    @property
-    def mapping(self) -> Mapping:
-        """All of it, as this process sees it."""
-        return self._mapping
 
     def take(self, nbytes: int, *, outlives: bool = False) -> Tensor:
         """Return a flat tensor of bytes, all zero, which comes back when nothing uses it.
@@ -139,13 +138,17 @@ class Arena:
                     f"than the {_ROOM} that ranks of a host can share; pass shared_memory=False."
                 )
             offset, self._end = self._end, self._end + size
-        part = self._mapping.bytes(offset, used)
+        part = self.mapping.bytes(offset, used)
         # A tensor's storage keeps the memoryview that it was made from.
         if not outlives:
-            ends = weakref.finalize(part, self._take_back, self._mapping, self._free, offset, size)
+            ends = weakref.finalize(part, self._take_back, self.mapping, self._free, offset, size)
             ends.atexit = False
-        forks.note(part, self._mapping.address + offset, size)
+        forks.note(part, self.mapping.address + offset, size)
         return torch.frombuffer(part, dtype=torch.uint8)[:nbytes]
+
+    def zeros(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return what `take` does, as elements of a dtype; `device` is the CPU."""
+        return self.take(numel * dtype.itemsize).view(dtype)
 
     @staticmethod
     def _take_back(mapping: Mapping, free: dict[int, list[int]], offset: int, size: int) -> None:
@@ -156,5 +159,5 @@ class Arena:
         """Return where a tensor lies in the file, or None if it lies elsewhere."""
         if tensor.numel() == 0:  # it has no address
             return 0
-        offset = tensor.data_ptr() - self._mapping.address
+        offset = tensor.data_ptr() - self.mapping.address
         return offset if 0 <= offset < self._end else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import select
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,27 +62,14 @@ class Peer:
         """
         self.process = file.process
         self.memory = open_peer(file)
-        self._ends = _ProcessEnd(file.process)
+        self._descriptor = os.pidfd_open(file.process)  # readable when the process has ended
+        weakref.finalize(self, os.close, self._descriptor).atexit = False
 
     def has_ended(self) -> bool:
         """Return whether the process has ended."""
-        return self._ends.has_come()
-
-
-class _ProcessEnd:
-    """Becomes readable when a process ends."""
-
-    def __init__(self, process: int) -> None:
-        self._descriptor = os.pidfd_open(process)
-
-    def has_come(self) -> bool:
         poll = select.poll()
         poll.register(self._descriptor, select.POLLIN)
         return bool(poll.poll(0))
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
 
 
 class Team:

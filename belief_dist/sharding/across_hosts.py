@@ -24,16 +24,19 @@ from torch import Tensor
 
 from belief_dist.host_memory import Team
 from belief_dist.sharding.buffer_pool import BufferPool, Handle
-from belief_dist.sharding.collectives import RECEIVING, Collectives, ReduceRequest, Works
-from belief_dist.sharding.host_lines import RING, CopyBack, HostLines, Signal
-from belief_dist.sharding.point_to_point import Chunk, await_chunk, post_chunks
+from belief_dist.sharding.collectives import RECEIVING, ReduceRequest, Works
+from belief_dist.sharding.host_collectives import (
+    ADDENDS,
+    OPENED,
+    PARAMETERS,
+    SUMS,
+    HostCollectives,
+)
+from belief_dist.sharding.host_lines import RING, HostLines, Signal
+from belief_dist.sharding.point_to_point import Chunk, add_chunks, await_chunk, post_chunks
 
-_ADDENDS = "come with its gradients"
-_SUMS = "summed the gradients"
-_PARAMETERS = "written its parameters"
 
-
-class AcrossHosts(Collectives):
+class AcrossHosts(HostCollectives):
     """Ranks of several hosts; see the module."""
 
     def __init__(self, group: dist.ProcessGroup, team: Team, timeout: timedelta) -> None:
@@ -44,11 +47,10 @@ class AcrossHosts(Collectives):
             team: As which they have met.
             timeout: After which a rank that is waited for becomes an error.
         """
-        super().__init__(group)
         hosts = team.hosts
         by_host = [[r for r, host in enumerate(hosts) if host == number] for number in {*hosts}]
-        self._here = by_host[hosts[self.rank]]
-        self._lines = HostLines(team, self.rank, self._here, self.exchange, timeout)
+        self._here = by_host[hosts[dist.get_rank(group)]]
+        super().__init__(group, team, self._here, timeout)
         self._away = [rank for rank in range(self.world_size) if rank not in self._here]
         # In turn, so that no two ranks of a host send to the same at once.
         self._away = [rank for rank in self._away if rank > self.rank] + [
@@ -62,28 +64,18 @@ class AcrossHosts(Collectives):
         self._relays = [relay(self.rank, host) for host in by_host if host is not self._here]
         self._relayed = [rank for rank in self._away if relay(rank, self._here) == self.rank]
         self._inboxes = BufferPool(RECEIVING)
-        self._staging = BufferPool(RECEIVING, allocate=self._lines.buffer)
-        # In the place of parameters that have moved.
-        self._moved = BufferPool(RING, allocate=self._lines.buffer)
-        self._sums = self._gathers = 0
         self._works: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         weakref.finalize(self, self._works.put, None).atexit = False  # the thread ends
         threading.Thread(target=_do_all, args=(self._works,), daemon=True).start()
-
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Collectives.buffer`; in memory that the host's other ranks have mapped."""
-        return self._lines.buffer(numel, dtype, device)
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""
         assert self._group is not None
         flat = request.flat
-        addends = self._lines.shared(flat, self._staging)
-        if addends is not flat:
-            addends.copy_(flat)
+        addends = self._shared_addends(request)
         number, self._sums = self._sums, self._sums + 1
         if number >= RING:
-            self._lines.wait(Signal.SUMMED, number - RING + 1, _SUMS)
+            self._lines.wait(Signal.SUMMED, number - RING + 1, SUMS)
         pieces = addends.view(self.world_size, -1)
         numel = pieces.shape[1]
         inbox = self._inboxes.take(len(self._away) * numel, flat.dtype, flat.device)
@@ -99,20 +91,16 @@ class AcrossHosts(Collectives):
         own = {self.rank: pieces[self.rank]}
         work = _Sum(self._lines, number, request, own, arriving, chunks, sent)
         self._works.put(work)
-        handle: Handle = self._inboxes.lend(work, inbox)
-        return handle if addends is flat else self._staging.lend(handle, addends)
-
-    def open_gathers(self, flats: Sequence[Tensor]) -> None:
-        """See `Collectives.open_gathers`; each is opened when it starts."""
+        return self._lend_addends(self._inboxes.lend(work, inbox), addends, request)
 
     def start_gather(self, flat: Tensor) -> Handle:
         """See `Collectives.start_gather`."""
         assert self._group is not None
         number, self._gathers = self._gathers, self._gathers + 1
         if number >= RING:
-            self._lines.wait(Signal.WRITTEN, number - RING + 1, _PARAMETERS)
+            self._lines.wait(Signal.WRITTEN, number - RING + 1, PARAMETERS)
         own = flat.view(self.world_size, -1)[self.rank]
-        place = self._lines.shared(flat, self._moved)
+        place = self._shared(flat, self._moved)
         pieces = place.view(self.world_size, -1)
         if place is not flat:
             pieces[self.rank].copy_(own)
@@ -127,9 +115,7 @@ class AcrossHosts(Collectives):
             self._lines, number, {r: pieces[r] for r in (self.rank, *self._relayed)}, chunks, sent
         )
         self._works.put(work)
-        if place is flat:
-            return work
-        return self._moved.lend(CopyBack(work, place, flat, own), place)
+        return self._lend_place(work, place, flat, own)
 
 
 class _Work(ABC):
@@ -187,7 +173,7 @@ class _Sum(_Work):
         self._request, self._own, self._arriving = request, own, arriving
 
     def _do(self) -> None:
-        self._lines.wait(Signal.PUBLISHED, self._number + 1, _ADDENDS)
+        self._lines.wait(Signal.PUBLISHED, self._number + 1, ADDENDS)
         pieces = {**self._own, **self._arriving}
         ((rank, like),) = self._own.items()
         for peer in self._lines.peers:
@@ -195,14 +181,11 @@ class _Sum(_Work):
                 Signal.PUBLISHED, peer, self._number, like, rank * like.numel()
             )
         in_order = [piece for _, piece in sorted(pieces.items())]
-        for chunk in self._chunks:
-            await_chunk(chunk)
-            parts = [piece[chunk.start : chunk.stop] for piece in in_order]
-            self._request.add_(parts, chunk.start, chunk.stop)
+        add_chunks(self._chunks, in_order, self._request)
         self._lines.post(Signal.SUMMED, self._number + 1)
 
     def _await_peers(self) -> None:
-        self._lines.wait(Signal.SUMMED, self._number + 1, _SUMS)
+        self._lines.wait(Signal.SUMMED, self._number + 1, SUMS)
 
 
 class _Gather(_Work):
@@ -220,7 +203,7 @@ class _Gather(_Work):
         self._pieces = pieces
 
     def _do(self) -> None:
-        self._lines.wait(Signal.OPENED, self._number + 1, "come to where parameters are gathered")
+        self._lines.wait(Signal.OPENED, self._number + 1, OPENED)
         for chunk in self._chunks:
             await_chunk(chunk)
         for rank, piece in self._pieces.items():
@@ -231,7 +214,7 @@ class _Gather(_Work):
         self._lines.post(Signal.WRITTEN, self._number + 1)
 
     def _await_peers(self) -> None:
-        self._lines.wait(Signal.WRITTEN, self._number + 1, _PARAMETERS)
+        self._lines.wait(Signal.WRITTEN, self._number + 1, PARAMETERS)
 
     def has_ended(self) -> bool:
         return self._is_done.is_set() and self._lines.have_reached(Signal.WRITTEN, self._number + 1)

@@ -47,9 +47,7 @@ class BufferPool:
 
         If `limit` buffers are in use, the oldest operations are waited for first.
         """
-        while len(self._taken) >= self._limit and any(
-            loan.buffer is not None for loan in self._running
-        ):
+        while len(self._taken) >= self._limit and self._will_get_back():
             self._running[0].wait()
         nbytes = numel * dtype.itemsize
         whole = None

@@ -13,8 +13,6 @@ from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
 from belief_dist.sharding.step_consensus import StepConsensus, Verdict
 
-SKIPPED = "%s: step skipped on all ranks (%d so far)"
-
 
 def raise_if_apart(
     verdict: Verdict,
@@ -70,13 +68,14 @@ def raise_if_apart(
         raise RuntimeError(replica_fault(comm, consensus.replica_sums.tolist(), copies()))
 
 
-def why_skipped(verdict: Verdict) -> str:
-    """Return why all ranks have skipped a step, for a verdict that is no error."""
-    return {
+def skipped(verdict: Verdict, count: int) -> str:
+    """Return why all ranks have skipped a step, the `count`th, for a verdict that is no error."""
+    reason = {
         Verdict.NOT_FINITE: "a gradient is not finite",
         Verdict.GIVEN_UP: "backward has raised on some rank",
         Verdict.REPLICAS_DIFFER: "gradients are partly those of wrong parameters",
     }[verdict]
+    return f"{reason}: step skipped on all ranks ({count} so far)"
 
 
 def copies_of(

@@ -32,7 +32,7 @@ from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives, start_gather
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.data_edits import DataEdits
-from belief_dist.sharding.disagreements import SKIPPED, copies_of, raise_if_apart, why_skipped
+from belief_dist.sharding.disagreements import copies_of, raise_if_apart, skipped
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_codec import codec_for
@@ -418,7 +418,7 @@ class ShardEngine:
         self.skipped_steps += 1
         self.reducer.forget_errors()
         if self.comm.shard_index == 0:
-            logger.warning(SKIPPED, why_skipped(verdict), self.skipped_steps)
+            logger.warning("%s", skipped(verdict, self.skipped_steps))
 
     def _raise_if_apart(self, verdict: Verdict, param_groups: ParamGroups) -> None:
         if verdict == Verdict.REPLICAS_DIFFER and self.options.on_desync == "repair":

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from belief_dist.host_memory import Team
 from belief_dist.kernels.signals import NBYTES, addresses, signals
-from belief_dist.sharding.buffer_pool import BufferPool, Handle
 
 
 class Signal(IntEnum):
@@ -91,19 +90,6 @@ class HostLines:
             for r, part in self._parts.items()
         }
         self._failure: str | None = None
-
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a flat tensor of zeros that the peers have mapped; `device` is the CPU."""
-        return self.team.arena.take(numel * dtype.itemsize).view(dtype)
-
-    def shared(self, flat: Tensor, pool: BufferPool) -> Tensor:
-        """Return `flat`, or a buffer of its size from `pool` if `flat` is not in shared memory.
-
-        What was made there may have moved: torch.multiprocessing moves tensors that it sends.
-        """
-        if self.team.arena.offset_of(flat) is not None:
-            return flat
-        return pool.take(flat.numel(), flat.dtype, flat.device)
 
     # - Numbers
 
@@ -194,19 +180,3 @@ class HostLines:
         start = _MESSAGES + number % 2 * MESSAGE_BYTES
         part = self._parts[rank][start : start + like.nbytes]
         return torch.frombuffer(part, dtype=like.dtype).view(like.shape)
-
-
-class CopyBack:
-    """A gather into another place than where it is wanted."""
-
-    def __init__(self, gather: Handle, place: Tensor, flat: Tensor, own: Tensor) -> None:
-        """Copy all of `place` to `flat` when `gather` has ended, but the piece `own` of `flat`."""
-        self._gather, self._place, self._flat = gather, place, flat
-        self._start = own.storage_offset() - flat.storage_offset()
-        self._stop = self._start + own.numel()
-
-    def wait(self) -> None:
-        """Wait for it."""
-        self._gather.wait()
-        self._flat[: self._start].copy_(self._place[: self._start])
-        self._flat[self._stop :].copy_(self._place[self._stop :])

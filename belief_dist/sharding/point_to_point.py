@@ -117,6 +117,15 @@ def await_chunk(chunk: Chunk) -> None:
             raise RuntimeError(f"nothing from rank {source} ({error})") from error
 
 
+def add_chunks(chunks: Sequence[Chunk], pieces: Sequence[Tensor], request: ReduceRequest) -> None:
+    """Add the pieces of all ranks, in order, chunk by chunk as they arrive."""
+    for chunk in chunks:
+        await_chunk(chunk)
+        # While it is still in cache.
+        parts = [piece[chunk.start : chunk.stop] for piece in pieces]
+        request.add_(parts, chunk.start, chunk.stop)
+
+
 class _OrderedSum:
     """Pieces on their way, which are added chunk by chunk as they arrive."""
 
@@ -131,10 +140,6 @@ class _OrderedSum:
         self._pieces, self._request = pieces, request
 
     def wait(self) -> None:
-        for chunk in self._chunks:
-            await_chunk(chunk)
-            # While it is still in cache.
-            parts = [piece[chunk.start : chunk.stop] for piece in self._pieces]
-            self._request.add_(parts, chunk.start, chunk.stop)
+        add_chunks(self._chunks, self._pieces, self._request)
         # The caller may write to the gradients again when this returns.
         Works(self._sent).wait()

@@ -22,20 +22,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from belief_dist.host_memory import Team
-from belief_dist.sharding.buffer_pool import BufferPool, Handle
-from belief_dist.sharding.collectives import RECEIVING, Collectives, ReduceRequest
-from belief_dist.sharding.host_lines import MESSAGE_BYTES, RING, CopyBack, HostLines, Signal
+from belief_dist.sharding.buffer_pool import Handle
+from belief_dist.sharding.collectives import ReduceRequest
+from belief_dist.sharding.host_collectives import (
+    ADDENDS,
+    OPENED,
+    PARAMETERS,
+    SUMS,
+    HostCollectives,
+)
+from belief_dist.sharding.host_lines import MESSAGE_BYTES, RING, HostLines, Signal
 
 # How long a sum that could be taken waits for the script. On busy cores the thread seldom does it.
 _GRACE_SECONDS = 0.1
 _WAIT_SECONDS = 0.1
 
-_ADDENDS = "come with its gradients"
-_SUMS = "summed the gradients"
-_PARAMETERS = "written its parameters"
 
-
-class SharedMemory(Collectives):
+class SharedMemory(HostCollectives):
     """Ranks of one host; see the module."""
 
     def __init__(self, group: dist.ProcessGroup, team: Team, timeout: timedelta) -> None:
@@ -46,16 +49,10 @@ class SharedMemory(Collectives):
             team: As which they have met.
             timeout: After which a rank that is waited for becomes an error.
         """
-        super().__init__(group)
-        everyone = range(self.world_size)
-        self._lines = HostLines(team, self.rank, everyone, self.exchange, timeout)
-        self._staging = BufferPool(RECEIVING, allocate=self._lines.buffer)
-        # How many of each this rank has begun.
-        self._sums = self._opened = self._gathers = self._messages = 0
+        super().__init__(group, team, range(dist.get_world_size(group)), timeout)
+        self._opened = self._messages = 0  # how many this rank has begun
         # Buffers whose gathers are to start, by address, and where the others write.
         self._open: deque[tuple[int, Tensor]] = deque()
-        # In the place of those that have moved.
-        self._moved = BufferPool(RING, allocate=self._lines.buffer)
         # Sums under way, in order. A thread shares them, and what they write to.
         self._lock = threading.RLock()
         self._pending: deque[_OrderedSum] = deque()
@@ -64,22 +61,15 @@ class SharedMemory(Collectives):
         arguments = (weakref.ref(self), self._has_pending)
         threading.Thread(target=_take_sums, args=arguments, daemon=True).start()
 
-    def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """See `Collectives.buffer`; in memory that the others have mapped."""
-        return self._lines.buffer(numel, dtype, device)
-
     # - Sums
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; sums in rank order in the dtype of the shard."""
-        flat = request.flat
-        addends = self._lines.shared(flat, self._staging)
-        if addends is not flat:
-            addends.copy_(flat)
+        addends = self._shared_addends(request)
         number, self._sums = self._sums, self._sums + 1
         if number >= RING:
             self._take_ready()
-            self._lines.wait(Signal.SUMMED, number - RING + 1, _SUMS)
+            self._lines.wait(Signal.SUMMED, number - RING + 1, SUMS)
         self._lines.tell(Signal.PUBLISHED, number, addends)
         operation = _OrderedSum(self, number, request)
         with self._lock:
@@ -87,7 +77,7 @@ class SharedMemory(Collectives):
         self._lines.post(Signal.PUBLISHED, number + 1)
         self._take_ready()
         self._has_pending.set()
-        return operation if addends is flat else self._staging.lend(operation, addends)
+        return self._lend_addends(operation, addends, request)
 
     def _take_ready(self) -> None:
         """Take all sums whose addends are there, in their order."""
@@ -115,10 +105,10 @@ class SharedMemory(Collectives):
     def finish_sum(self, number: int) -> None:
         """Return when a sum is complete and nobody reads this rank's addends any more."""
         while self._is_pending(number):
-            self._lines.wait(Signal.PUBLISHED, number + 1, _ADDENDS)
+            self._lines.wait(Signal.PUBLISHED, number + 1, ADDENDS)
             self._take_ready()
         self._take_ready()  # before others are waited for
-        self._lines.wait(Signal.SUMMED, number + 1, _SUMS)
+        self._lines.wait(Signal.SUMMED, number + 1, SUMS)
 
     def _is_pending(self, number: int) -> bool:
         with self._lock:
@@ -150,8 +140,8 @@ class SharedMemory(Collectives):
 
     def _open_one(self, flat: Tensor) -> None:
         if self._opened >= RING:
-            self._lines.wait(Signal.WRITTEN, self._opened - RING + 1, _PARAMETERS)
-        place = self._lines.shared(flat, self._moved)
+            self._lines.wait(Signal.WRITTEN, self._opened - RING + 1, PARAMETERS)
+        place = self._shared(flat, self._moved)
         self._lines.tell(Signal.OPENED, self._opened, place)
         self._opened += 1
         self._open.append((flat.data_ptr(), place))
@@ -165,17 +155,14 @@ class SharedMemory(Collectives):
         if address != flat.data_ptr():
             self._lines.fail("gathers were opened in another order than they are started in")
         number, self._gathers = self._gathers, self._gathers + 1
-        self._lines.wait(Signal.OPENED, number + 1, "come to where parameters are gathered")
+        self._lines.wait(Signal.OPENED, number + 1, OPENED)
         own = flat.view(self.num_shards, -1)[self.shard_index]
         for distance in range(1, self.world_size):  # every rank begins at another one
             peer = (self.rank + distance) % self.world_size
             start = self.shard_index * own.numel()
             self._lines.told(Signal.OPENED, peer, number, own, start).copy_(own)
         self._lines.post(Signal.WRITTEN, number + 1)
-        gather = _Gather(self._lines, number)
-        if place is flat:
-            return gather
-        return self._moved.lend(CopyBack(gather, place, flat, own), place)
+        return self._lend_place(_Gather(self._lines, number), place, flat, own)
 
     # - The small message of a step
 
@@ -230,4 +217,4 @@ class _Gather:
         return self._lines.have_reached(Signal.WRITTEN, self._number + 1)
 
     def wait(self) -> None:
-        self._lines.wait(Signal.WRITTEN, self._number + 1, _PARAMETERS)
+        self._lines.wait(Signal.WRITTEN, self._number + 1, PARAMETERS)

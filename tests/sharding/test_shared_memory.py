@@ -181,7 +181,7 @@ def parameters_that_move_are_copied() -> None:
             if step == 2:
                 for param in params[:4]:
                     param.untyped_storage()._share_fd_cpu_()
-                    assert optimizer.comm._lines.team.arena.offset_of(param.data) is None
+                    assert optimizer.comm._arena.offset_of(param.data) is None
             for each, made in ((params, optimizer), (still, other)):
                 backward(
                     each, [make_grad(s, step, dist.get_rank(), i) for i, s in enumerate(SHAPES)]
