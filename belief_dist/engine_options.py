@@ -131,6 +131,7 @@ class EngineOptions:
     offload: Literal["cpu"] | None = field(default=None, metadata={"check": _one_of(None, "cpu")})
     shared_memory: bool = field(default=True, metadata={"check": _true_or_false})
     check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
+    check_states: bool = field(default=False, metadata={"check": _true_or_false})
     on_desync: Literal["raise", "repair"] = field(
         default="raise", metadata={"check": _one_of("raise", "repair")}
     )

@@ -7,6 +7,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+# What is watched for flipped bits.
+WATCHED_NAMES = ("master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+WATCHED = len(WATCHED_NAMES)
+
 # Elements of one parameter that share a stored exponent, with uint8 states.
 BLOCK = 256
 
@@ -14,7 +18,8 @@ BLOCK = 256
 class Operands(NamedTuple):
     """Everything that a step reads and writes of one parameter, or of a part of it.
 
-    All tensors have equally many elements, n, except that each `*_exponent` is (ceil(n / 256),).
+    All tensors have equally many elements, n, except that each `*_exponent` is (ceil(n / 256),),
+    and `sums`, which many operands can share.
     """
 
     param: Tensor  # float64, float32, bfloat16 or float16; in place
@@ -29,6 +34,10 @@ class Operands(NamedTuple):
     max_exp_avg_sq_exponent: Tensor | None = None  # likewise
     key: int = 0  # of the parameter, see `noise_key`; used where rounding is stochastic
     first: int = 0  # number of the first element in its parameter; with uint8, a multiple of 256
+    # (slots, 2, WATCHED), int32: what `state_formats.word_sums` returns of everything that the
+    # update reads is added to [:, 0], and of everything that it writes to [:, 1], in any slot. A
+    # step that is skipped may leave anything there.
+    sums: Tensor | None = None
 
 
 class FixedOperands(list[Operands]):
@@ -50,7 +59,7 @@ def cut(operands: Operands, start: int, stop: int) -> Operands:
     """
     parts: dict[str, Any] = {}
     for name, value in operands._asdict().items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and name != "sums":
             scale = BLOCK if name.endswith("_exponent") else 1
             parts[name] = value[start // scale : -(-stop // scale)]
     return operands._replace(**parts, first=operands.first + start)

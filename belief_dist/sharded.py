@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ from belief_dist.params import (
     split_by_decay,
 )
 from belief_dist.sharding.collectives import Collectives
-from belief_dist.sharding.driver import Driver
+from belief_dist.sharding.driver import Driven
 from belief_dist.sharding.dtensor import coordinate_of, find_mesh
 from belief_dist.sharding.engine import ShardEngine
 from belief_dist.sharding.layout import Layout
@@ -42,11 +42,12 @@ from belief_dist.sharding.module_buffers import spread_buffers
 from belief_dist.sharding.param_specs import param_label
 from belief_dist.sharding.process_groups import connect, connect_model_parallel
 from belief_dist.sharding.rank_checks import raise_together
+from belief_dist.sharding.step_consensus import LastStep
 from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_hooks
 from belief_dist.state_init_step import TORCH_STATE_DICT, is_called_by
 
 
-class ShardedAdaBelief(Optimizer):
+class ShardedAdaBelief(Driven, Optimizer):
     """AdaBelief whose states and master weights are sharded over the ranks of a process group.
 
     Use it on a bare module, without DistributedDataParallel: it gives all ranks the parameters of
@@ -95,7 +96,9 @@ class ShardedAdaBelief(Optimizer):
             gradients come over and parameters go back bucket by bucket. The bits are the same.
         shared_memory: On CPUs, ranks of one host read each other's memory instead of messages.
         check_replicas: In every step, compare a checksum of the ranks' parameters.
-        on_desync: If it differs, "raise", or "repair": ranks get what most have, skipping the step.
+        check_states: In every step, compare what the update reads of masters and states with what
+            the last one has written: see `sharding.state_sums`.
+        on_desync: If replicas differ, "raise", or "repair": give ranks what most have, and skip.
         sync_buffers: Once, give all ranks the first rank's buffers of modules that hold parameters.
         timeout: After which a rank that does not answer is an error; None: half that of the group.
 
@@ -112,6 +115,8 @@ class ShardedAdaBelief(Optimizer):
 
     Source: AdaBelief, arXiv:2010.07468, Algorithm 2; ZeRO, arXiv:1910.02054, section 5.
     """
+
+    _engine: ShardEngine
 
     # torch.amp.GradScaler then hands itself to `step` and leaves gradients and verdict to it.
     _step_supports_amp_scaling = True
@@ -145,6 +150,7 @@ class ShardedAdaBelief(Optimizer):
         offload: Literal["cpu"] | None = None,
         shared_memory: bool = True,
         check_replicas: bool = True,
+        check_states: bool = False,
         on_desync: Literal["raise", "repair"] = "raise",
         sync_buffers: bool = True,
         timeout: timedelta | None = None,
@@ -254,24 +260,6 @@ class ShardedAdaBelief(Optimizer):
 
     # - For adapters of engines
 
-    @property
-    def driver(self) -> Driver:
-        """What is asked which backward pass is a step's last, and which norm to clip to."""
-        return self._engine.driver
-
-    def drive_by(self, driver: Driver) -> None:
-        """Ask `driver` from now on; called by all ranks, between two steps."""
-        self._engine.driver = self._engine.reducer.driver = driver
-
-    if not TYPE_CHECKING:  # a type checker would take it to answer every name
-
-        def __getattr__(self, name: str) -> Any:
-            """Answer for attributes that an engine looks for; they are its driver's."""
-            engine = vars(self).get("_engine")
-            if engine is not None and name in engine.driver.answers:
-                return getattr(engine.driver, name)
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
     def rebuild(self) -> None:
         """Move the parameters as they are now into new buffers; states begin anew.
 
@@ -366,6 +354,12 @@ class ShardedAdaBelief(Optimizer):
         return self._engine.skipped_steps
 
     @property
+    def last_step(self) -> LastStep:
+        """What became of the last step: its number, whether it was taken, and why not."""
+        self._engine.read_verdict(self.param_groups)
+        return self._engine.last_step
+
+    @property
     def options(self) -> EngineOptions:
         """How this optimizer shards, stores and communicates."""
         return self._options
@@ -396,6 +390,21 @@ class ShardedAdaBelief(Optimizer):
         """Wait for all that is under way: parameters, states and masters are those of this step."""
         self._wait()
         self._engine.sync_masters_from_params()
+
+    def check_states(self) -> None:
+        """Compare masters and states with what the last update wrote; for this rank alone.
+
+        Reads all of them, as saving a checkpoint does, which calls it. Without the option
+        `check_states` it does nothing.
+
+        Raises:
+            RuntimeError: A bit has changed meanwhile, or the last update has read such a one.
+        """
+        update = self._engine.update
+        if update.sums is not None:
+            update.sums.compare_now()
+            if said := update.describe_faults(self._label):
+                raise RuntimeError(f"{said}: bits have changed since the last step has written.")
 
     def settle(self) -> None:
         """Wait as `wait_pending` does, the new name; warns once."""

@@ -50,7 +50,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from belief_dist.operands import BLOCK, Operands
+from belief_dist.operands import BLOCK, WATCHED, Operands
 from belief_dist.rule import StepScalars, update_reference_
 
 _UINT32 = 0xFFFFFFFF
@@ -202,6 +202,41 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     return _float(upper).to(torch.bfloat16), remainder
 
 
+# - Checksums
+
+
+def word_sums(operands: Operands) -> Tensor:
+    """Return a checksum of each thing that is stored: (WATCHED,), int32, in its order.
+
+    It is the sum of the words, modulo 2**32: 32-bit words of what has 32 or 64 bits an element, and
+    otherwise the elements themselves. One flipped bit changes it, parts add up to the whole in any
+    order, and what is not there has 0. Of masters in two halves only the remainders count: the
+    other half is the parameter.
+    """
+    o = operands
+    master = o.param if o.remainder is None else o.remainder
+    total = torch.zeros(WATCHED, dtype=torch.int64, device=o.param.device)
+    for position, tensors in enumerate([(master, None), *_states(o)]):
+        for tensor in tensors:
+            if tensor is not None:
+                total[position] += _words(tensor).sum()
+    return wrapped(total)
+
+
+def _words(tensor: Tensor) -> Tensor:
+    flat = tensor.contiguous().view(-1)
+    if flat.element_size() == 1:
+        return flat.view(torch.uint8)
+    if flat.element_size() == 2:
+        return flat.view(torch.int16).to(torch.int32) & 0xFFFF
+    return flat.view(torch.int32)
+
+
+def wrapped(total: Tensor) -> Tensor:
+    """Return int64 numbers modulo 2**32, as int32."""
+    return ((total + (1 << 31)) % (1 << 32) - (1 << 31)).to(torch.int32)
+
+
 # - One step
 
 
@@ -217,11 +252,15 @@ def update_stored_reference_(
         grad_scale: As for `rule.update_reference_`.
     """
     o = operands
-    stored = [
-        (o.exp_avg, o.exp_avg_exponent),
-        (o.exp_avg_sq, o.exp_avg_sq_exponent),
-        (o.max_exp_avg_sq, o.max_exp_avg_sq_exponent),
-    ]
+    if o.sums is not None:
+        o.sums[0, 0] += word_sums(o)
+    _update_stored_(o, scalars, grad_scale)
+    if o.sums is not None:
+        o.sums[0, 1] += word_sums(o)
+
+
+def _update_stored_(o: Operands, scalars: StepScalars, grad_scale: Tensor | float) -> None:
+    stored = _states(o)
     form = o.exp_avg.dtype
     m, s, largest = (
         None if state is None else _decode(state, exponent, signed=position == 0)
@@ -257,6 +296,15 @@ def update_stored_reference_(
         code, block = encode_m(new, noise16) if position == 0 else encode_s(new, noise16)
         state.copy_(code)
         exponent.copy_(block)
+
+
+def _states(o: Operands) -> list[tuple[Tensor | None, Tensor | None]]:
+    """Return every state with its exponents."""
+    return [
+        (o.exp_avg, o.exp_avg_exponent),
+        (o.exp_avg_sq, o.exp_avg_sq_exponent),
+        (o.max_exp_avg_sq, o.max_exp_avg_sq_exponent),
+    ]
 
 
 def _decode(state: Tensor, exponent: Tensor | None, *, signed: bool) -> Tensor:

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -28,6 +27,7 @@ from benchmarks.compatibility import (
     table,
 )
 from benchmarks.compatibility import Result as CellResult
+from benchmarks.console import console, table_of, tell
 from benchmarks.evidence import (
     Sheet,
     accuracy_sheet,
@@ -36,8 +36,6 @@ from benchmarks.evidence import (
     overview,
     training_sheet,
 )
-from benchmarks.faults import run_faults
-from benchmarks.forecast import Cluster, best, compare, comparison_table, plan_at_scale, scale_table
 from benchmarks.gradients import recorded, synthetic
 from benchmarks.habits import HABITS, run_habits
 from benchmarks.host import run_host, run_soak
@@ -45,7 +43,9 @@ from benchmarks.mpi import run_mpi
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
 from benchmarks.plot import draw_steps, markdown_steps
-from benchmarks.report import Result, machine, machine_line, save, show
+from benchmarks.predictions import scale, simulate
+from benchmarks.reliability import faults, flips
+from benchmarks.report import machine
 from benchmarks.resume import compare_runs, draw_resume, run_resume
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_by_json, run_step
@@ -53,23 +53,6 @@ from benchmarks.team import Workload
 from benchmarks.update import run_tensors, run_update
 from benchmarks.updates_report import draw_updates, save_updates, show_updates
 from benchmarks.warmstart import run_warmstart
-
-_WIDTH = 132  # of the widest table
-
-
-def _console() -> Console:
-    console = Console()
-    console.width = max(console.width, _WIDTH)
-    console.print(machine_line(), markup=False)
-    return console
-
-
-def _tell(results: dict[str, Result], json: Path | None) -> None:
-    console = _console()
-    for result in results.values():
-        show(console, result)
-    if json is not None:
-        save(json, results)
 
 
 def update(
@@ -89,7 +72,7 @@ def update(
         png: Also draw them here.
     """
     updates = run_update(sizes or [64 << 20], threads or [torch.get_num_threads()], rounds)
-    show_updates(_console(), updates)
+    show_updates(console(), updates)
     if json is not None:
         save_updates(json, updates)
     if png is not None:
@@ -104,7 +87,7 @@ def tensors(elements: int = 64 << 20, counts: list[int] | None = None, rounds: i
         counts: Numbers of tensors; 1, 1,024 and 16,384 by default.
         rounds: How often each contender runs.
     """
-    show_updates(_console(), run_tensors(elements, counts or [1, 1024, 16384], rounds))
+    show_updates(console(), run_tensors(elements, counts or [1, 1024, 16384], rounds))
 
 
 def peak(elements: int = 1 << 30) -> None:
@@ -113,7 +96,7 @@ def peak(elements: int = 1 << 30) -> None:
     Args:
         elements: Float32 parameters, 16 bytes each.
     """
-    _console().print(peak_line(elements), markup=False)
+    console().print(peak_line(elements), markup=False)
 
 
 def step(
@@ -146,7 +129,7 @@ def step(
         json: Also write all timings here.
     """
     work = Workload(ranks, steps, layers, width, batch, context, dtype)
-    _tell({"step": run_step(work, rounds, only or [], link)}, json)
+    tell({"step": run_step(work, rounds, only or [], link)}, json)
 
 
 def deepspeed(
@@ -172,7 +155,7 @@ def deepspeed(
         json: Also write all timings here.
     """
     work = Workload(ranks, steps, layers, width, 1, 128, dtype)
-    _tell(run_by_json(work, rounds, only or []), json)
+    tell(run_by_json(work, rounds, only or []), json)
 
 
 def mpi(
@@ -227,34 +210,11 @@ def host(
         json: Write all timings here.
     """
     if soak:
-        table = Table(title=f"{soak} steps on {ranks} ranks, of the first")
         held = run_soak(ranks, soak)
-        for heading in held[0]:
-            table.add_column(heading, justify="right")
-        for row in held:
-            table.add_row(*(f"{value:,}" for value in row.values()))
-        _console().print(table)
+        title = f"{soak} steps on {ranks} ranks, of the first"
+        console().print(table_of(title, held, left=()))
         return
-    _tell(run_host(ranks, mib, rounds), json)
-
-
-def faults(seeds: int = 2, only: list[str] | None = None, json: Path | None = None) -> None:
-    """End one rank of three at every phase of a step, in every way, under us and under peers.
-
-    Args:
-        seeds: Moments of each phase and way; two take a quarter of an hour.
-        only: Words of which one is in the name of each engine that is chosen.
-        json: Write the table here.
-    """
-    rows = run_faults(seeds, only or ())
-    table = Table(title="One rank of three ends")
-    for heading in rows[0]:
-        table.add_column(heading, justify="left" if heading in ("engine", "rank 1") else "right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    _console().print(table)
-    if json is not None:
-        json.write_text(json_module.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    tell(run_host(ranks, mib, rounds), json)
 
 
 def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> None:
@@ -265,7 +225,7 @@ def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> No
         rounds: How often contenders take turns.
         json: Also write all timings here.
     """
-    _tell({"overhead": run_overhead(count, rounds)}, json)
+    tell({"overhead": run_overhead(count, rounds)}, json)
 
 
 def habits(only: list[str] | None = None, json: Path | None = None) -> None:
@@ -297,7 +257,7 @@ def checkpoint(
     table = Table("", *columns)
     for name, row in run_checkpoint(millions, ranks, only, folder).items():
         table.add_row(name, *(f"{row[key]:.4g}" if key in row else "" for key in columns))
-    _console().print(table)
+    console().print(table)
 
 
 def resume(steps: int = 400, out: Path | None = None, json: Path | None = None) -> None:
@@ -313,7 +273,7 @@ def resume(steps: int = 400, out: Path | None = None, json: Path | None = None) 
     for part in compare_runs(runs):
         gap = f"{part.largest_difference:.2g}"
         table.add_row(f"{part.first} to {part.last}", str(part.ranks), f"{part.equal}", gap)
-    _console().print(table)
+    console().print(table)
     if json is not None:
         json.write_text(json_module.dumps(runs) + "\n")
     if out is not None:
@@ -362,7 +322,7 @@ def warmstart(before: int = 300, after: int = 100, seeds: list[int] | None = Non
     table = Table("loss less AdamW's", *(f"first {span} steps" for span in spans))
     for way, gaps in found.items():
         table.add_row(way, *(f"{gap:+.4f}" for gap in gaps.values()))
-    _console().print(table)
+    console().print(table)
 
 
 def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
@@ -372,65 +332,7 @@ def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
         ranks: Processes; 2, 3 and 4 by default.
         steps: Of training.
     """
-    _console().print(bits_table(run_bits(ranks or [2, 3, 4], steps)))
-
-
-def simulate(
-    ranks: list[int] | None = None,
-    links: list[float] | None = None,
-    rounds: int = 2,
-    steps: int = 4,
-    layers: int = 10,
-    width: int = 512,
-) -> None:
-    """Compare predicted with measured steps behind slow links (root only).
-
-    Args:
-        ranks: Processes; 2 and 4 by default.
-        links: Gbit/s; 1 and 10 by default.
-        rounds: How often engines take turns.
-        steps: Timed steps in each turn.
-        layers: Of the model.
-        width: Of the model, a multiple of 64.
-    """
-    found = []
-    for count in ranks or [2, 4]:
-        for gbit in links or [1.0, 10.0]:
-            work = Workload(count, steps, layers, width, 1, 128, "float32")
-            found += compare(work, gbit, rounds)
-    console = _console()
-    console.print(comparison_table(found))
-
-
-def scale(
-    layers: int = 80,
-    width: int = 10240,
-    ranks: list[int] | None = None,
-    rows: list[int] | None = None,
-    buckets: list[int] | None = None,
-    tokens: int = 8192,
-    cluster: Cluster = Cluster(),  # noqa: B008  # it cannot change
-) -> None:
-    """Plan a model of 100 billion parameters for thousands of ranks, and predict its step.
-
-    Args:
-        layers: Of the model.
-        width: Of the model, a multiple of 128.
-        ranks: Devices; 1,024 and 16,384 by default.
-        rows: Copies of all shards (HSDP); 1, and what leaves 1,024 ranks a row, by default.
-        buckets: Sizes of a bucket in MiB.
-        tokens: That each device trains on in a step.
-        cluster: Speeds of devices and links.
-    """
-    console = _console()
-    for count in ranks or [1024, 16384]:
-        for number in rows or sorted({1, count // 1024}):
-            plans = [
-                plan_at_scale(layers, width, count, number, mib, tokens, cluster)
-                for mib in buckets or [32, 512, 2048, 8192]
-            ]
-            console.print(scale_table(plans))
-            console.print(f"Shortest with buckets of {best(plans).bucket_mib} MiB.")
+    console().print(bits_table(run_bits(ranks or [2, 3, 4], steps)))
 
 
 def accuracy(
@@ -504,9 +406,9 @@ def smallstates(
 
 
 def _tell_sheets(sheets: list[Sheet], found: dict[str, Any], json: Path | None) -> None:
-    console = _console()
+    out = console()
     for sheet in sheets:
-        sheet.show(console)
+        sheet.show(out)
     if json is not None:
         content = {"machine": machine(), **found}
         json.write_text(json_module.dumps(content, indent=2, default=asdict) + "\n")
@@ -553,6 +455,7 @@ _ON_RANKS = [
     overhead,
     host,
     faults,
+    flips,
     habits,
 ]
 _PREDICTED = [simulate, scale]

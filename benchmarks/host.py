@@ -5,11 +5,8 @@ All contenders take turns in the same processes.
 
 from __future__ import annotations
 
-import datetime
 import gc
-import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,25 +15,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.sharding.collectives import Collectives, ReduceRequest
+from benchmarks.local_ranks import on_ranks, threads_of
 from benchmarks.report import Result, Row
 
 COPY = "a copy in memory"
 DDP = "DDP + AdamW"
 _STEPS = 100  # of a small model in each turn
-_TIMEOUT = datetime.timedelta(minutes=3)
 
 
 def run_host(ranks: int, mib: int, rounds: int) -> dict[str, Result]:
     """Time what moves gradients and parameters, and steps of a small model."""
-    settings = {"ranks": ranks, "threads per rank": _threads(ranks)}
-    timed = _on_ranks(ranks, _time_all, mib, rounds)
+    settings = {"ranks": ranks, "threads per rank": threads_of(ranks)}
+    timed = on_ranks(ranks, _time_all, mib, rounds)
     return {
         "transport": Result(
             title="Sum and gather alone",
@@ -58,31 +54,8 @@ def run_host(ranks: int, mib: int, rounds: int) -> dict[str, Result]:
 
 def run_soak(ranks: int, steps: int) -> list[dict[str, int]]:
     """Train a small model; return what the first rank holds after each tenth of the steps."""
-    held: list[dict[str, int]] = _on_ranks(ranks, _soak, steps)
+    held: list[dict[str, int]] = on_ranks(ranks, _soak, steps)
     return held
-
-
-def _threads(ranks: int) -> int:
-    return max(1, len(os.sched_getaffinity(0)) // ranks)
-
-
-def _on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `work` returns on the first of `ranks` processes, which JSON can hold."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, (ranks, folder, work, arguments), nprocs=ranks)
-        return json.loads(Path(folder, "result").read_text())
-
-
-def _main(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: Any) -> None:
-    torch.set_num_threads(_threads(ranks))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/s", rank=rank, world_size=ranks, timeout=_TIMEOUT
-    )
-    result = work(*arguments)
-    if rank == 0:
-        Path(folder, "result").write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def _comm(**options: Any) -> Collectives:

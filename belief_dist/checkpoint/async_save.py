@@ -188,14 +188,16 @@ class BackgroundSaver:
 
     def _write(self, step: int, staged: dict[str, Any], begin: float, blocked: float) -> None:
         try:
-            path, nbytes = write(
-                self._writers, self._writers.group, self._run, step, staged, self._keep
-            )
+            path, nbytes = self._store(step, staged)
             self._result = Saved(path, step, blocked, time.perf_counter() - begin, nbytes)
         except BaseException as error:
             self._failure = error
             # At once: a script that ends without `close` would never say it.
             logger.error("step %d could not be saved in the background: %s", step, error)
+
+    def _store(self, step: int, entries: dict[str, Any]) -> tuple[Path, int]:
+        """Write a checkpoint; return its path, and the bytes of this rank."""
+        return write(self._writers, self._writers.group, self._run, step, entries, self._keep)
 
     def wait(self) -> Saved | None:
         """Wait for the save in flight, and return the result of the last save.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,10 +153,43 @@ def load(
         largest_first = sorted(checksums, key=lambda name: (-checksums[name].nbytes, name))
         mine = largest_first[comm.rank :: comm.world_size]
         run_together(comm, what, lambda: check_files(path, checksums, mine))
+    return load_from(
+        comm, what, path, step=saved_step, model=model, optimizer=optimizer, scaler=scaler
+    )
+
+
+@torch.no_grad()
+def load_from(
+    comm: Collectives,
+    what: str,
+    path: Path,
+    *,
+    step: int,
+    model: torch.nn.Module | None,
+    optimizer: Optimizer | None,
+    scaler: Any,
+    fetch: Callable[[set[str]], None] | None = None,
+) -> Loaded:
+    """Load a checkpoint whose files were compared with their checksums; called by all ranks.
+
+    Args:
+        comm: The ranks.
+        what: Start of an error's message.
+        path: The checkpoint; ranks may have different ones.
+        step: It is of.
+        model, optimizer, scaler: As for `load`.
+        fetch: Called by all ranks with the names of the files that this rank will read, to make
+            them present.
+
+    Raises:
+        CheckpointError: As for `load`.
+    """
     dcp_metadata, metadata, extra = run_together(comm, what, lambda: read_metadata(path))
     plan = run_together(
         comm, what, lambda: _LoadPlan(model, optimizer, scaler, dcp_metadata, metadata, comm)
     )
+    if fetch is not None:
+        fetch(run_together(comm, what, lambda: _files_of(plan.entries, dcp_metadata)))
     # Everything fits. From here on live tensors are overwritten.
     wait_pending(optimizer)
     try:
@@ -173,7 +206,15 @@ def load(
     if comm.rank == 0:
         for change in plan.changes:
             logger.info("loading %s: %s", path, change)
-    return Loaded(path, saved_step, extra, plan.changes)
+    return Loaded(path, step, extra, plan.changes)
+
+
+def _files_of(entries: dict[str, Any], dcp_metadata: Metadata) -> set[str]:
+    """Return the names of the files from which this rank reads its part of the entries."""
+    planner = SafePlanner()
+    planner.set_up_planner(entries, dcp_metadata)
+    places = dcp_metadata.storage_data
+    return {places[item.storage_index].relative_path for item in planner.create_local_plan().items}
 
 
 class _LoadPlan:

@@ -93,11 +93,14 @@ def contents(
 
     Raises:
         ValueError: A parameter has no name, or something cannot be saved.
+        RuntimeError: States have lost bits, see `ShardedAdaBelief.check_states`.
     """
     if model is None and optimizer is None:
         raise ValueError("there is nothing to save: pass model, optimizer, or both.")
     plain = plain_extra(extra or {})
     wait_pending(optimizer)
+    if isinstance(optimizer, ShardedAdaBelief):
+        optimizer.check_states()
     found: dict[str, Any] = {}
     names: list[str] = []
     aliases: dict[str, str] = {}

@@ -22,7 +22,7 @@ _CODES = _NUMBERS | {torch.uint8: 4}
 # The fields of Operands that are tensors; the last three have one element for each block.
 _TENSORS = Operands._fields[:10]
 _PER_BLOCK = 3
-_KEY, _FIRST = 10, 11
+_KEY, _FIRST, _SUMS = 10, 11, 12
 _dtype_of, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 _Dtypes = tuple[torch.dtype | None, ...]
@@ -165,7 +165,7 @@ def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int] | None:
 
 
 def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:
-    """Return the rows (elements, *addresses, key, first) of `Segment`, or None.
+    """Return the rows (elements, *addresses, key, first, sums) of `Segment`, or None.
 
     The library is told dtypes and optional tensors of the first entry only. They must be those of
     all entries, or it would write outside of the tensors. The checks go field by field through
@@ -197,4 +197,6 @@ def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:
         return None
     for field in (_KEY, _FIRST):
         table[field + 1 :: width] = array("q", columns[field])
+    if columns[_SUMS][0] is not None:
+        table[_SUMS + 1 :: width] = array("q", map(Tensor.data_ptr, columns[_SUMS]))
     return table

@@ -412,6 +412,74 @@ PORTABLE_SIMD void update(int64_t n, double* p, const double* g, double* m, doub
   choose_loop(n, p, g, m, s, largest, k, direction);
 }
 
+// state_formats.word_sums: sums of words, which wrap around.
+PORTABLE_SIMD uint32_t word_sum(int64_t n, const uint32_t* words) {
+  uint32_t total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += words[i];
+  return total;
+}
+
+// Of narrow ones: of each 64 bits those of even and of odd places, in fields of twice the width,
+// which kBlock of them cannot fill.
+template <class Word>
+INLINE uint32_t narrow_sum(int64_t n, const Word* words) {
+  constexpr int kBits = 8 * sizeof(Word), kPer = 64 / kBits;
+  constexpr uint64_t kEven = ~uint64_t{0} / ((uint64_t{1} << kBits) + 1);
+  const int64_t whole = n / kPer;
+  uint64_t fields = 0;
+#pragma omp simd reduction(+ : fields)
+  for (int64_t i = 0; i < whole; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, words + i * kPer, sizeof(eight));
+    fields += (eight & kEven) + (eight >> kBits & kEven);
+  }
+  uint32_t total = 0;
+  for (int shift = 0; shift < 64; shift += 2 * kBits)
+    total += static_cast<uint32_t>(fields >> shift & ((uint64_t{1} << 2 * kBits) - 1));
+  for (int64_t i = whole * kPer; i < n; ++i) total += words[i];
+  return total;
+}
+
+PORTABLE_SIMD uint32_t word_sum(int64_t n, const uint16_t* words) { return narrow_sum(n, words); }
+
+PORTABLE_SIMD uint32_t word_sum(int64_t n, const uint8_t* words) { return narrow_sum(n, words); }
+
+uint32_t word_sum(const Array& from, int64_t i, int64_t n) {
+  switch (from.type) {
+    case kFloat64: return word_sum(2 * n, from.at<uint32_t>(2 * i));
+    case kFloat32: return word_sum(n, from.at<uint32_t>(i));
+    case kUInt8: return word_sum(n, from.at<uint8_t>(i));
+    default: return word_sum(n, from.at<uint16_t>(i));
+  }
+}
+
+constexpr int kWatched = 4;  // operands.py: WATCHED
+
+struct WordSums {  // of what is read, and of what is written
+  uint32_t of[2 * kWatched] = {};
+
+  void add(int which, const Param& param, const States& states, int64_t i, int64_t n) {
+    uint32_t* to = of + which * kWatched;
+    const Array halves{param.remainder, kBFloat16};  // 16 bits
+    to[0] += word_sum(param.remainder ? halves : param.numbers, i, n);
+    const State* all[] = {&states.m, &states.s, &states.largest};
+    for (int j = 0; j < kWatched - 1; ++j) {
+      if (!all[j]->numbers.data) continue;
+      to[j + 1] += word_sum(all[j]->numbers, i, n);
+      if (all[j]->exponents)
+        to[j + 1] += word_sum((n + kExponentBlock - 1) / kExponentBlock, all[j]->exponent(i));
+    }
+  }
+
+  void add_to(uint32_t* sums) const {
+    for (int j = 0; j < 2 * kWatched; ++j) {
+#pragma omp atomic
+      sums[j] += of[j];
+    }
+  }
+};
+
 // One tensor's part in a call: a row of the table that cpp.py makes, in the order of
 // operands.Operands.
 struct Segment {
@@ -420,11 +488,12 @@ struct Segment {
   int16_t* remainder;                          // likewise
   uint8_t *m_exponents, *s_exponents, *largest_exponents;
   int64_t key, first;
+  uint32_t* sums;  // null, or two times kWatched
 
   // How much of the work this is: whole blocks, and so one at least, since a call costs time, too.
   int64_t extent() const { return (numel + kExponentBlock - 1) / kExponentBlock * kExponentBlock; }
 };
-static_assert(sizeof(Segment) == 13 * sizeof(int64_t), "cpp.py passes 64 bits each");
+static_assert(sizeof(Segment) == 14 * sizeof(int64_t), "cpp.py passes 64 bits each");
 
 struct Types {  // of all segments
   int param, grad, state, out;
@@ -440,11 +509,13 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
                       {{part.s, types.state}, part.s_exponents},
                       {{part.largest, types.state}, part.largest_exponents}};
   float buffers[5][kBlock];
+  WordSums words;
   int n;
   for (int64_t i = begin; i < end; i += n) {
     const uint64_t element = static_cast<uint64_t>(part.first + i);
     const int64_t until_carry = (int64_t{1} << 32) - static_cast<uint32_t>(element);
     n = static_cast<int>(std::min({kBlock, end - i, until_carry}));  // see noise_start
+    if (part.sums) words.add(0, param, states, i, n);
     T* p = param.read<T>(i, n, buffers[0]);
     T* m = states.m.read<T>(i, n, decode_signed, buffers[1]);
     T* s = states.s.read<T>(i, n, decode_positive, buffers[2]);
@@ -456,7 +527,9 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
       if (types.state != kFloat32)
         encode(states, i, n, m, s, largest,
                noise_start(static_cast<uint32_t>(part.key), step, element));
+    if (part.sums) words.add(1, param, states, i, n);
   }
+  if (part.sums) words.add_to(part.sums);
 }
 
 // All segments lie one after the other, in whole blocks, and threads share this line evenly.

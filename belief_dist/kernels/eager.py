@@ -13,7 +13,7 @@ from torch import Tensor
 from belief_dist.norm import norm_from_bins
 from belief_dist.operands import Operands, cut
 from belief_dist.rule import Direction, StepScalars
-from belief_dist.state_formats import update_stored_reference_
+from belief_dist.state_formats import update_stored_reference_, word_sums
 
 # Elements per piece, as measured: operands stay in cache, and temporary tensors below the size at
 # which the C library returns memory to the system. Neither matters on accelerators.
@@ -45,15 +45,19 @@ def update_(
     flat: dict[str, Any] = {
         name: value.view(-1)
         for name, value in operands._asdict().items()
-        if isinstance(value, Tensor)
+        if isinstance(value, Tensor) and name != "sums"
     }
     operands = operands._replace(**flat)
     for start in range(0, operands.param.numel(), size):
         piece = cut(operands, start, min(start + size, operands.param.numel()))
         if lean:
+            if piece.sums is not None:
+                piece.sums[0, 0] += word_sums(piece)
             _update_float32_(*piece[:4], scalars, float(grad_scale))
+            if piece.sums is not None:
+                piece.sums[0, 1] += word_sums(piece)
             continue
-        written = [t for name, t in piece._asdict().items() if name != "grad"]
+        written = [t for name, t in piece._asdict().items() if name not in ("grad", "sums")]
         results = [tensor for tensor in written if isinstance(tensor, Tensor)]
         before = [] if skip is None or on_cpu else [tensor.clone() for tensor in results]
         update_stored_reference_(piece, scalars, grad_scale=grad_scale)

@@ -23,6 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
+from belief_dist.operands import WATCHED
+
 DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -41,6 +43,12 @@ _M_BINADES = tl.constexpr(7)
 _S_BINADES = tl.constexpr(31)
 _M_ROOM = tl.constexpr((1 << 16) + (0xFFFF << 3))
 _S_ROOM = tl.constexpr(0xFFFF << 4)
+# Positions in what is watched.
+_MASTER = tl.constexpr(0)
+_M = tl.constexpr(1)
+_S = tl.constexpr(2)
+_MAX = tl.constexpr(3)
+_WATCHED = tl.constexpr(WATCHED)
 
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 # Before 3.6, Triton lets NVIDIA's library flush subnormal numbers: its division is div.rn.ftz.
@@ -198,19 +206,48 @@ def _store(pointer, value, count, SIZE: tl.constexpr, MASKED: tl.constexpr):
         tl.store(pointer + lanes, value)
 
 
+# - Sums of words, for `state_formats.word_sums`
+
+
+@triton.jit
+def _word_sum(x, count, SIZE: tl.constexpr):
+    """Return the sum of what of `x` exists, as it is stored: uint32."""
+    if x.dtype.primitive_bitwidth == 64:
+        both = x.to(tl.uint64, bitcast=True)
+        words = both.to(tl.uint32) + (both >> 32).to(tl.uint32)
+    elif x.dtype.primitive_bitwidth == 32:
+        words = x.to(tl.uint32, bitcast=True)
+    elif x.dtype.primitive_bitwidth == 16:
+        words = x.to(tl.uint16, bitcast=True).to(tl.uint32)
+    else:
+        words = x.to(tl.uint32)
+    return tl.sum(tl.where(tl.arange(0, SIZE) < count, words, 0), axis=0)
+
+
+@triton.jit
+def _add_words(sums, position: tl.constexpr, x, count, SIZE: tl.constexpr):
+    if sums is not None:
+        words = _word_sum(x, count, SIZE)
+        tl.atomic_add(sums + position, words.to(tl.int32, bitcast=True), sem="relaxed")
+
+
 @triton.jit
 def _load_state(
-    pointer, exponent, count, SIGNED: tl.constexpr, TILE: tl.constexpr, MASKED: tl.constexpr
-):
+    pointer, exponent, count, sums, position: tl.constexpr, TILE: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
     stored = _load(pointer, count, TILE, MASKED)
+    _add_words(sums, position, stored, count, TILE)
     if exponent is None:
         compute: tl.constexpr = tl.float64 if stored.dtype == tl.float64 else tl.float32
         return _widen(stored, compute)
     else:
         blocks: tl.constexpr = TILE // _BLOCK
-        per_block = _load(exponent, (count + _BLOCK - 1) // _BLOCK, blocks, MASKED)
+        existing = (count + _BLOCK - 1) // _BLOCK
+        per_block = _load(exponent, existing, blocks, MASKED)
+        _add_words(sums, position, per_block, existing, blocks)
         each = _spread(per_block.to(tl.int32), TILE)
-        if SIGNED:
+        if position == _M:
             return _decode_m(stored.to(tl.int32), each)
         else:
             return _decode_s(stored.to(tl.int32), each)
@@ -218,27 +255,32 @@ def _load_state(
 
 @triton.jit
 def _store_state(
-    pointer,
-    exponent,
-    value,
-    noise16,
-    count,
-    SIGNED: tl.constexpr,
-    TILE: tl.constexpr,
+    pointer, exponent, value, noise16, count, sums, position: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr,
-):
+):  # fmt: skip
     if exponent is not None:
-        if SIGNED:
+        if position == _M:
             code, per_block = _encode_m(value, noise16.to(tl.int32), count, TILE)
         else:
             code, per_block = _encode_s(value, noise16.to(tl.int32), count, TILE)
         blocks: tl.constexpr = TILE // _BLOCK
-        _store(pointer, code, count, TILE, MASKED)
-        _store(exponent, per_block, (count + _BLOCK - 1) // _BLOCK, blocks, MASKED)
+        existing = (count + _BLOCK - 1) // _BLOCK
+        _store_watched(exponent, per_block, existing, sums, position, blocks, MASKED)
+        _store_watched(pointer, code, count, sums, position, TILE, MASKED)
     elif pointer.dtype.element_ty == tl.bfloat16:
-        _store(pointer, _upper_half(_bits(value) + noise16), count, TILE, MASKED)
+        rounded = _upper_half(_bits(value) + noise16)
+        _store_watched(pointer, rounded, count, sums, position, TILE, MASKED)
     else:
-        _store(pointer, value, count, TILE, MASKED)
+        _store_watched(pointer, value, count, sums, position, TILE, MASKED)
+
+
+@triton.jit
+def _store_watched(
+    pointer, value, count, sums, position: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr
+):
+    value = value.to(pointer.dtype.element_ty)
+    _store(pointer, value, count, SIZE, MASKED)
+    _add_words(sums, position, value, count, SIZE)
 
 
 # - The update
@@ -246,7 +288,7 @@ def _store_state(
 
 @triton.jit
 def _update_tile(
-    operands, count, index, key, scalars, COUPLED: tl.constexpr, TILE: tl.constexpr,
+    operands, count, index, key, scalars, sums, COUPLED: tl.constexpr, TILE: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Decode, apply `rule.update_reference_` operation by operation, encode."""
@@ -255,16 +297,21 @@ def _update_tile(
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale = scalars[0:8]
     direction, grad_scale, step = scalars[8:11]
 
-    m = _load_state(exp_avg, m_exponent, count, True, TILE, MASKED)
-    s = _load_state(exp_avg_sq, s_exponent, count, False, TILE, MASKED)
+    written = None if sums is None else sums + _WATCHED
+
+    m = _load_state(exp_avg, m_exponent, count, sums, _M, TILE, MASKED)
+    s = _load_state(exp_avg_sq, s_exponent, count, sums, _S, TILE, MASKED)
     g = _widen(_load(grad, count, TILE, MASKED), m.dtype) * grad_scale
     stored = _load(param, count, TILE, MASKED)
     if remainder is not None:
         upper = _widen(stored, tl.float32)
-        lower = _load(remainder, count, TILE, MASKED).to(tl.int32).to(tl.uint32, bitcast=True)
+        lower_half = _load(remainder, count, TILE, MASKED)
+        _add_words(sums, _MASTER, lower_half, count, TILE)
+        lower = lower_half.to(tl.int32).to(tl.uint32, bitcast=True)
         joined = _float(upper.to(tl.uint32, bitcast=True) + lower)
         p = tl.where(joined == joined, joined, upper)
     else:
+        _add_words(sums, _MASTER, stored, count, TILE)
         p = _widen(stored, m.dtype)
     if COUPLED:
         g += p * coupled_decay
@@ -275,7 +322,7 @@ def _update_tile(
 
     second = s
     if max_exp_avg_sq is not None:  # as torch.maximum: NaN wins on either side
-        before = _load_state(max_exp_avg_sq, max_exponent, count, False, TILE, MASKED)
+        before = _load_state(max_exp_avg_sq, max_exponent, count, sums, _MAX, TILE, MASKED)
         second = tl.where((before > s) | (before != before), before, s)
 
     # With a direction known only on the device, a division by one leaves m as it is.
@@ -290,25 +337,31 @@ def _update_tile(
     if remainder is not None:
         bits = _bits(p)
         _store(param, _upper_half(bits + 0x8000), count, TILE, MASKED)
-        _store(remainder, bits.to(tl.uint16).to(tl.int16, bitcast=True), count, TILE, MASKED)
+        lower_half = bits.to(tl.uint16).to(tl.int16, bitcast=True)
+        _store_watched(remainder, lower_half, count, written, _MASTER, TILE, MASKED)
     else:
-        _store(param, _narrow(p, param.dtype.element_ty), count, TILE, MASKED)
+        rounded = _narrow(p, param.dtype.element_ty)
+        _store_watched(param, rounded, count, written, _MASTER, TILE, MASKED)
     if param_out is not None:
         _store(param_out, _narrow(p, param_out.dtype.element_ty), count, TILE, MASKED)
 
     random = _noise(index + tl.arange(0, TILE), key, step)
-    _store_state(exp_avg, m_exponent, m, random & 0xFFFF, count, True, TILE, MASKED)
-    _store_state(exp_avg_sq, s_exponent, s, random >> 16, count, False, TILE, MASKED)
+    _store_state(exp_avg, m_exponent, m, random & 0xFFFF, count, written, _M, TILE, MASKED)
+    _store_state(exp_avg_sq, s_exponent, s, random >> 16, count, written, _S, TILE, MASKED)
     if max_exp_avg_sq is not None:
-        _store_state(max_exp_avg_sq, max_exponent, second, random >> 16, count, False, TILE, MASKED)
+        _store_state(
+            max_exp_avg_sq, max_exponent, second, random >> 16, count, written, _MAX, TILE, MASKED
+        )
 
 
 @triton.jit
 def _update(
-    operands, numel, key, first, start, skip_at, grad_scale_at, scalars_at, scalars,
-    COUPLED: tl.constexpr, TILE: tl.constexpr,
+    operands, numel, key, first, start, sums, skip_at, grad_scale_at, scalars_at, scalars,
+    SLOTS: tl.constexpr, COUPLED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Update the tile that begins at element `start`, int64, of one segment."""
+    if sums is not None:  # programs that add to the same numbers wait for each other
+        sums += (tl.program_id(0) % SLOTS) * (2 * _WATCHED)
     compute: tl.constexpr = tl.float64 if operands[2].dtype.element_ty == tl.float64 else tl.float32
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale = scalars[0:8]
     direction, grad_scale, step = scalars[8:11]
@@ -348,10 +401,10 @@ def _update(
     )  # fmt: skip
     # Full tiles without masks, so that loads and stores are vectorized for any segment length.
     if start + TILE <= numel:
-        _update_tile(tile, TILE, first + start, key, known, COUPLED, TILE, False)
+        _update_tile(tile, TILE, first + start, key, known, sums, COUPLED, TILE, False)
     elif start < numel:
         count = (numel - start).to(tl.int32)
-        _update_tile(tile, count, first + start, key, known, COUPLED, TILE, True)
+        _update_tile(tile, count, first + start, key, known, sums, COUPLED, TILE, True)
 
 
 # Integers that Triton would compile another kernel for where they are 1 or multiples of 16.
@@ -363,11 +416,13 @@ def update_flat(
     param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder,
     exp_avg_exponent, exp_avg_sq_exponent, max_exp_avg_sq_exponent,  # as in Operands
     numel, key, first,
+    sums,  # as in Operands
     skip_at,  # one number: if it is not zero, nothing is changed; or None
     grad_scale_at,  # one number that multiplies `grad_scale`; or None
     scalars_at,  # (11,) float64, rule.StepScalars; or None, which leaves the following
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
     direction, grad_scale, step,
+    SLOTS: tl.constexpr,  # of `sums`
     COUPLED: tl.constexpr,  # whether coupled_decay is not zero
     TILE: tl.constexpr,
 ):  # fmt: skip
@@ -382,8 +437,8 @@ def update_flat(
         direction, grad_scale, step,
     )  # fmt: skip
     _update(
-        operands, numel.to(tl.int64), key, first, start, skip_at, grad_scale_at, scalars_at,
-        scalars, COUPLED, TILE,
+        operands, numel.to(tl.int64), key, first, start, sums, skip_at, grad_scale_at, scalars_at,
+        scalars, SLOTS, COUPLED, TILE,
     )  # fmt: skip
 
 
@@ -397,7 +452,7 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["direction", "step"])
 def update_many(
-    segments,  # (segments, 12) int64: addresses as in Operands but grad's, numel, key, first
+    segments,  # (segments, 13) int64: addresses as in Operands but grad's, numel, key, first, sums
     grads,  # (segments,) int64: addresses of gradients, which alone change from step to step
     chunks,  # (chunks,) int64: segment << 32 | number of the chunk in its segment
     skip_at, grad_scale_at, scalars_at,  # these and the scalars as for `update_flat`
@@ -406,6 +461,7 @@ def update_many(
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,  # dtypes
     MAX: tl.constexpr, OUT: tl.constexpr, REMAINDER: tl.constexpr,  # dtypes or None
     EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr,  # likewise
+    SLOTS: tl.constexpr,  # of each segment's sums, or None without
     ALIGNED: tl.constexpr,  # whether all addresses are multiples of 16
     COUPLED: tl.constexpr,
     TILE: tl.constexpr,
@@ -415,7 +471,7 @@ def update_many(
     program = tl.program_id(0)
     entry = tl.load(chunks + program // CHUNK_TILES)
     start = ((entry & 0xFFFFFFFF) * CHUNK_TILES + program % CHUNK_TILES) * TILE
-    row = segments + (entry >> 32) * 12
+    row = segments + (entry >> 32) * 13
     operands = (
         _pointer(row, PARAM, ALIGNED),
         _pointer(grads + (entry >> 32), GRAD, ALIGNED),
@@ -432,7 +488,8 @@ def update_many(
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
         direction, grad_scale, step,
     )  # fmt: skip
+    sums = SLOTS if SLOTS is None else _pointer(row + 12, tl.int32, False)
     _update(
-        operands, tl.load(row + 9), tl.load(row + 10), tl.load(row + 11), start, skip_at,
-        grad_scale_at, scalars_at, scalars, COUPLED, TILE,
+        operands, tl.load(row + 9), tl.load(row + 10), tl.load(row + 11), start, sums, skip_at,
+        grad_scale_at, scalars_at, scalars, SLOTS, COUPLED, TILE,
     )  # fmt: skip

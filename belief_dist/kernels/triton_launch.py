@@ -59,6 +59,7 @@ class Again:
             "REMAINDER": kernel.dtype(first.remainder),
             "EXPONENT": kernel.dtype(first.exp_avg_exponent),
             "MAX_EXPONENT": kernel.dtype(first.max_exp_avg_sq_exponent),
+            "SLOTS": _slots(first),
         }
 
     def update_(
@@ -207,7 +208,7 @@ class TritonKernel:
         """Return the update of these tensors with any gradients, which is kept for later steps."""
         rows = [_row(each) for each in work]
         kinds = (t.dtype if isinstance(t, Tensor) else None for t in work[0][:_TENSORS])
-        name = (work[0].param.device, *kinds, *rows)
+        name = (work[0].param.device, *kinds, _slots(work[0]), *rows)
         found = self._tables.get(name)
         if found is None:
             found = self._tables[name] = Again(self, work, rows)
@@ -278,6 +279,8 @@ class TritonKernel:
             numel=numel,
             key=_signed(operands.key),
             first=operands.first,
+            sums=operands.sums,
+            SLOTS=_slots(operands),
             **values,
             **self._options,
         )
@@ -314,4 +317,9 @@ def _row(operands: Operands) -> Row:
     """Return the row of `triton_tables.Table`: all but the gradient."""
     tensors = (operands.param, *operands[2:_TENSORS])
     addresses = (t.data_ptr() if isinstance(t, Tensor) else 0 for t in tensors)
-    return (*addresses, operands.param.numel(), operands.key, operands.first)
+    sums = 0 if operands.sums is None else operands.sums.data_ptr()
+    return (*addresses, operands.param.numel(), operands.key, operands.first, sums)
+
+
+def _slots(operands: Operands) -> int | None:
+    return None if operands.sums is None else len(operands.sums)

@@ -156,6 +156,15 @@ class BucketBuffers:
             return flat[slot.start : slot.stop].view(shape)
         return flat.as_strided(shape, self._strides[position], flat.storage_offset() + slot.start)
 
+    def gaps_of_shard(self) -> list[tuple[int, int]]:
+        """Return the ranges [start, stop) of the shard that are padding."""
+        size = self.param_shard.numel()
+        clipped = [
+            (max(start - self._start, 0), min(stop - self._start, size))
+            for start, stop in self.gaps
+        ]
+        return [(start, stop) for start, stop in clipped if start < stop]
+
     def own_grad(self, position: int) -> Tensor:
         """Return the part of `grad_shard` that belongs to the parameter at `position`."""
         slot = self.bucket.slots[position]

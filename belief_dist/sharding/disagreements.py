@@ -11,7 +11,7 @@ from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.dtensor import local_part
 from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
-from belief_dist.sharding.step_consensus import StepConsensus, Verdict
+from belief_dist.sharding.step_consensus import RAISED, StepConsensus, Verdict
 
 
 def raise_if_apart(
@@ -22,6 +22,7 @@ def raise_if_apart(
     options: Callable[[], list[Any]],
     label: Callable[[int], str],
     copies: Callable[[], Sequence[Mapping[str, Tensor]]],
+    corrupt: Callable[[], str],
 ) -> None:
     """Raise what all ranks raise for a verdict, if it is an error; called by all ranks.
 
@@ -32,9 +33,11 @@ def raise_if_apart(
         options: Returns those of this rank's param groups.
         label: Names a parameter.
         copies: Returns the parameters of each bucket by their label, when all have arrived.
+        corrupt: Returns which states of this rank have flipped bits, or nothing.
 
     Raises:
-        RuntimeError: Parameters differ, or a gradient of some rank must not be taken.
+        RuntimeError: Parameters differ, a gradient of some rank must not be taken, or memory of
+            some rank has lost bits.
         ValueError: Ranks are at different steps, or have different options or loss scales.
     """
     if verdict == Verdict.STEPS_DIFFER:
@@ -64,18 +67,25 @@ def raise_if_apart(
             f"reduction, but only by rank {ranks}: all ranks must do so, or none, and all must "
             f"have used it. Nothing was updated."
         )
+    if verdict == Verdict.STATES_DIFFER:
+        found = [(rank, said) for rank, said in enumerate(comm.exchange(corrupt())) if said]
+        raise RuntimeError(
+            f"{'; '.join(f'{said} of rank {rank}' for rank, said in found)}: bits have changed "
+            f"between two steps, so that memory is faulty, or code has written there through "
+            f"`.data`. What was updated since may be wrong: go on from a checkpoint."
+        )
     if verdict == Verdict.REPLICAS_DIFFER:
         raise RuntimeError(replica_fault(comm, consensus.replica_sums.tolist(), copies()))
 
 
-def skipped(verdict: Verdict, count: int) -> str:
-    """Return why all ranks have skipped a step, the `count`th, for a verdict that is no error."""
-    reason = {
+def why_skipped(verdict: Verdict) -> str:
+    """Return why all ranks have skipped a step."""
+    return {
         Verdict.NOT_FINITE: "a gradient is not finite",
         Verdict.GIVEN_UP: "backward has raised on some rank",
         Verdict.REPLICAS_DIFFER: "gradients are partly those of wrong parameters",
-    }[verdict]
-    return f"{reason}: step skipped on all ranks ({count} so far)"
+        Verdict.PEER_REPAIRS: "copies of another part of the model were made equal again",
+    }.get(verdict, RAISED)
 
 
 def copies_of(

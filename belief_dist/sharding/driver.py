@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 
 class Driver:
@@ -25,3 +26,28 @@ class Driver:
     def is_last_backward(self) -> bool:
         """Return whether the backward pass that begins is the last one before a step."""
         return True
+
+
+class Driven:
+    """The part of `ShardedAdaBelief` that adapters of engines hand their driver to."""
+
+    _engine: Any
+
+    @property
+    def driver(self) -> Driver:
+        """What is asked which backward pass is a step's last, and which norm to clip to."""
+        driver: Driver = self._engine.driver
+        return driver
+
+    def drive_by(self, driver: Driver) -> None:
+        """Ask `driver` from now on; called by all ranks, between two steps."""
+        self._engine.driver = self._engine.reducer.driver = driver
+
+    if not TYPE_CHECKING:  # a type checker would take it to answer every name
+
+        def __getattr__(self, name: str) -> Any:
+            """Answer for attributes that an engine looks for; they are its driver's."""
+            engine = vars(self).get("_engine")
+            if engine is not None and name in engine.driver.answers:
+                return getattr(engine.driver, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -32,13 +32,18 @@ from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives, start_gather
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.data_edits import DataEdits
-from belief_dist.sharding.disagreements import copies_of, raise_if_apart, skipped
+from belief_dist.sharding.disagreements import copies_of, raise_if_apart, why_skipped
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.grad_reducer import INTERRUPTED, GradReducer
 from belief_dist.sharding.graph_counts import GraphCounts
-from belief_dist.sharding.group_options import ParamGroups, known_options_of, options_of
+from belief_dist.sharding.group_options import (
+    ParamGroups,
+    check_amsgrad,
+    known_options_of,
+    options_of,
+)
 from belief_dist.sharding.layout import Bucket, Layout, plan_layout
 from belief_dist.sharding.outer_reducers import OuterReducerCheck
 from belief_dist.sharding.param_specs import param_label, param_specs
@@ -46,9 +51,15 @@ from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.process_groups import ModelParallel
 from belief_dist.sharding.rank_checks import compare_order, compare_ranks
 from belief_dist.sharding.read_guard import ReadGuard
-from belief_dist.sharding.replica_repair import repair_replicas
+from belief_dist.sharding.replica_repair import REPAIRED, repair_parts
 from belief_dist.sharding.shard_update import ShardUpdate
-from belief_dist.sharding.step_consensus import StepConsensus, Verdict
+from belief_dist.sharding.step_consensus import (
+    NO_STEP,
+    RAISED,
+    LastStep,
+    StepConsensus,
+    Verdict,
+)
 from belief_dist.sharding.zero1 import Zero1Reducer
 from belief_dist.sharding.zero2 import Zero2Reducer
 
@@ -74,6 +85,7 @@ class ShardEngine:
         read_guard: Waits for parameters that travel.
         grad_norm: One element, float64: the L2 norm of the last step's mean gradient, unclipped.
         skipped_steps: How many steps were skipped, among those whose verdict has been read.
+        last_step: What became of the last one, as far as its verdict has been read.
     """
 
     # Made anew by `build`, whenever parameters are added or replaced.
@@ -120,11 +132,13 @@ class ShardEngine:
             comm,
             model_parallel,
             compare=options.check_replicas,
+            repairs=options.on_desync == "repair",
             # An update on the host must know the verdict.
             defers=async_device.runs_behind(device) and options.offload is None,
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.skipped_steps = 0
+        self.last_step = NO_STEP
         self._graph = GraphCounts(device)
         self.build(params, param_groups, state, keep_buckets=False)
 
@@ -265,6 +279,7 @@ class ShardEngine:
             ValueError: On all ranks: they are at different steps, or have different options or loss
                 scales, or amsgrad was switched. Nothing was updated.
         """
+        self.last_step = NO_STEP._replace(number=self.consensus.calls + 1, why_not=RAISED)
         self._outer_reducers.end()
         self._check_owner()
         edited = self.sync_masters_from_params()
@@ -279,10 +294,12 @@ class ShardEngine:
             loss_scale,
             gives_up=gives_up,
             edited=edited,
+            corrupt=self.update.has_faults(self.grad_norm.device),
         )
         if not consensus.defers:
             self._raise_if_apart(Verdict(int(decision.verdict)), param_groups)
-        self._check_amsgrad(param_groups)
+        has_largest = ["max_exp_avg_sq" in bucket.states for bucket in self.buckets]
+        check_amsgrad(param_groups, zip(self.update.groups_of, has_largest, strict=True))
         # Steps are counted before the verdict is known, and counted back if it is not to update:
         # the host need not wait for the device to launch the updates.
         graph = self._graph_that_captures(decision.used)
@@ -309,6 +326,7 @@ class ShardEngine:
             self.read_guard.arm()
         else:
             self.read_guard.wait_all()
+        self.last_step = LastStep(consensus.calls, True, "")
         self._data_edits.note()
         reducer.end_step()
         if decision.order is not None:
@@ -354,18 +372,6 @@ class ShardEngine:
                 "another ShardedAdaBelief was built over parameters of this one and trains them "
                 "now; drop this one, or build a new one to take them back."
             )
-
-    def _check_amsgrad(self, param_groups: ParamGroups) -> None:
-        """Refuse a switch that the states were not made for; all ranks have the same options."""
-        for bucket, groups in zip(self.buckets, self.update.groups_of, strict=True):
-            for number in groups:
-                wanted = param_groups[number]["amsgrad"]
-                if wanted != ("max_exp_avg_sq" in bucket.states):
-                    raise ValueError(
-                        f"amsgrad of param group {number} was set to {wanted} after "
-                        f"ShardedAdaBelief was built; its states are laid out by then. Build a new "
-                        f"one."
-                    )
 
     def _grad_scales(self, norm_bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
@@ -413,18 +419,21 @@ class ShardEngine:
             return
         self.update.uncount_steps(counted)
         self._graph.take_back()
+        self.last_step = self.last_step._replace(was_taken=False, why_not=why_skipped(verdict))
         if self.consensus.defers:  # else it was raised before anything was updated
             self._raise_if_apart(verdict, param_groups)
         self.skipped_steps += 1
         self.reducer.forget_errors()
         if self.comm.shard_index == 0:
-            logger.warning("%s", skipped(verdict, self.skipped_steps))
+            why, count = self.last_step.why_not, self.skipped_steps
+            logger.warning("%s: step skipped on all ranks (%d so far)", why, count)
 
     def _raise_if_apart(self, verdict: Verdict, param_groups: ParamGroups) -> None:
-        if verdict == Verdict.REPLICAS_DIFFER and self.options.on_desync == "repair":
-            sums = self.consensus.replica_sums.tolist()
-            repaired = repair_replicas(self.comm, sums, self.buckets, self._copies())
-            logger.warning("copies of parameters differed between ranks, and were %s", repaired)
+        if self.options.on_desync == "repair" and verdict in REPAIRED:
+            is_own = verdict == Verdict.REPLICAS_DIFFER
+            sums = self.consensus.replica_sums.tolist() if is_own else None
+            parts = self._model_parallel.comm
+            repair_parts(self.comm, parts, sums, self.buckets, self._copies())
             self._note_versions()
             return
         raise_if_apart(
@@ -434,6 +443,7 @@ class ShardEngine:
             options=lambda: options_of(param_groups),
             label=self._label,
             copies=self._copies,
+            corrupt=lambda: self.update.describe_faults(self._label),
         )
 
     def _copies(self) -> list[dict[str, Tensor]]:
@@ -446,6 +456,8 @@ class ShardEngine:
         """Take the parameters as they are now for those of the masters."""
         self._param_versions = [param._version for param in self.params]
         self._data_edits.note()
+        if self.update.sums is not None:
+            self.update.sums.forget()
 
     def sync_masters_from_params(self) -> Tensor | None:
         """Copy parameters that were changed outside the optimizer into their masters.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -37,3 +37,23 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return tuple(map(_plain, value))
     return value if isinstance(value, bool) else float(value)
+
+
+def check_amsgrad(param_groups: ParamGroups, made: Iterable[tuple[Iterable[int], bool]]) -> None:
+    """Refuse a switch that states were not made for; all ranks have the same options.
+
+    Args:
+        param_groups: As they are now.
+        made: Of each bucket its groups, and whether there is a largest s.
+
+    Raises:
+        ValueError: It was switched.
+    """
+    for groups, has_largest in made:
+        for number in groups:
+            wanted = param_groups[number]["amsgrad"]
+            if wanted != has_largest:
+                raise ValueError(
+                    f"amsgrad of param group {number} was set to {wanted} after ShardedAdaBelief "
+                    f"was built; its states are laid out by then. Build a new one."
+                )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,48 @@ from torch import Tensor
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.rank_checks import digests, replica_fault
+from belief_dist.sharding.step_consensus import Verdict
+
+logger = logging.getLogger("belief_dist")
+
+# What is no error where copies are repaired: of ranks whose copies differ, and of other parts'.
+REPAIRED = (Verdict.REPLICAS_DIFFER, Verdict.PEER_REPAIRS)
+
+
+def repair_parts(
+    comm: Collectives,
+    parts: Collectives,
+    sums: list[int] | None,
+    buckets: Sequence[BucketBuffers],
+    copies: Sequence[Mapping[str, Tensor]],
+) -> None:
+    """Repair the copies of those parts of a model that need it; called by all ranks of all parts.
+
+    Args:
+        comm: The ranks of this part.
+        parts: The ranks that hold other parts.
+        sums: As for `repair_replicas`; None if this part's copies are equal.
+        buckets: Likewise.
+        copies: Likewise.
+
+    Raises:
+        RuntimeError: On all ranks: some part could not be repaired.
+    """
+    problem: RuntimeError | None = None
+    if sums is not None:
+        try:
+            repaired = repair_replicas(comm, sums, buckets, copies)
+            logger.warning("copies of parameters differed between ranks, and were %s", repaired)
+        except RuntimeError as error:
+            problem = error
+    failed = parts.exchange(problem is not None)
+    if problem is not None:
+        raise problem
+    if any(failed):
+        raise RuntimeError(
+            "ranks that hold another part of the tensor-parallel model could not make their "
+            "copies equal again, see their error. Nothing was updated."
+        )
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
 from typing import Any, NamedTuple
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from belief_dist import async_device, kernels
 from belief_dist.device_scalars import DeviceScalars, device_scalars
 from belief_dist.engine_options import EngineOptions
-from belief_dist.operands import FixedOperands, Operands, cut
+from belief_dist.operands import WATCHED_NAMES, FixedOperands, Operands, cut
 from belief_dist.rule import StepScalars, step_scalars
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.cpu_offload import HostGradients
 from belief_dist.sharding.graph_counts import GraphCounts
 from belief_dist.sharding.layout import Layout
+from belief_dist.sharding.state_sums import Extent, StateSums
 from belief_dist.state_formats import is_stochastic, noise_key
 
 
@@ -45,6 +46,7 @@ class ShardUpdate:
             part of its states that this rank owns.
         host_gradients: Where gradients are copied to with offload, else None.
         groups_of: The param groups of each bucket's parameters.
+        sums: Notices flipped bits in what this rank alone has; None if nobody asked for it.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class ShardUpdate:
         self.groups_of = [{self._group_of[i] for i in each} for each in self._param_indices]
         self.host_gradients = HostGradients(buckets) if options.offload else None
         self.states: list[dict[str, Any]] = []
+        self.sums = StateSums(buckets) if options.check_states else None
 
     def adopt(self, states: Sequence[dict[str, Any]]) -> None:
         """Count steps in these states, one for each parameter.
@@ -101,6 +104,28 @@ class ShardUpdate:
         if buffers.wire_error is not None:
             state["wire_error"] = buffers.wire_error[slot.start : slot.stop]
         return state
+
+    # - Flipped bits
+
+    def has_faults(self, device: torch.device) -> Tensor | None:
+        """Return whether the last update has read what was not written: one element, bool."""
+        return None if self.sums is None else self.sums.faults.any().to(device, non_blocking=True)
+
+    def describe_faults(self, label: Callable[[int], str]) -> str:
+        """Return in which states of which parameters it was, or nothing.
+
+        Args:
+            label: Names a parameter.
+        """
+        found: dict[int, list[str]] = {}
+        faults = [] if self.sums is None else self.sums.faults.nonzero().tolist()
+        for number, kind in faults:
+            found.setdefault(number, []).append(WATCHED_NAMES[kind])
+        return ", ".join(
+            f"{' and '.join(names)} of bucket {number} (parameters "
+            f"{', '.join(map(label, self._param_indices[number]))})"
+            for number, names in found.items()
+        )
 
     # - One step
 
@@ -158,15 +183,33 @@ class ShardUpdate:
         buckets = [self._buckets[number] for number in order]
         turns = self._turns(order, 0 if self.host_gradients is not None else turn_numel)
         incoming = iter(self._incoming(buckets))
+        if self.sums is not None:
+            self.sums.begin()
+        extents: dict[int, Extent] = {}
         for numbers in turns:
             plan = self._plan([(number, next(incoming)) for number in numbers])
-            for group, step, work in self._work_of(plan, used):
+            is_even, calls = self._work_of(plan, used)
+            extents.update((number, self._extent(number, used, is_even)) for number in numbers)
+            for group, step, work in calls:
                 options = param_groups[group]
                 scalars = _scalars(options, step, graph)
                 kernels.update_(work, scalars, grad_scale=scales[options["clip"]], skip=skip)
             for number in numbers:
                 self._buckets[number].send_back()
                 yield number
+        if self.sums is not None:
+            self.sums.end(extents, skip)
+
+    def _extent(self, number: int, used: Sequence[bool], is_even: bool) -> Extent:
+        if is_even and self._goes_whole(number):
+            return Extent.WHOLE
+        is_full = all(map(used.__getitem__, self._param_indices[number]))
+        return Extent.PARAMS if is_full else Extent.SOME
+
+    def _goes_whole(self, number: int) -> bool:
+        """Return whether a step of all parameters of a bucket may take it as a whole."""
+        # Stochastic rounding has noise that belongs to the elements of a parameter.
+        return len(self.groups_of[number]) == 1 and not self._is_stochastic
 
     def _turns(self, numbers: Sequence[int], numel: float) -> list[list[int]]:
         turns: list[list[int]] = []
@@ -194,10 +237,8 @@ class ShardUpdate:
             works = [self._plan_work(*each) for each in turn]
             alike: dict[tuple[int, torch.dtype], list[Operands]] = {}
             for (number, _), work in zip(turn, works, strict=True):
-                groups = self.groups_of[number]
-                # Stochastic rounding has noise that belongs to the elements of a parameter.
-                if len(groups) == 1 and not self._is_stochastic:
-                    (group,) = groups
+                if self._goes_whole(number):
+                    (group,) = self.groups_of[number]
                     alike.setdefault((group, work.dtype), []).append(work.whole)
                     continue
                 for index, part in work.parts:
@@ -207,8 +248,10 @@ class ShardUpdate:
             plan = self._plans[key] = _Plan(indices, works, fixed)
         return plan
 
-    def _work_of(self, plan: _Plan, used: list[bool]) -> list[tuple[int, int, Sequence[Operands]]]:
-        """Return what to update, with its group and the number of its step.
+    def _work_of(
+        self, plan: _Plan, used: list[bool]
+    ) -> tuple[bool, list[tuple[int, int, Sequence[Operands]]]]:
+        """Return whether all parameters are alike, and what to update with group and step's number.
 
         Almost always these are the whole shards at once. Parameters with another step count than
         their neighbours, or without a gradient on any rank, break them up.
@@ -217,7 +260,7 @@ class ShardUpdate:
             steps = {self.states[index]["step"] for index in plan.indices}
             if len(steps) == 1:
                 (step,) = steps
-                return [(group, step, work) for group, work in plan.alike]
+                return True, [(group, step, work) for group, work in plan.alike]
         # One call for all parameters that are alike: launches do not grow with their number.
         found: dict[tuple[int, int, torch.dtype], list[Operands]] = {}
         for work in plan.works:
@@ -225,10 +268,12 @@ class ShardUpdate:
                 if used[index]:
                     key = self._group_of[index], self.states[index]["step"], work.dtype
                     found.setdefault(key, []).append(part)
-        return [(group, step, parts) for (group, step, _), parts in found.items()]
+        return False, [(group, step, parts) for (group, step, _), parts in found.items()]
 
     def _plan_work(self, number: int, grads: Tensor) -> _Work:
         whole = self._buckets[number].operands(grads)
+        if self.sums is not None:
+            whole = whole._replace(sums=self.sums.row(number))
         parts = []
         for index in self._param_indices[number]:
             part = self._layout.fragment(index, self._shard_index)

@@ -8,8 +8,9 @@ words                meaning
 ``norm.NUM_WORDS``   exact squares of the gradients, and how many elements are not finite
 2                    fingerprint of the step: its number, all options, the loss scale
 2                    checksum of this rank's copy of all parameters
-3                    how many ranks have a gradient that must not be taken; how many give up; how
-                     many have parameters that were changed without their masters
+4                    how many ranks have a gradient that must not be taken; how many give up; how
+                     many have parameters that were changed without their masters; how many have
+                     read states that they had not written
 one per parameter    how many ranks have a gradient for it, and world_size + 1 for each rank where
                      it was set to None after its reduction
 one per bucket       when its gradients were complete; in the first step only
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +52,26 @@ class Verdict(IntEnum):
     MODEL_PARALLEL_PEER_FAILED = 5  # another part of a tensor-parallel model has one of these
     GRADIENTS_SPOILED = 6  # changed after their reduction, on some rank
     PARAMS_EDITED = 7  # without their masters, on some rank
+    STATES_DIFFER = 8  # from those that some rank has written
+    PEER_REPAIRS = 9  # another part of a tensor-parallel model makes its copies equal again
+
+
+class LastStep(NamedTuple):
+    """What became of a step, on all ranks.
+
+    Attributes:
+        number: Counts the calls of `step`, from 1 on; 0 before the first.
+        was_taken: Whether parameters, masters and states are those after it, and not before it.
+        why_not: Why it was not taken, or nothing.
+    """
+
+    number: int
+    was_taken: bool
+    why_not: str
+
+
+NO_STEP = LastStep(0, False, "there was no step yet")
+RAISED = "it ended in an exception, before anything was updated"
 
 
 @dataclass(frozen=True)
@@ -91,7 +112,13 @@ class StepConsensus:
     """
 
     def __init__(
-        self, comm: Collectives, model_parallel: ModelParallel, *, compare: bool, defers: bool
+        self,
+        comm: Collectives,
+        model_parallel: ModelParallel,
+        *,
+        compare: bool,
+        repairs: bool,
+        defers: bool,
     ) -> None:
         """Begin with the first step.
 
@@ -99,11 +126,13 @@ class StepConsensus:
             comm: The ranks that share the states, or keep copies of them.
             model_parallel: The ranks that hold other parts of the model.
             compare: Compare a checksum of all parameters.
+            repairs: Copies that differ are made equal again.
             defers: See above.
         """
         self._comm = comm
         self._model_parallel = model_parallel
         self._compares_replicas = compare and comm.world_size > 1
+        self._repairs = repairs
         self._knows_order = comm.world_size == 1
         self.calls = 0
         self.defers = defers
@@ -126,6 +155,7 @@ class StepConsensus:
         *,
         gives_up: bool,
         edited: Tensor | None,
+        corrupt: Tensor | None,
     ) -> Decision:
         """Exchange the message of a step; called by all ranks when all reductions have ended.
 
@@ -137,6 +167,7 @@ class StepConsensus:
             loss_scale: Likewise; one element, or None.
             gives_up: Whether this rank has no gradient for the step, see `grad_reducer`.
             edited: From `DataEdits.take_over`.
+            corrupt: One element: whether this rank has read states that it had not written.
         """
         self.calls += 1
         bins = reducer.norm_bins
@@ -152,7 +183,9 @@ class StepConsensus:
         self.spoiled, self.dropped = reducer.spoiled, list(reducer.dropped)
         is_spoiled = self.spoiled is not None
         if self._comm.world_size == 1:
-            verdict = decide_alone(bins, spoiled=is_spoiled, gives_up=gives_up, edited=edited)
+            verdict = decide_alone(
+                bins, spoiled=is_spoiled, gives_up=gives_up, edited=edited, corrupt=corrupt
+            )
             decision = Decision(bins, verdict, list(reducer.used()), None)
         else:
             completed = None if self._knows_order else reducer.schedule.completed
@@ -169,16 +202,24 @@ class StepConsensus:
                 spoiled=is_spoiled,
                 gives_up=gives_up,
                 edited=edited,
+                corrupt=corrupt,
                 completed=completed,
                 num_buckets=len(buckets),
             )
         if self._model_parallel.mesh is not None:
-            decision = agree_with_other_parts(self._model_parallel.comm, decision)
+            decision = agree_with_other_parts(
+                self._model_parallel.comm, decision, repairs=self._repairs
+            )
         return decision
 
 
 def decide_alone(
-    norm_bins: Tensor, *, spoiled: bool, gives_up: bool, edited: Tensor | None
+    norm_bins: Tensor,
+    *,
+    spoiled: bool,
+    gives_up: bool,
+    edited: Tensor | None,
+    corrupt: Tensor | None = None,
 ) -> Tensor:
     """Return the `Verdict` of a single rank, one element; the arguments are those of `agree`."""
     verdict = torch.where(nonfinite_count(norm_bins) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
@@ -188,6 +229,8 @@ def decide_alone(
         verdict = torch.where(edited, Verdict.PARAMS_EDITED, verdict)
     if gives_up:
         verdict.fill_(Verdict.GIVEN_UP)
+    if corrupt is not None:
+        verdict = torch.where(corrupt, Verdict.STATES_DIFFER, verdict)
     return verdict
 
 
@@ -202,6 +245,7 @@ def agree(
     spoiled: bool = False,
     gives_up: bool = False,
     edited: Tensor | None = None,
+    corrupt: Tensor | None = None,
     completed: Sequence[int] | None = None,
     num_buckets: int = 0,
 ) -> Decision:
@@ -219,6 +263,7 @@ def agree(
         spoiled: Whether this rank has a gradient that must not be taken.
         gives_up: Whether this rank gives the step up.
         edited: One element: whether parameters were changed without their masters on this rank.
+        corrupt: One element: whether states were read that this rank had not written.
         completed: Buckets in the order in which their gradients were complete on this rank, or
             None to send nothing about it. All ranks must give it, or none.
         num_buckets: How many buckets there are.
@@ -226,13 +271,15 @@ def agree(
     # A word alone could agree by accident in its sum (x + 1 and x - 1): each travels with a square.
     device, count = norm_bins.device, len(used)
     own = torch.stack([step, _mixed(step), replica, _mixed(replica)])
-    faults = torch.zeros(3, dtype=torch.int64, device=device)
+    faults = torch.zeros(4, dtype=torch.int64, device=device)
     if spoiled:
         faults[0].fill_(1)
     if gives_up:
         faults[1].fill_(1)
     if edited is not None:
         faults[2].copy_(edited)
+    if corrupt is not None:
+        faults[3].copy_(corrupt)
     flags = torch.ones(count, dtype=torch.int64, device=device)
     of_dropped = comm.world_size + 1
     if not all(used):
@@ -251,7 +298,7 @@ def agree(
         comm.sum_(message)
 
     total, rest = message[:NUM_WORDS], message[NUM_WORDS + 4 :]
-    faults, flags, times = rest[:3], rest[3 : 3 + count], rest[3 + count :]
+    faults, flags, times = rest[:4], rest[4 : 4 + count], rest[4 + count :]
     same = (message[NUM_WORDS : NUM_WORDS + 4] == own * comm.world_size).view(2, 2).all(1)
     # The graver finding wins: ranks at other steps may well have other gradients. Computed on the
     # device, so that the host need not wait.
@@ -264,6 +311,8 @@ def agree(
     verdict = torch.where(same[0], verdict, Verdict.STEPS_DIFFER)
     # A rank that gives up knows nothing of the others' loss scale, and nothing is updated anyway.
     verdict = torch.where(faults[1] > 0, Verdict.GIVEN_UP, verdict)
+    if corrupt is not None:  # on all ranks alike; whatever else is wrong, no step must use these
+        verdict = torch.where(faults[3] > 0, Verdict.STATES_DIFFER, verdict)
     # A rank that has used every parameter need not wait for the answer of the others.
     agreed_use = list(used) if all(used) else (flags % of_dropped > 0).tolist()
     order = None
@@ -273,12 +322,15 @@ def agree(
     return Decision(total, verdict, agreed_use, order)
 
 
-def agree_with_other_parts(comm: Collectives, decision: Decision) -> Decision:
+def agree_with_other_parts(
+    comm: Collectives, decision: Decision, *, repairs: bool = False
+) -> Decision:
     """Agree with the ranks that hold other parts of a tensor-parallel model; called by all.
 
     Args:
         comm: Those ranks, one for each part.
         decision: That of this part's ranks.
+        repairs: Copies that differ are made equal again.
 
     Returns:
         The same with the squares of all parts, and a verdict other than UPDATE if any part has one.
@@ -289,13 +341,19 @@ def agree_with_other_parts(comm: Collectives, decision: Decision) -> Decision:
     verdicts = message[NUM_WORDS:]
     joint = torch.where(verdicts[Verdict.NOT_FINITE] > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
     joint = torch.where(verdicts[Verdict.GIVEN_UP] > 0, Verdict.GIVEN_UP, joint)
-    has_failed = verdicts[Verdict.STEPS_DIFFER :].sum() > 0
+    differ = verdicts[Verdict.REPLICAS_DIFFER] if repairs else verdicts.new_zeros(())
+    joint = torch.where(differ > 0, Verdict.PEER_REPAIRS, joint)
+    has_failed = verdicts[Verdict.STEPS_DIFFER :].sum() > differ
     joint = torch.where(has_failed, Verdict.MODEL_PARALLEL_PEER_FAILED, joint)
     own = decision.verdict
+    # Parts that repair have to meet those that do not; where one has failed, none does.
+    is_repaired = (own == Verdict.REPLICAS_DIFFER) & repairs
     return replace(
         decision,
         norm_bins=message[:NUM_WORDS],
-        verdict=torch.where(own >= Verdict.STEPS_DIFFER, own, joint),
+        verdict=torch.where(
+            (own >= Verdict.STEPS_DIFFER) & ~(is_repaired & has_failed), own, joint
+        ),
     )
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from belief_dist import kernels
 from belief_dist.kernels import eager
 from belief_dist.kernels.cpp import CppKernel
-from belief_dist.operands import BLOCK, Operands, cut
+from belief_dist.operands import BLOCK, WATCHED, Operands, cut
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import (
     StepScalars,
@@ -26,7 +26,14 @@ from belief_dist.rule import (
     step_scalars,
     update_reference_,
 )
-from belief_dist.state_formats import encode_m, encode_s, split_master, update_stored_reference_
+from belief_dist.state_formats import (
+    encode_m,
+    encode_s,
+    split_master,
+    update_stored_reference_,
+    word_sums,
+    wrapped,
+)
 from tests.harness.kernels import bits, chunked, cpp, values
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
@@ -92,6 +99,7 @@ def make(
     amsgrad: bool = False,
     offset: int = 0,
     first: int = 0,
+    slots: int = 0,
     generator: torch.Generator,
 ) -> Operands:
     """Return everything that a step needs of n elements in some form."""
@@ -116,16 +124,23 @@ def make(
         made[name] = moved(made[name], offset)
     if form.out is not None:
         made["param_out"] = torch.zeros(n, dtype=form.out)
+    made["sums"] = torch.zeros(slots, 2, WATCHED, dtype=torch.int32) if slots else None
     return Operands(**made)
 
 
 def tensors_of(operands: Operands) -> dict[str, Tensor]:
-    return {name: t for name, t in operands._asdict().items() if isinstance(t, Tensor)}
+    """Return all but the sums, which are no tensor of the parameter."""
+    found = {name: t for name, t in operands._asdict().items() if isinstance(t, Tensor)}
+    found.pop("sums", None)
+    return found
 
 
 def copied(operands: Operands) -> Operands:
     """Return the same in other memory, where every tensor is aligned."""
-    return operands._replace(**{name: t.clone() for name, t in tensors_of(operands).items()})
+    sums = None if operands.sums is None else operands.sums.clone()
+    return operands._replace(
+        **{name: t.clone() for name, t in tensors_of(operands).items()}, sums=sums
+    )
 
 
 @contextlib.contextmanager
@@ -143,6 +158,11 @@ def assert_same(ours: Operands, expected: Operands, about: str = "") -> None:
         assert not wrong, f"{name} differs at {wrong[:5]} of {ours.param.numel()}{about}"
 
 
+def total(sums: Tensor) -> Tensor:
+    """Return what is in all slots: (2, WATCHED)."""
+    return wrapped(sums.sum(0, dtype=torch.int64))
+
+
 def check(
     update: Update,
     lengths: Sequence[int] | int,
@@ -153,6 +173,7 @@ def check(
     first: int = 0,
     step: int = 3,
     seed: int = 0,
+    slots: int = 0,
 ) -> None:
     """Apply one step by one `update` and by the reference to equal tensors; compare all bits."""
     options = {**OPTIONS, **(switches or {})}
@@ -160,7 +181,13 @@ def check(
     with on_one_thread():
         work = [
             make(
-                n, form, amsgrad=options["amsgrad"], offset=offset, first=first, generator=generator
+                n,
+                form,
+                amsgrad=options["amsgrad"],
+                offset=offset,
+                first=first,
+                slots=slots,
+                generator=generator,
             )
             for n in ([lengths] if isinstance(lengths, int) else lengths)
         ]
@@ -169,8 +196,12 @@ def check(
     update(work, scalars, grad_scale=0.37)
     with on_one_thread():
         for ours, theirs in zip(work, expected, strict=True):
+            read = word_sums(theirs)
             update_stored_reference_(theirs, scalars, grad_scale=0.37)
             assert_same(ours, theirs, f", {options}, {form}")
+            for each in (ours, theirs) if slots else ():  # they may have different NaNs
+                assert each.sums is not None
+                assert torch.equal(total(each.sums), torch.stack([read, word_sums(each)]))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -180,6 +211,29 @@ def test_every_switch_length_and_alignment(update: Update, form: Form, kernel: C
     offsets = (0, 1, 3) if update is cpp else (1,)
     for seed, (switches, offset) in enumerate(itertools.product(SWITCHES, offsets)):
         check(update, LENGTHS, switches, form, offset=offset, seed=seed)
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("update", [cpp, chunked])
+def test_sums_of_what_is_read_and_written(update: Update, form: Form, kernel: CppKernel) -> None:
+    for seed, switches in enumerate([{}, {"amsgrad": True}]):
+        check(update, LENGTHS, switches, form, offset=seed, seed=seed, slots=1 + seed)
+    check(update, 70_001, {}, form, slots=1)  # several threads, many pieces
+
+
+def test_sums_tell_every_flipped_bit() -> None:
+    """In each byte of everything that is watched, and nowhere else."""
+    for form, amsgrad in itertools.product(FORMS, (False, True)):
+        operands = make(300, form, amsgrad=amsgrad, generator=torch.Generator().manual_seed(0))
+        before = word_sums(operands)
+        for name, tensor in tensors_of(operands).items():
+            watched = name not in ("grad", "param_out") and not (form.split and name == "param")
+            flat = tensor.view(torch.uint8)
+            for place in range(0, flat.numel(), 37):
+                flat[place] ^= 1 << place % 8
+                differs = (word_sums(operands) != before).sum().item()
+                assert differs == watched, (name, place, form)
+                flat[place] ^= 1 << place % 8
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

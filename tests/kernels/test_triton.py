@@ -236,7 +236,9 @@ OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
 SIZES = {"fp32": 4, "bf16": 2, "i16": 2, "u8": 1}
 
 
-def compile_ahead(entry: str, form: Form, target: Any, warps: int) -> Any:
+def compile_ahead(
+    entry: str, form: Form, target: Any, warps: int, *, slots: int | None = None
+) -> Any:
     import triton
     import triton.language as tl
     from triton.compiler import ASTSource
@@ -254,6 +256,7 @@ def compile_ahead(entry: str, form: Form, target: Any, warps: int) -> Any:
         "exp_avg_exponent": form.exponent,
         "exp_avg_sq_exponent": form.exponent,
         "max_exp_avg_sq_exponent": None,
+        "sums": None if slots is None else "i32",
         "segments": "i64",
         "grads": "i64",
         "chunks": "i64",
@@ -272,6 +275,7 @@ def compile_ahead(entry: str, form: Form, target: Any, warps: int) -> Any:
         "REMAINDER": dtypes[form.remainder],
         "EXPONENT": dtypes[form.exponent],
         "MAX_EXPONENT": None,
+        "SLOTS": slots,
         "ALIGNED": True,
         "COUPLED": False,
         "TILE": triton_kernel.TILE,
@@ -315,6 +319,7 @@ def expected_accesses(form: Form) -> tuple[Counter[int], Counter[int]]:
 
 
 ENTRIES = ["update_flat", "update_many"]
+STORE = r"\bst\.global(?:\.v(\d))?\.b(\d+)"
 
 
 def table_reads(form: Form) -> int:
@@ -370,6 +375,25 @@ def test_nvidia_code(entry: str, name: str, capability: int, tmp_path: Path) -> 
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     assert used["REG"] <= form.registers
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_sums_on_nvidia(name: str, tmp_path: Path) -> None:
+    """They cost no traffic and spill nothing: what is added up is in registers."""
+    from triton.backends.compiler import GPUTarget
+
+    form = FORMS[name]
+    compiled = compile_ahead("update_many", form, GPUTarget("cuda", 90, 32), 8, slots=256)
+    ptx = compiled.asm["ptx"]
+    assert not re.search(r"\bfma\b|\.ftz|\.approx|div\.full", ptx)
+    watched = 3 + (0 if form.exponent is None else 2)
+    # Of each what is read and what is written, in the path of full tiles and in that of the last.
+    assert len(re.findall(r"\b(?:red|atom)\.global\.gpu\.relaxed\.add\.u32", ptx)) == 4 * watched
+    stores = Counter(int(v or 1) * int(n) // 8 for v, n in re.findall(STORE, ptx))
+    assert stores == expected_accesses(form)[1]
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 96
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -18,7 +18,7 @@ from belief_dist.device_scalars import device_scalars
 from belief_dist.kernels import eager, triton_kernel
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.kernels.triton_tables import Table
-from belief_dist.operands import BLOCK, Operands
+from belief_dist.operands import BLOCK, WATCHED, Operands
 from belief_dist.rule import StepScalars, compute_dtype, step_scalars
 from belief_dist.state_formats import (
     encode_m,
@@ -26,6 +26,8 @@ from belief_dist.state_formats import (
     noise_key,
     split_master,
     update_stored_reference_,
+    word_sums,
+    wrapped,
 )
 from benchmarks.gpu.forms import FORMS as MEASURED
 from benchmarks.gpu.forms import has_same_bits
@@ -74,7 +76,9 @@ FORMS = [
 ]
 
 
-def make(form: Form, n: int, amsgrad: bool, seed: int, first: int = 0) -> Operands:
+def make(
+    form: Form, n: int, amsgrad: bool, seed: int, first: int = 0, sums: Tensor | None = None
+) -> Operands:
     """Return operands with special values of every kind among their numbers."""
     generator = torch.Generator().manual_seed(seed)
     optional: dict[str, Any] = {}
@@ -103,6 +107,7 @@ def make(form: Form, n: int, amsgrad: bool, seed: int, first: int = 0) -> Operan
         **optional,
         key=noise_key(seed, n),
         first=first,
+        sums=sums,
     )
 
 
@@ -122,7 +127,7 @@ def check(work: Sequence[Operands], scalars: StepScalars, given: Any = None, **m
 def compare(work: Sequence[Operands], expected: Sequence[Operands]) -> None:
     for ours, theirs in zip(work, expected, strict=True):
         for name, a, b in zip(Operands._fields, ours, theirs, strict=True):
-            if isinstance(a, Tensor):
+            if isinstance(a, Tensor) and name != "sums":
                 x, y = (bits(t) if t.is_floating_point() else t for t in (a, b))
                 wrong = (x != y).nonzero().flatten().tolist()
                 assert not wrong, f"{name} differs at {wrong[:5]} of {len(a)}: {a[wrong[0]]}"
@@ -140,6 +145,21 @@ def test_many_tensors_in_one_launch(form: Form, switches: dict[str, Any]) -> Non
     options = {**OPTIONS, **switches}
     work = [make(form, n, options["amsgrad"], n, first=n * BLOCK) for n in LENGTHS]
     check(work, step_scalars(options, 3), grad_scale=0.37)
+
+
+@pytest.mark.parametrize("slots", [1, 4])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_sums_of_what_is_read_and_written(form: Form, slots: int) -> None:
+    """Tensors that share them, in one launch and alone, over programs that share a slot."""
+    scalars = step_scalars({**OPTIONS, "amsgrad": slots > 1}, 3)
+    for lengths in ([700, 1, 1024, 5000], [3000]):
+        sums = torch.zeros(slots, 2, WATCHED, dtype=torch.int32)
+        work = [make(form, n, slots > 1, n, sums=sums) for n in lengths]
+        read = [word_sums(operands) for operands in work]
+        check(work, scalars)
+        written = [word_sums(operands) for operands in work]
+        expected = torch.stack([torch.stack(each).sum(0) for each in (read, written)])
+        assert torch.equal(wrapped(sums.sum(0)), wrapped(expected))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -219,7 +239,7 @@ def test_a_table_is_uploaded_once_for_the_same_tensors(uploads: list[int]) -> No
     work = [make(FORMS[0], n, False, n) for n in (10, 20, 30)]
     for step in (1, 2, 3):
         check(work, step_scalars(OPTIONS, step))
-    once = [3, 3 * 12, 3]  # gradients, rows, chunks
+    once = [3, 3 * 13, 3]  # gradients, rows, chunks
     assert uploads == once
     for step in (4, 5):  # new gradients in the same places' stead
         for other, _ in enumerate(work):

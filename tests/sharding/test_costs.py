@@ -155,9 +155,9 @@ def traffic_is_as_documented() -> None:
     def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal messages
         messages += 1
-        # Two words each for step and replica, three for what is wrong on a rank, one for every
+        # Two words each for step and replica, four for what is wrong on a rank, one for every
         # parameter, and first for every bucket.
-        words = NUM_WORDS + 7 + len(SHAPES)
+        words = NUM_WORDS + 8 + len(SHAPES)
         assert tensor.numel() == words + (0 if messages > 1 else len(optimizer.layout.buckets))
         return all_reduce(tensor, *args, **kwargs)
 

@@ -201,6 +201,48 @@ def checkpoints_reshard(folder: Path) -> None:
         assert torch.equal(local_part(ours), local_part(theirs))
 
 
+def copies_are_repaired_in_one_part(copies: int) -> None:
+    """The other part skips the step with it, or fails with it where no majority can tell."""
+    mesh = init_device_mesh("cpu", (copies, 2), mesh_dim_names=("dp", "tp"))
+    model, steady = cut_model(mesh["tp"]), cut_model(mesh["tp"])
+    optimizers = [
+        ShardedAdaBelief(
+            each.parameters(),
+            process_group=mesh["dp"],
+            bucket_bytes=200,
+            on_desync="repair",
+            **HYPER,
+        )
+        for each in (model, steady)
+    ]
+    optimizer = optimizers[0]
+    index, part = mesh.get_coordinate() or (0, 0)
+
+    def train(each: nn.Module, its: ShardedAdaBelief, step: int) -> None:
+        torch.manual_seed(step * copies + index)
+        each(torch.randn(5, 6)).square().sum().backward()
+        its.step()
+        its.zero_grad()
+
+    for step in range(1, 5):
+        if step == 3:
+            if (index, part) == (1, 1):
+                local_part(model[1].weight).data[0, 0] += 1.0
+            if copies == 2:
+                said = "none has a majority" if part == 1 else "another part .* could not make"
+                with pytest.raises(RuntimeError, match=said):
+                    train(model, optimizer, 9)
+                return
+            train(model, optimizer, 9)
+            assert optimizer.skipped_steps == 1
+            why = "partly those of wrong" if part == 1 else "another part of the model"
+            assert why in optimizer.last_step.why_not
+        train(model, optimizer, step)
+        train(steady, optimizers[1], step)
+    for ours, theirs in zip(model.parameters(), steady.parameters(), strict=True):
+        assert torch.equal(local_part(ours), local_part(theirs))
+
+
 def refusals() -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = cut_model(mesh["tp"])
@@ -226,4 +268,9 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         skips_in_all_parts,
         partial(checkpoints_reshard, tmp_path / "checkpoints"),
         refusals,
+        partial(copies_are_repaired_in_one_part, 2),
     )
+
+
+def test_three_copies_of_two_parts(tmp_path: Path) -> None:
+    run_ranks(6, tmp_path, partial(copies_are_repaired_in_one_part, 3))

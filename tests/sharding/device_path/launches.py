@@ -22,6 +22,7 @@ def formula(
     *,
     stage: int = 1,
     check_replicas: bool = True,
+    check_states: bool = False,
     max_grad_value: float | None = None,
     reduce_dtype: torch.dtype | None = None,
     turns: int = 1,
@@ -41,6 +42,8 @@ def formula(
     total = 4 * b + updates + 41 if several else b + groups + 7 + (squares if in_place else b)
     total += padded
     total += 3 if several and check_replicas else 0
+    if check_states:
+        total += 46 if several else 44
     total += 3 if not all(clips) else 0
     if any(each.has_master for each in buckets):
         total += 8 if several else 9
@@ -90,6 +93,8 @@ CHOICES: list[dict[str, Any]] = [
     {},
     {"max_grad_norm": 1.0},
     {"check_replicas": False},
+    {"check_states": True},
+    {"check_states": True, "dtype": torch.bfloat16},
     {"overlap": False},
     {"dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder"},

@@ -1,0 +1,56 @@
+"""Commands that break things: ranks that end, and bits that flip."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import Any
+
+from benchmarks.console import console, table_of
+from benchmarks.faults import run_faults
+from benchmarks.flips import RANKS, run_clean, run_cost, run_flips
+from benchmarks.report import machine
+
+
+def _keep(json: Path | None, found: dict[str, Any]) -> None:
+    if json is not None:
+        json.write_text(json_module.dumps({"machine": machine(), **found}, indent=1) + "\n")
+
+
+def faults(seeds: int = 2, only: list[str] | None = None, json: Path | None = None) -> None:
+    """End one rank of three at every phase of a step, in every way, under us and under peers.
+
+    Args:
+        seeds: Moments of each phase and way; two take a quarter of an hour.
+        only: Words of which one is in the name of each engine that is chosen.
+        json: Write the table here.
+    """
+    rows = run_faults(seeds, only or ())
+    console().print(table_of("One rank of three ends", rows, left=("engine", "rank 1")))
+    _keep(json, {"rows": rows})
+
+
+def flips(
+    flips: int = 1000, clean: int = 0, rounds: int = 0, seed: int = 0, json: Path | None = None
+) -> None:
+    """Flip bits of parameters, masters, states and gradients, one at a time, under training.
+
+    Args:
+        flips: How many; a thousand take two minutes.
+        clean: Also train so many steps without any, and count false alarms.
+        rounds: Also take so many steps of a GPT on two ranks with and without the checks.
+        seed: Of what is flipped.
+        json: Write the tables here.
+    """
+    out = console()
+    found: dict[str, Any] = {"rows": run_flips(flips, seed)}
+    out.print(
+        table_of(f"{flips:,} flipped bits on {RANKS} ranks", found["rows"], left=("flipped",))
+    )
+    if clean:
+        found |= {"clean steps": clean, "false alarms": run_clean(clean)}
+        out.print(f"{found['false alarms']} false alarms in {clean:,} steps without a flip")
+    if rounds:
+        found["cost"] = run_cost(2, rounds)
+        out.print(table_of("Cost of check_states", [found["cost"]], left=()))
+    _keep(json, found)
