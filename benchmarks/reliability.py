@@ -10,6 +10,7 @@ from benchmarks.console import console, table_of
 from benchmarks.faults import run_faults
 from benchmarks.flips import RANKS, run_clean, run_cost, run_flips
 from benchmarks.report import machine
+from benchmarks.standby import run_standby
 
 
 def _keep(json: Path | None, found: dict[str, Any]) -> None:
@@ -54,3 +55,16 @@ def flips(
         found["cost"] = run_cost(2, rounds)
         out.print(table_of("Cost of check_states", [found["cost"]], left=()))
     _keep(json, found)
+
+
+def standby(rounds: int = 10, every: int = 1, json: Path | None = None) -> None:
+    """Time steps of a GPT on two ranks whose states are kept in memory, beside steps without.
+
+    Args:
+        rounds: How often both take turns.
+        every: Keep one of so many steps.
+        json: Write the table here.
+    """
+    rows = run_standby(rounds, every)
+    console().print(table_of(f"One of {every} steps kept in memory", rows, left=()))
+    _keep(json, {"every": every, "rows": rows})

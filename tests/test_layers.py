@@ -54,7 +54,8 @@ checkpoint.errors checkpoint.dcp_tensor checkpoint.run_directory
 checkpoint.local_shards checkpoint.metadata
 checkpoint.entries
 checkpoint.saving checkpoint.torch_api
-checkpoint.async_save checkpoint.loading
+checkpoint.async_save checkpoint.loading checkpoint.file_transfer
+checkpoint.standby
 checkpoint.formats checkpoint.formats.safetensors checkpoint.formats.full_state
 checkpoint.formats.torch_file
 checkpoint.formats.torch checkpoint.formats.deepspeed

@@ -7,6 +7,7 @@ from belief_dist.checkpoint.async_save import BackgroundSaver
 from belief_dist.checkpoint.errors import CheckpointError
 from belief_dist.checkpoint.loading import Loaded, load, verify
 from belief_dist.checkpoint.saving import Saved, contents, save
+from belief_dist.checkpoint.standby import Standby
 from belief_dist.checkpoint.torch_api import logical_states
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "CheckpointError",
     "Loaded",
     "Saved",
+    "Standby",
     "contents",
     "load",
     "logical_states",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,14 +87,20 @@ def verify(checkpoint: str | Path, *, step: int | None = None) -> Path:
     return path
 
 
-def read_metadata(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, Any]]:
+def read_metadata(
+    path: Path, sizes: Mapping[str, int] | None = None
+) -> tuple[Metadata, dict[str, Any], dict[str, Any]]:
     """Return (DCP's metadata, ours, `extra`) of a checkpoint, without communication.
+
+    Args:
+        path: The checkpoint.
+        sizes: As for `SafeReader`.
 
     Raises:
         ValueError: The checkpoint was not saved by belief_dist.
     """
     silence_single_process_warning()
-    reader = SafeReader(path)
+    reader = SafeReader(path, sizes)
     dcp_metadata = reader.read_metadata()
     if METADATA_KEY not in dcp_metadata.state_dict_metadata:
         raise ValueError(f"{path} is a checkpoint of torch, but was not saved by belief_dist.")
@@ -106,6 +112,24 @@ def read_metadata(path: Path) -> tuple[Metadata, dict[str, Any], dict[str, Any]]
     metadata = plain[METADATA_KEY][0]
     check_format(metadata)
     return dcp_metadata, metadata, plain[EXTRA_KEY][0]
+
+
+def files_of_metadata(path: Path, sizes: Mapping[str, int]) -> set[str]:
+    """Return the names of the files that hold what `read_metadata` returns beside DCP's own.
+
+    Args:
+        path: The checkpoint, of which DCP's metadata must be there.
+        sizes: As for `SafeReader`.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    places = SafeReader(path, sizes).read_metadata().storage_data
+    return {
+        place.relative_path
+        for index, place in places.items()
+        if index.fqn in (METADATA_KEY, EXTRA_KEY)
+    }
 
 
 @torch.no_grad()
@@ -168,6 +192,7 @@ def load_from(
     model: torch.nn.Module | None,
     optimizer: Optimizer | None,
     scaler: Any,
+    sizes: Mapping[str, int] | None = None,
     fetch: Callable[[set[str]], None] | None = None,
 ) -> Loaded:
     """Load a checkpoint whose files were compared with their checksums; called by all ranks.
@@ -177,14 +202,17 @@ def load_from(
         what: Start of an error's message.
         path: The checkpoint; ranks may have different ones.
         step: It is of.
-        model, optimizer, scaler: As for `load`.
+        model: As for `load`.
+        optimizer: As for `load`.
+        scaler: As for `load`.
+        sizes: As for `SafeReader`.
         fetch: Called by all ranks with the names of the files that this rank will read, to make
             them present.
 
     Raises:
         CheckpointError: As for `load`.
     """
-    dcp_metadata, metadata, extra = run_together(comm, what, lambda: read_metadata(path))
+    dcp_metadata, metadata, extra = run_together(comm, what, lambda: read_metadata(path, sizes))
     plan = run_together(
         comm, what, lambda: _LoadPlan(model, optimizer, scaler, dcp_metadata, metadata, comm)
     )
@@ -195,7 +223,7 @@ def load_from(
     try:
         dcp.load(
             plan.entries,
-            storage_reader=SafeReader(path),
+            storage_reader=SafeReader(path, sizes),
             planner=SafePlanner(),
             process_group=comm.group,
             no_dist=comm.world_size == 1,

@@ -106,6 +106,16 @@ def _sizes(values: Any) -> torch.Size:
 class SafeReader(FileSystemReader):
     """DCP's reader of files, for folders that anybody may have written."""
 
+    def __init__(self, path: Path, sizes: Mapping[str, int] | None = None) -> None:
+        """Read a folder.
+
+        Args:
+            path: The folder.
+            sizes: Of files that may be elsewhere, in bytes; those that are read must be there.
+        """
+        super().__init__(path)
+        self._sizes = dict(sizes or {})
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Return the metadata, which agrees with the files.
 
@@ -118,7 +128,7 @@ class SafeReader(FileSystemReader):
         try:
             raw = _Unpickler(io.BytesIO(path.read_bytes())).load()
             found = _rebuild(raw)
-            _check_against_files(folder, found)
+            _check_against_files(folder, found, self._sizes)
         except Exception as error:  # a damaged pickle can raise anything
             reason = str(error) or type(error).__name__
             raise ValueError(
@@ -232,9 +242,9 @@ def _place(record: Any) -> _StorageInfo:
     return _StorageInfo(check_name(record.field("relative_path")), offset, length)
 
 
-def _check_against_files(folder: Path, found: Metadata) -> None:
+def _check_against_files(folder: Path, found: Metadata, known: Mapping[str, int]) -> None:
     """Check that files are as long as they are said to be, and tensors no larger than files."""
-    sizes: dict[str, int] = {}
+    sizes = dict(known)
     lengths: dict[tuple[str, torch.Size | None], int] = {}
     for index, place in found.storage_data.items():
         name = place.relative_path

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.optim import Optimizer
 
 from belief_dist.checkpoint import run_directory
-from belief_dist.checkpoint.checksummed_files import ChecksumWriter, write_manifest
+from belief_dist.checkpoint.checksummed_files import Checksum, ChecksumWriter, write_manifest
 from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, shard_entries, weight_key
 from belief_dist.checkpoint.errors import CheckpointError, from_dcp_failure, run_together
 from belief_dist.checkpoint.local_shards import local_shards
@@ -168,19 +168,8 @@ def write(
     temporary = comm.exchange(begun)[0]
     assert temporary is not None
     try:
-        aliases = entries[METADATA_KEY][0]["aliases"]
-        writer = ChecksumWriter(
-            temporary, {weight_key(alias): weight_key(name) for alias, name in aliases.items()}
-        )
-        alone = comm.world_size == 1
-        silence_single_process_warning()
-        try:
-            dcp.save(entries, storage_writer=writer, process_group=group, no_dist=alone)
-        except CheckpointException as failure:
-            raise from_dcp_failure(what, failure) from None
-        checksums = {
-            name: s for theirs in comm.exchange(writer.checksums) for name, s in theirs.items()
-        }
+        own = write_files(comm, group, what, temporary, entries)
+        checksums = {name: s for theirs in comm.exchange(own) for name, s in theirs.items()}
 
         # Every rank's file has been flushed to the disk when `exchange` has returned.
         def publish() -> Path | None:
@@ -199,7 +188,42 @@ def write(
         if is_first:
             run_directory.give_up(temporary)
         raise
-    return published, sum(s.nbytes for s in writer.checksums.values())
+    return published, sum(s.nbytes for s in own.values())
+
+
+def write_files(
+    comm: Collectives,
+    group: dist.ProcessGroup | None,
+    what: str,
+    folder: Path,
+    entries: dict[str, Any],
+) -> dict[str, Checksum]:
+    """Write the files of a checkpoint into a folder; called by all ranks.
+
+    Args:
+        comm: The ranks.
+        group: Theirs.
+        what: Start of an error's message.
+        folder: Ranks may have different ones.
+        entries: From `contents`.
+
+    Returns:
+        The checksums of the files that this rank has written.
+
+    Raises:
+        CheckpointError: On every rank.
+    """
+    aliases = entries[METADATA_KEY][0]["aliases"]
+    writer = ChecksumWriter(
+        folder, {weight_key(alias): weight_key(name) for alias, name in aliases.items()}
+    )
+    silence_single_process_warning()
+    alone = comm.world_size == 1
+    try:
+        dcp.save(entries, storage_writer=writer, process_group=group, no_dist=alone)
+    except CheckpointException as failure:
+        raise from_dcp_failure(what, failure) from None
+    return writer.checksums
 
 
 def save(

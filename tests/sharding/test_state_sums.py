@@ -104,7 +104,7 @@ def module_of(params: list[nn.Parameter]) -> nn.Module:
 
 
 def flip_while_some_steps_are_behind(kind: str) -> None:
-    """Parameters that miss steps break buckets up, and their neighbours are watched all the same."""
+    """Parameters that miss steps break buckets up; their neighbours are watched all the same."""
     params, optimizer = build()
     for step in range(1, 4):
         one_step(optimizer, params, step, used=range(0, 5))
@@ -219,5 +219,5 @@ def test_one_rank_alone() -> None:
         if step < 3:
             optimizer.step()
             continue
-        with pytest.raises(RuntimeError, match="exp_avg of bucket 0 .* of rank 0"):
+        with pytest.raises(RuntimeError, match=r"exp_avg of bucket 0 .* of rank 0"):
             optimizer.step()
