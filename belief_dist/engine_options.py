@@ -72,6 +72,12 @@ def _positive_integer(name: str, value: Any) -> Any:
     return value
 
 
+def _count_or_none(name: str, value: Any) -> Any:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name} must be an integer >= 1 or None, got {shown(value)}.")
+    return value
+
+
 def _positive_or_none(name: str, value: Any) -> Any:
     if value is None:
         return None
@@ -112,6 +118,7 @@ class EngineOptions:
     """How `ShardedAdaBelief` shards, stores and communicates; its docstring tells each meaning."""
 
     stage: Literal[1, 2] = field(default=1, metadata={"check": _STAGE})
+    micro_batches: int | None = field(default=None, metadata={"check": _count_or_none})
     reduction: Reduction = field(default="ordered", metadata={"check": _reduction})
     reduce_dtype: torch.dtype | None = field(
         default=None, metadata={"check": _dtype(None, torch.float32, torch.bfloat16, torch.int8)}
@@ -154,11 +161,27 @@ class EngineOptions:
             raise ValueError(
                 "reduce_dtype=torch.int8 needs reduction='ordered': backends cannot add it."
             )
+        if options.micro_batches is not None and options.reduction == "native":
+            raise ValueError(
+                "micro_batches needs reduction='ordered': in which order a backend adds, and so "
+                "the result, changes with the number of ranks."
+            )
+        if options.micro_batches is not None and options.reduce_dtype == torch.int8:
+            raise ValueError(
+                "micro_batches does not go together with reduce_dtype=torch.int8, whose rounding "
+                "errors stay on a rank and would make the result depend on how many there are; "
+                "torch.bfloat16 halves the bytes."
+            )
         if options.on_desync == "repair" and not options.check_replicas:
             raise ValueError(
                 "on_desync='repair' needs check_replicas=True, which finds what differs."
             )
         return options
+
+    @property
+    def keeps_full_gradients(self) -> bool:
+        """Whether a rank keeps all of its own gradient until the step: ZeRO-1 by the book."""
+        return self.stage == 1 and self.micro_batches is None
 
     def check_param(self, dtype: torch.dtype, label: str) -> None:
         """Refuse a parameter whose dtype does not go together with an option.

@@ -6,7 +6,7 @@ What happens in a step is in `sharding.engine`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from belief_dist import observers
 from belief_dist.deprecations import warn_once
 from belief_dist.engine_options import EngineOptions, Reduction, check_timeout
-from belief_dist.options import complete_options, shown
+from belief_dist.options import complete_options
 from belief_dist.params import (
     NoDecay,
     as_groups,
@@ -34,8 +34,9 @@ from belief_dist.params import (
 )
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.driver import Driven
-from belief_dist.sharding.dtensor import coordinate_of, find_mesh
+from belief_dist.sharding.dtensor import coordinate_of
 from belief_dist.sharding.engine import ShardEngine
+from belief_dist.sharding.group_options import take_clip
 from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
 from belief_dist.sharding.module_buffers import spread_buffers
@@ -72,6 +73,9 @@ class ShardedAdaBelief(Driven, Optimizer):
         stage: 1 shards states and masters over the ranks. 2 shards the gradients too: `param.grad`
             has no values after backward, see `sharding.sharded_grad`. All ranks must run equally
             many backward passes outside of `no_sync`.
+        micro_batches: A step is so many backward passes of all ranks together, number k that of
+            rank k mod world size, and has the same bits on any number of ranks; losses are not
+            divided. At both stages gradients then go as at stage 2. See docs/any-world-size.md.
         reduction: "ordered" sums gradients in rank order in float32; "native" uses the backend's
             reduce-scatter.
         reduce_dtype: Gradients are rounded to this dtype before they travel, and summed in float32:
@@ -138,6 +142,7 @@ class ShardedAdaBelief(Driven, Optimizer):
         no_decay: NoDecay = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         stage: Literal[1, 2] = 1,
+        micro_batches: int | None = None,
         reduction: Reduction = "ordered",
         reduce_dtype: torch.dtype | str | None = None,
         master: Literal["fp32", "remainder"] = "fp32",
@@ -176,15 +181,8 @@ class ShardedAdaBelief(Driven, Optimizer):
         # Connect.
         timeout = timeout if problem is None else None
         comm = connect(process_group, self._options, device, timeout)
-        mesh = None
-        if problem is None:
-            try:
-                mesh = find_mesh(self._params, comm.members)
-            except ValueError as error:
-                problem = error
-        self._model_parallel = connect_model_parallel(mesh, timeout)
-        raise_together(comm, problem)
-        raise_together(self._model_parallel.comm, problem)
+        params = self._params if problem is None else None
+        self._model_parallel = connect_model_parallel(params, comm, timeout, problem)
 
         # Compare the ranks, and build.
         self._engine = ShardEngine(
@@ -237,12 +235,7 @@ class ShardedAdaBelief(Driven, Optimizer):
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         owned = {id(p) for group in self.param_groups for p in group["params"]}
-        clip = True
-        if isinstance(param_group, Mapping):
-            param_group = dict(param_group)
-            clip = param_group.pop("clip", True)
-        if not isinstance(clip, bool):
-            raise TypeError(f"clip of a param group must be True or False, got {shown(clip)}.")
+        param_group, clip = take_clip(param_group)
         prepared = prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
         for group in split_by_decay(prepared, self._no_decay, "ShardedAdaBelief"):
             super().add_param_group({**group, "clip": clip})
@@ -283,7 +276,8 @@ class ShardedAdaBelief(Driven, Optimizer):
     def no_sync(self) -> AbstractContextManager[None]:
         """Accumulate gradients locally: no communication in backward passes inside the context.
 
-        Without it, each pass is reduced. At stage 2 it changes nothing: that avoids full gradients.
+        Without it, each pass is reduced. At stage 2 and with `micro_batches` it changes nothing:
+        there, gradients are reduced pass by pass.
         """
         return self._engine.reducer.no_sync()
 

@@ -40,6 +40,7 @@ sharding.shared_memory sharding.across_hosts
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.process_groups sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus
+sharding.micro_batches
 sharding.graph_counts sharding.disagreements sharding.replica_repair
 sharding.state_sums
 sharding.shard_update

@@ -164,7 +164,7 @@ def grad_scales(
 
     Args:
         bins: (norm.NUM_WORDS,), int64: the squares of all summed gradients.
-        world_size: How many ranks' gradients are in the sums.
+        world_size: How many gradients are in the sums: of ranks, or of micro-batches.
         loss_scale: By which they are too large; one element, or None.
         limit: Of the norm, or None.
 

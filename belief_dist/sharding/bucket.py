@@ -87,7 +87,7 @@ class BucketBuffers:
         self._strides = [_dense_stride(param) for param in params]
         self.flat_param = allocate(bucket.numel, first.dtype, first.device)
         self.flat_grad: Tensor | None = None
-        if options.stage == 1:
+        if options.keeps_full_gradients:
             self.flat_grad = allocate(bucket.numel, first.dtype, first.device)
         keeps_error = codec_for(options.reduce_dtype).keeps_error
         self.wire_error = torch.zeros_like(self.flat_param) if keeps_error else None

@@ -56,6 +56,8 @@ class ReduceRequest:
             them.
         codec: In whose form `flat` is.
         accumulate: Start from what is in `shard`, as if it came from a rank before the first.
+        num_addends: How many ranks, the first ones, have addends; None if all have. What the others
+            send is not added, not even as zeros: 0 + -0 is not -0.
     """
 
     flat: Tensor
@@ -63,6 +65,7 @@ class ReduceRequest:
     norm_bins: Tensor | None = None
     codec: Codec = AS_IS
     accumulate: bool = False
+    num_addends: int | None = None
 
     def add_(self, pieces: Sequence[Tensor], start: int = 0, stop: int | None = None) -> None:
         """Complete elements [start, stop) of this rank's piece from those of all ranks, in order.
@@ -77,7 +80,8 @@ class ReduceRequest:
             return
         if stop is not None:
             shard = shard[self.codec.window(start, stop)]
-        self.codec.sum_(shard, pieces, self.norm_bins, accumulate=self.accumulate)
+        added = pieces[: self.num_addends]
+        self.codec.sum_(shard, added, self.norm_bins, accumulate=self.accumulate)
 
     def add_own_(self, piece: Tensor) -> None:
         """Complete the shard from a single piece, without a copy where it is in place already."""

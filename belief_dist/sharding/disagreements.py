@@ -43,6 +43,7 @@ def raise_if_apart(
     if verdict == Verdict.STEPS_DIFFER:
         mine = {"number of the step": [consensus.calls], "options of group": options()}
         compare_ranks(comm, mine)
+        _raise_spoiled(comm.exchange(consensus.spoiled))  # who joins by zero_grad knows no scale
         raise ValueError("ranks disagree about the loss scale; use equal GradScalers.")
     if verdict == Verdict.MODEL_PARALLEL_PEER_FAILED:
         raise RuntimeError(
@@ -57,9 +58,7 @@ def raise_if_apart(
         )
     if verdict == Verdict.GRADIENTS_SPOILED:
         known = comm.exchange((consensus.spoiled, consensus.dropped))
-        for rank, (sentence, _) in enumerate(known):
-            if sentence is not None:
-                raise RuntimeError(f"rank {rank}: {sentence}. Nothing was updated.")
+        _raise_spoiled([sentence for sentence, _ in known])
         first = min(min(dropped) for _, dropped in known if dropped)
         ranks = [rank for rank, (_, dropped) in enumerate(known) if first in dropped]
         raise RuntimeError(
@@ -76,6 +75,12 @@ def raise_if_apart(
         )
     if verdict == Verdict.REPLICAS_DIFFER:
         raise RuntimeError(replica_fault(comm, consensus.replica_sums.tolist(), copies()))
+
+
+def _raise_spoiled(sentences: Sequence[str | None]) -> None:
+    for rank, sentence in enumerate(sentences):
+        if sentence is not None:
+            raise RuntimeError(f"rank {rank}: {sentence}. Nothing was updated.")
 
 
 def why_skipped(verdict: Verdict) -> str:

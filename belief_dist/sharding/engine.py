@@ -45,6 +45,7 @@ from belief_dist.sharding.group_options import (
     options_of,
 )
 from belief_dist.sharding.layout import Bucket, Layout, plan_layout
+from belief_dist.sharding.micro_batches import reducer_for
 from belief_dist.sharding.outer_reducers import OuterReducerCheck
 from belief_dist.sharding.param_specs import param_label, param_specs
 from belief_dist.sharding.param_storage import ParamStorage
@@ -60,8 +61,6 @@ from belief_dist.sharding.step_consensus import (
     StepConsensus,
     Verdict,
 )
-from belief_dist.sharding.zero1 import Zero1Reducer
-from belief_dist.sharding.zero2 import Zero2Reducer
 
 logger = logging.getLogger("belief_dist")
 
@@ -209,8 +208,7 @@ class ShardEngine:
         # Two reducers with hooks on one parameter would both count its gradient.
         if hasattr(self, "reducer"):
             self.reducer.close()
-        kind = Zero1Reducer if options.stage == 1 else Zero2Reducer
-        self.reducer = kind(
+        self.reducer = reducer_for(options)(
             params,
             self.buckets,
             comm,
@@ -302,7 +300,7 @@ class ShardEngine:
         check_amsgrad(param_groups, zip(self.update.groups_of, has_largest, strict=True))
         # Steps are counted before the verdict is known, and counted back if it is not to update:
         # the host need not wait for the device to launch the updates.
-        graph = self._graph_that_captures(decision.used)
+        graph = self._graph if self._graph.captures(decision.used) else None
         counted = [] if graph is not None else self.update.count_steps(decision.used)
         scales = self._grad_scales(decision.norm_bins, loss_scale)
         self._clip_values(scales[False])
@@ -340,30 +338,19 @@ class ShardEngine:
             self.read_verdict(param_groups)
         return decision.verdict
 
-    def _graph_that_captures(self, used: Sequence[bool]) -> GraphCounts | None:
-        """Return the counts of the CUDA graph that is captured now, if one is."""
-        if not async_device.is_capturing(self.grad_norm.device):
-            return None
-        if not all(used):
-            raise RuntimeError(
-                "a CUDA graph can capture a step only if every parameter has a gradient in it: "
-                "freeze those that have none before you build the optimizer."
-            )
-        return self._graph
-
     def zero_grad(self, param_groups: ParamGroups, *, set_to_none: bool) -> None:
-        """Forget all gradients; after an exception in backward, give the step up with all ranks.
+        """Forget all gradients; if other ranks wait for them in a step, end it with them first.
 
         Args:
             param_groups: With the options of each.
             set_to_none: See `GradReducer.zero_grad`.
         """
-        if self.reducer.is_interrupted:
-            # The other ranks have this round's sums, or wait for them, and go on to their step.
+        if self.reducer.is_awaited:
+            # They have this round's sums, or wait for them, and go on to their step.
             self.read_verdict(param_groups)
             self.read_guard.wait_all()
             with torch.no_grad():
-                self.step(param_groups, None, gives_up=True)
+                self.step(param_groups, None, gives_up=self.reducer.may_give_up)
         self.reducer.zero_grad(set_to_none=set_to_none)
 
     def _check_owner(self) -> None:
@@ -377,7 +364,7 @@ class ShardEngine:
         """Return the factor on summed gradients, float64, for groups with clip True and False."""
         scales = kernels.grad_scales(
             norm_bins,
-            world_size=self.comm.world_size,
+            world_size=self.options.micro_batches or self.comm.world_size,
             loss_scale=loss_scale,
             limit=self.driver.max_grad_norm,
         )

@@ -11,7 +11,7 @@ not yet reduced:
 * `zero1.Zero1Reducer`: every gradient has its place in a flat buffer for good, where it adds up
   over backward passes. A later round sums all of it again; `no_sync` saves earlier ones.
 * `zero2.Zero2Reducer`: a gradient lives in a recycled buffer until its bucket is reduced. A later
-  round adds to the shard.
+  round adds to the shard. `micro_batches.MicroBatchReducer` does so, too, and counts the rounds.
 
 An exception inside backward leaves a round half done, on this rank alone perhaps. `zero_grad`
 then completes it and gives the step up, together with the `step` of the other ranks.
@@ -248,6 +248,16 @@ class GradReducer(ABC):
         """
         return self._pass is not None and not self._local_only
 
+    @property
+    def is_awaited(self) -> bool:
+        """Whether other ranks wait for this one in a step, which `zero_grad` must join first."""
+        return self.is_interrupted
+
+    @property
+    def may_give_up(self) -> bool:
+        """Whether all ranks may then skip the step; otherwise it is an error on all."""
+        return True
+
     def end_interrupted(self) -> None:
         """Send what is left of the round that was interrupted, whatever it is worth."""
         self._end_round()
@@ -309,11 +319,16 @@ class GradReducer(ABC):
                 self._pool.give_back(flat)
             recycled = True
         bins = self._bins_of(bucket)
-        request = ReduceRequest(message, buffers.grad_shard, bins, codec, accumulate)
+        addends = self._num_addends()
+        request = ReduceRequest(message, buffers.grad_shard, bins, codec, accumulate, addends)
         what = f"summing the gradients of bucket {bucket}"
         with naming(self._comm, what):  # it may wait for an earlier one
             handle = self._stream.start(request)
         self._pool.lend(Named(handle, self._comm, what), message if recycled else None)
+
+    def _num_addends(self) -> int | None:
+        """Return how many ranks, the first ones, add to the running round; None if all do."""
+        return None
 
     def _idle_errors(self, bucket: int) -> list[Tensor]:
         """Return the places of rounding errors whose parameters have no gradient on this rank."""

@@ -7,11 +7,13 @@ the steps that were taken since, on the device. Its verdict stays there too.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from belief_dist import async_device
 from belief_dist.sharding.step_consensus import Verdict
 
 
@@ -35,6 +37,24 @@ class GraphCounts:
         self._counts = torch.zeros(3, dtype=torch.int64, device=device)  # as in News
         self._known = [0, 0]
         self.are_used = False
+
+    def captures(self, used: Sequence[bool]) -> bool:
+        """Return whether a CUDA graph captures the step under way.
+
+        Args:
+            used: Which parameters have a gradient in it.
+
+        Raises:
+            RuntimeError: One does, and some parameters have none.
+        """
+        if not async_device.is_capturing(self._counts.device):
+            return False
+        if not all(used):
+            raise RuntimeError(
+                "a CUDA graph can capture a step only if every parameter has a gradient in it: "
+                "freeze those that have none before you build the optimizer."
+            )
+        return True
 
     def step_number(self, count: int) -> Tensor:
         """Return the number of the step that is captured, one element, on the device.

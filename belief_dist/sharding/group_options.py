@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from belief_dist import async_device
-from belief_dist.options import OPTION_NAMES
+from belief_dist.options import OPTION_NAMES, shown
 
 ParamGroups = Sequence[Mapping[str, Any]]
 _KEYS = (*OPTION_NAMES, "clip")
@@ -17,6 +17,21 @@ _KEYS = (*OPTION_NAMES, "clip")
 def options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
     """Return the options of all groups as numbers that `repr` tells apart to the last bit."""
     return [{key: _plain(group[key]) for key in _KEYS} for group in param_groups]
+
+
+def take_clip(param_group: Any) -> tuple[Any, bool]:
+    """Return a param group without its option "clip", and this option.
+
+    Raises:
+        TypeError: It is neither True nor False.
+    """
+    clip = True
+    if isinstance(param_group, Mapping):
+        param_group = dict(param_group)
+        clip = param_group.pop("clip", True)
+    if not isinstance(clip, bool):
+        raise TypeError(f"clip of a param group must be True or False, got {shown(clip)}.")
+    return param_group, clip
 
 
 def known_options_of(param_groups: ParamGroups) -> tuple[list[dict[str, Any]], list[Tensor]]:

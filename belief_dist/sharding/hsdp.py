@@ -6,6 +6,9 @@ The order of additions is fixed: ``(g[0,0] + g[0,1] + ...) + (g[1,0] + g[1,1] + 
 gradient g[row, column] of each rank, every addition rounded in the compute dtype. Parameters are
 gathered inside the row; no row needs another for that.
 
+With numbered micro-batches the order must not know of rows: ``((g0 + g1) + g2) + ...``. Then every
+rank sums its part of a shard over the whole mesh, from addends as they are.
+
 Source: Zhao et al., "PyTorch FSDP", arXiv:2304.11277, section 3.2.2.
 """
 
@@ -13,27 +16,36 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from belief_dist.sharding.buffer_pool import Handle
-from belief_dist.sharding.collectives import Collectives, ReduceRequest
+from belief_dist.sharding.buffer_pool import BufferPool, Handle
+from belief_dist.sharding.collectives import RECEIVING, Collectives, ReduceRequest
 
 
 class HybridShard(Collectives):
     """Sums over a whole mesh from sums over its rows and columns."""
 
-    def __init__(self, mesh: dist.ProcessGroup, row: Collectives, column: Collectives) -> None:
+    def __init__(
+        self,
+        mesh: dist.ProcessGroup,
+        row: Collectives,
+        column: Collectives,
+        in_one_order: Collectives | None = None,
+    ) -> None:
         """Combine.
 
         Args:
             mesh: All ranks; row by row.
             row: The ranks that share the shards between them.
             column: The ranks that keep the same shard as this one.
+            in_one_order: All ranks once more, to sum in one order whatever the rows are; or None.
         """
         super().__init__(mesh)
+        self._mesh_sums = None if in_one_order is None else _MeshSums(in_one_order, row, column)
         self.shard_index, self.num_shards = row.shard_index, row.num_shards
         self._row, self._column = row, column
         self._running: deque[_HybridSum] = deque()
@@ -44,6 +56,8 @@ class HybridShard(Collectives):
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; the shard must divide by the number of rows."""
+        if self._mesh_sums is not None:
+            return self._mesh_sums.start(request)
         # While a bucket travels in the row, its predecessor does so in the column.
         for earlier in list(self._running):
             earlier.advance()
@@ -97,3 +111,36 @@ class _HybridSum:
     def wait(self) -> None:
         while not self.is_done:
             self.advance()
+
+
+class _MeshSums:
+    """Sums in the order of all ranks: each sums its part of its shard, then columns gather."""
+
+    def __init__(self, everyone: Collectives, row: Collectives, column: Collectives) -> None:
+        self._everyone, self._column = everyone, column
+        # Of each rank, which part of the bucket it sums.
+        mine = row.shard_index * column.num_shards + column.shard_index
+        self._parts = everyone.exchange(mine)
+        self._outgoing = BufferPool(RECEIVING, allocate=everyone.buffer)
+
+    def start(self, request: ReduceRequest) -> Handle:
+        flat = request.flat
+        addends = self._outgoing.take(flat.numel(), flat.dtype, flat.device)
+        parts = flat.view(len(self._parts), -1)
+        for place, part in zip(addends.view(parts.shape), self._parts, strict=True):
+            place.copy_(parts[part])
+        mine = request.shard.view(self._column.num_shards, -1)[self._column.shard_index]
+        in_order = replace(request, flat=addends, shard=mine)
+        handle = self._everyone.start_reduce(in_order)
+        return self._outgoing.lend(_MeshSum(handle, self._column, request.shard), addends)
+
+
+class _MeshSum:
+    """A sum over the mesh, which the ranks that keep the same shard then gather."""
+
+    def __init__(self, handle: Handle, column: Collectives, shard: Tensor) -> None:
+        self._handle, self._column, self._shard = handle, column, shard
+
+    def wait(self) -> None:
+        self._handle.wait()
+        self._column.start_gather(self._shard).wait()

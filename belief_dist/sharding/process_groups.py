@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from belief_dist.engine_options import EngineOptions
@@ -26,8 +27,10 @@ from belief_dist.sharding.collectives import (
     Collectives,
     SingleRank,
 )
+from belief_dist.sharding.dtensor import find_mesh
 from belief_dist.sharding.hsdp import HybridShard
 from belief_dist.sharding.point_to_point import PointToPoint
+from belief_dist.sharding.rank_checks import raise_together
 from belief_dist.sharding.shared_memory import SharedMemory
 
 
@@ -42,7 +45,7 @@ def connect(
     Args:
         ranks: The process group, or a mesh: of one dimension, or of two, of which the last is
             sharded over and the first holds copies. None means all ranks.
-        options: Of which `reduction` and `shared_memory` count.
+        options: Of which `reduction`, `shared_memory` and `micro_batches` count.
         device: Where the parameters are.
         timeout: After which a missing rank becomes an error; None takes half of that of `ranks`:
             our error, which tells rank, bucket and phase, comes before the backend's.
@@ -99,7 +102,10 @@ def connect(
         column = [row[mine.index(dist.get_rank())] for row in rows]
         # Between rows, sums are started while others are waited for, and need messages.
         return HybridShard(
-            _new_group(everyone, backend, timeout), over(mine), over(column, may_share=False)
+            _new_group(everyone, backend, timeout),
+            over(mine),
+            over(column, may_share=False),
+            None if options.micro_batches is None else over(everyone),
         )
 
 
@@ -145,21 +151,41 @@ def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedel
     return found if isinstance(found, timedelta) else timedelta(minutes=10)
 
 
-def connect_model_parallel(mesh: DeviceMesh | None, timeout: timedelta | None) -> ModelParallel:
-    """Connect all ranks of a mesh, of any number of dimensions; called by all of them.
+def connect_model_parallel(
+    params: Sequence[Tensor] | None,
+    comm: Collectives,
+    timeout: timedelta | None,
+    problem: Exception | None,
+) -> ModelParallel:
+    """Connect all ranks of the mesh over which parameters are cut; called by all of them.
 
     Args:
-        mesh: From `dtensor.find_mesh`.
+        params: The parameters; None where there is a problem.
+        comm: From `connect`.
         timeout: After which a missing rank becomes an error.
+        problem: What this rank alone has found wrong so far, which is raised now.
+
+    Raises:
+        Exception: `problem`.
+        ValueError: Parameters lie on different meshes, or another rank has a problem.
     """
+    mesh = None
+    if params is not None:
+        try:
+            mesh = find_mesh(params, comm.members)
+        except ValueError as error:
+            problem = error
+    found = ModelParallel(mesh, SingleRank())
     members = [] if mesh is None else mesh.mesh.flatten().tolist()
-    if mesh is None or len(members) == 1:
-        return ModelParallel(mesh, SingleRank())
-    with _in_equally_many_groups(_groups_of(mesh)):
-        row = mesh.get_group(0)
-        timeout = timeout or timeout_of(row, torch.device(mesh.device_type)) / 2
-        group = _new_group(members, str(dist.get_backend(row)), timeout)
-        return ModelParallel(mesh, BackendReduceScatter(group))
+    if mesh is not None and len(members) > 1:
+        with _in_equally_many_groups(_groups_of(mesh)):
+            row = mesh.get_group(0)
+            timeout = timeout or timeout_of(row, torch.device(mesh.device_type)) / 2
+            group = _new_group(members, str(dist.get_backend(row)), timeout)
+            found = ModelParallel(mesh, BackendReduceScatter(group))
+    raise_together(comm, problem)
+    raise_together(found.comm, problem)
+    return found
 
 
 def _groups_of(

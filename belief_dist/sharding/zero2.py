@@ -154,18 +154,25 @@ class Zero2Reducer(GradReducer):
             self._pool.drain()
             return
         if self._rounds:
-            gone, zeroed = self._find_dropped()
-            if gone or zeroed:
-                self._forget_sums([*gone, *zeroed])
-            self.dropped = gone
+            self._forget_dropped()
+        # A rank that has no gradient takes part all the same.
+        if self._take_assigned() or self._rounds == 0:
+            self._end_round()
+        self._pool.drain()
+
+    def _forget_dropped(self) -> None:
+        gone, zeroed = self._find_dropped()
+        if gone or zeroed:
+            self._forget_sums([*gone, *zeroed])
+        self.dropped = gone
+
+    def _take_assigned(self) -> bool:
+        """Take gradients that no backward pass has brought; return whether any wait for a round."""
         for index, param in enumerate(self._params):
             grad = param.grad
             if grad is not None and (not isinstance(grad, ShardedGrad) or grad.added is not None):
                 self._take(index)
-        # A rank that has no gradient takes part all the same.
-        if any(self._arrived) or self._rounds == 0:
-            self._end_round()
-        self._pool.drain()
+        return any(self._arrived)
 
     def used(self) -> list[bool]:
         """See `GradReducer.used`."""
