@@ -27,7 +27,12 @@ from belief_dist.checkpoint.entries import (
 )
 from belief_dist.checkpoint.errors import from_dcp_failure, run_together
 from belief_dist.checkpoint.local_shards import LocalShard, local_shards
-from belief_dist.checkpoint.metadata import apply_options, check_format, match_groups
+from belief_dist.checkpoint.metadata import (
+    apply_options,
+    check_format,
+    match_groups,
+    other_micro_batches,
+)
 from belief_dist.checkpoint.names import bare, model_tensors, parameter_names
 from belief_dist.checkpoint.safe_reader import SafeReader
 from belief_dist.checkpoint.saving import comm_of, silence_single_process_warning, wait_pending
@@ -46,7 +51,8 @@ class Loaded:
         path: The checkpoint.
         step: Step of the checkpoint.
         extra: The plain values that were passed to `save` as `extra`.
-        changes: Sentences about weights and states that were converted to another precision.
+        changes: Sentences about weights and states that were converted to another precision, and
+            about another number of micro-batches.
     """
 
     path: Path
@@ -286,6 +292,7 @@ class _LoadPlan:
         self._names = parameter_names(optimizer, model)
         _compare_names(metadata["names"], self._names)
         self._options = match_groups(optimizer, self._names, metadata)
+        self._shard_plan.changes.update(other_micro_batches(optimizer, metadata))
         if isinstance(optimizer, AdaBelief):
             self._make_states(optimizer)
         for shard in self._local_shards(optimizer):

@@ -59,9 +59,23 @@ def make_metadata(
         found |= {
             "ranks": optimizer.comm.world_size,
             "seed": optimizer.options.seed,
+            "micro_batches": optimizer.options.micro_batches,
             "skipped_steps": optimizer.skipped_steps,
         }
     return found
+
+
+def other_micro_batches(optimizer: Optimizer, metadata: Mapping[str, Any]) -> list[str]:
+    """Return a sentence if a step of `optimizer` has another number of micro-batches than saved."""
+    if not isinstance(optimizer, ShardedAdaBelief) or "micro_batches" not in metadata:
+        return []  # it was saved by another optimizer, or before there was the option
+    saved, own = metadata["micro_batches"], optimizer.options.micro_batches
+    if saved == own:
+        return []
+    return [
+        f"steps had micro_batches={saved} and have {own} from here on, with other bits than those "
+        f"of the run that saved it"
+    ]
 
 
 def check_format(metadata: Any) -> None:

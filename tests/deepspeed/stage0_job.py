@@ -297,6 +297,7 @@ def refusals(folder: Path) -> None:
             {"max_grad_norm": 0.25},
         ),
         (r"has no option 'weight_decuple'.*mean 'weight_decouple'", {}, {"weight_decuple": True}),
+        (r"leave micro_batches out", {}, {"micro_batches": 4}),
         (r"stage must be 1 or 2, got 3", {}, {"stage": 3}),
         (
             r"ranks disagree about the \(gradient_accumulation_steps, gradient_clipping\)",

@@ -128,6 +128,12 @@ def _problems(engine: Any, optimizer: ShardedAdaBelief) -> Iterator[str]:
             'averages gradients over the ranks and takes no "gradient_allreduce_op": "sum"; '
             "multiply the loss by the number of ranks."
         )
+    if optimizer.options.micro_batches is not None:
+        yield (
+            "with micro_batches does not go together with an engine that divides every loss by "
+            "gradient_accumulation_steps, and so rounds gradients in another way at another number "
+            "of ranks; leave micro_batches out, or train without DeepSpeed."
+        )
     if engine.is_deepcompile_enabled():
         yield (
             "reduces gradients in hooks, which DeepCompile's graphs leave out; leave "
