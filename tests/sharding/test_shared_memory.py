@@ -24,12 +24,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.host_memory import team
-from belief_dist.sharding import process_groups
 from belief_dist.sharding.across_hosts import AcrossHosts
 from belief_dist.sharding.collectives import CommunicationError, ReduceRequest
 from belief_dist.sharding.host_lines import MESSAGE_BYTES, RING
 from belief_dist.sharding.point_to_point import PointToPoint
 from belief_dist.sharding.shared_memory import SharedMemory
+from tests.harness.hosts import on_hosts
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import PRELOADED, run_ranks
 from tests.harness.reference import backward
@@ -54,22 +54,6 @@ def ranks_of_a_host_share() -> None:
     # One that does not want to has all do without, and they disagree about the option.
     with pytest.raises(ValueError, match="shared_memory"):
         connect(shared_memory=dist.get_rank() != 2)
-
-
-def on_hosts(hosts: str, case: Callable[[], None], kind: type) -> None:
-    """Run a case with each rank on the host that its letter names."""
-    real = team.own_place()
-    made = []
-
-    def over(*args: Any) -> Any:
-        made.append(kind(*args))
-        return made[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(team, "own_place", lambda: real._replace(host=hosts[dist.get_rank()]))
-        patch.setattr(process_groups, kind.__name__, over)
-        case()
-    assert made
 
 
 FEATURES: tuple[dict[str, Any], ...] = (
