@@ -18,6 +18,8 @@ from belief_dist.deprecations import warn_once
 from belief_dist.options import LEAST_FLOAT32, as_float, is_one_of, shown
 
 Reduction = Literal["ordered", "native"]
+# Of what is counted: more than any step has, and no more than float64 and C take.
+_MOST = 2**31 - 1
 # Takes an option's name and value; returns the value as it is stored, or raises.
 Check = Callable[[str, Any], Any]
 
@@ -73,8 +75,12 @@ def _positive_integer(name: str, value: Any) -> Any:
 
 
 def _count_or_none(name: str, value: Any) -> Any:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name} must be an integer >= 1 or None, got {shown(value)}.")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
+        raise ValueError(
+            f"{name} must be an integer from 1 to {_MOST} or None, got {shown(value)}."
+        )
     return value
 
 

@@ -55,11 +55,9 @@ def main() -> None:
 
 def train(settings: Settings, device: torch.device) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    if settings.batch % (world_size * settings.accumulate):
-        raise ValueError(
-            f"batch must be a multiple of ranks x accumulate ({world_size} x "
-            f"{settings.accumulate}), got {settings.batch}."
-        )
+    numbers, count = micro_batches(settings, rank, world_size)
+    if settings.micro_batches is not None and device.type == "cpu":
+        torch.set_num_threads(1)  # launchers give ranks more if they are fewer, which shows in bits
     run = run_folder(settings.out, settings.resume, settings.folder)
     corpus = load_corpus()
     unigram = unigram_entropy(corpus.held_out)
@@ -78,24 +76,24 @@ def train(settings: Settings, device: torch.device) -> None:
         log = Log(run / "log.jsonl", done)
         bar = progress_bar(done, settings.steps)
 
-    share = settings.batch // world_size
     last = min(settings.steps, settings.stop_at or settings.steps)
     for step in range(done + 1, last + 1):
         started = time.perf_counter()
         batch = global_batch(corpus.train, settings.batch, settings.context, settings.seed, step)
-        mine = batch[rank * share : (rank + 1) * share].to(device)
-        loss = engine.step(list(mine.chunk(settings.accumulate)))
-        asked_to_stop = rank == 0 and (run / STOP).exists()
-        sums = torch.stack([loss, torch.full_like(loss, asked_to_stop)])
-        dist.all_reduce(sums)
+        parts = batch.to(device).chunk(count)
+        losses = torch.zeros(count + 1, device=device)
+        for k, loss in zip(numbers, engine.step([parts[k] for k in numbers]), strict=True):
+            losses[k] = loss
+        losses[count] = rank == 0 and (run / STOP).exists()
+        dist.all_reduce(losses)
         row = {
             "step": step,
-            "loss": sums[0].item() / world_size,
+            "loss": losses[:count].mean().item(),
             "grad_norm": engine.grad_norm,
             "lr": engine.lr,
             "tokens_per_second": batch[:, 1:].numel() / (time.perf_counter() - started),
         }
-        is_last = step == last or bool(sums[1])
+        is_last = step == last or bool(losses[count])
         if step % settings.eval_every == 0 or is_last:
             row["held_out_loss"] = held_out_loss(
                 engine.model, corpus.held_out, settings.context, device
@@ -129,6 +127,19 @@ def train(settings: Settings, device: torch.device) -> None:
             f"held-out loss {log.rows[-1]['held_out_loss']:.3f} nats per byte; unigram entropy of "
             f"the held-out text {unigram:.3f}\nlog, plot and checkpoint: {run}"
         )
+
+
+def micro_batches(settings: Settings, rank: int, world_size: int) -> tuple[range, int]:
+    """Return which micro-batches of a step are this rank's, and how many all ranks have."""
+    if settings.micro_batches is not None:
+        return range(rank, settings.micro_batches, world_size), settings.micro_batches
+    own, count = settings.accumulate, world_size * settings.accumulate
+    if settings.batch % count:
+        raise ValueError(
+            f"batch must be a multiple of ranks x accumulate ({world_size} x {own}), got "
+            f"{settings.batch}."
+        )
+    return range(rank * own, (rank + 1) * own), count
 
 
 def save(engine: Engine, settings: Settings, run: Path, step: int) -> None:

@@ -103,6 +103,8 @@ class MicroBatchReducer(Zero2Reducer):
         """Take part in the rounds that are left, with nothing."""
         while self._rounds < self._rounds_of_step:
             super()._end_round()
+            if self._comm.world_size == 1:  # nobody waits for more
+                return
 
     # - Step
 

@@ -2,7 +2,7 @@
 
 Both are used alike::
 
-    loss = engine.step(micro_batches)      # of this rank; grad_norm and lr tell about the step
+    losses = engine.step(micro_batches)    # of this rank; grad_norm and lr tell about the step
     engine.save(folder); engine.load(folder)
     engine.bytes_per_rank()                # measured on the tensors that are really held
 """
@@ -32,8 +32,8 @@ class Engine(Protocol):
     grad_norm: float  # of the mean gradient of the last step, before clipping
     lr: float  # of the last step
 
-    def step(self, micro_batches: list[Tensor]) -> Tensor:
-        """Train on this rank's micro-batches, each (n, context + 1); return their mean loss."""
+    def step(self, micro_batches: list[Tensor]) -> list[Tensor]:
+        """Train on this rank's micro-batches, each (n, context + 1); return the loss of each."""
 
     def save(self, folder: Path) -> None:
         """Write everything that continues the run into an existing folder. For all ranks."""
@@ -51,6 +51,8 @@ def build_engine(model: GPT, settings: Settings, device: torch.device) -> Engine
     if settings.engine == "sharded":
         dtype = getattr(torch, settings.dtype)
         options = {"timeout": timedelta(seconds=settings.timeout)} | settings.optimizer
+        if settings.micro_batches is not None:
+            options["micro_batches"] = settings.micro_batches
         return ShardedEngine(model.to(device, dtype), schedule, options)
     return DeepSpeedEngine(model, schedule, settings)
 
@@ -83,20 +85,22 @@ class ShardedEngine:
         self.scheduler = LambdaLR(self.optimizer, schedule)
         self.lr = 0.0
 
-    def step(self, micro_batches: list[Tensor]) -> Tensor:
+    def step(self, micro_batches: list[Tensor]) -> list[Tensor]:
         self.optimizer.zero_grad()
         losses = []
+        # With numbered micro-batches, the optimizer takes the mean.
+        parts = 1 if self.optimizer.options.micro_batches else len(micro_batches)
         for number, batch in enumerate(micro_batches, start=1):
             last = number == len(micro_batches)
             # Only the last backward of a step averages gradients over the ranks.
             with nullcontext() if last else self.optimizer.no_sync():
                 loss = next_byte_loss(self.model(batch[:, :-1]), batch[:, 1:])
-                (loss / len(micro_batches)).backward()
+                (loss / parts).backward()
             losses.append(loss.detach())
         self.optimizer.step()
         self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
-        return torch.stack(losses).mean()
+        return losses
 
     @property
     def grad_norm(self) -> float:
@@ -147,7 +151,7 @@ class DeepSpeedEngine:
         self.lr = self.grad_norm = 0.0
         self._gradients = 0
 
-    def step(self, micro_batches: list[Tensor]) -> Tensor:
+    def step(self, micro_batches: list[Tensor]) -> list[Tensor]:
         losses = []
         for number, batch in enumerate(micro_batches, start=1):
             loss = next_byte_loss(self.engine(batch[:, :-1]), batch[:, 1:])
@@ -162,7 +166,7 @@ class DeepSpeedEngine:
         if self._tells_norm():
             norm = self.engine.get_global_grad_norm()
         self.grad_norm = float(norm)
-        return torch.stack(losses).mean()
+        return losses
 
     def save(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder), tag="engine", save_latest=False)

@@ -24,6 +24,8 @@ class Settings:
         dtype: Of parameters and gradients. With bfloat16 the optimizer keeps float32 masters.
         batch: Sequences per step, over all ranks.
         accumulate: Micro-batches that each rank splits its share into.
+        micro_batches: Instead, micro-batches of a step over all ranks, whose number then changes no
+            bit of the run (docs/any-world-size.md): 12 serve 1 to 4 ranks well, and any other.
         steps: Optimizer steps of the whole run.
         warmup: Steps in which the learning rate rises; afterwards it falls by a cosine to a tenth.
         seed: Of weights and data.
@@ -50,6 +52,7 @@ class Settings:
     dtype: Literal["float32", "bfloat16"] = "float32"
     batch: int = 32
     accumulate: int = 1
+    micro_batches: int | None = None
     steps: int = 500
     warmup: int = 50
     seed: int = 1
@@ -71,6 +74,8 @@ class Settings:
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.micro_batches is not None:
+            self._check_micro_batches(self.micro_batches)
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"width must be a multiple of twice the heads, got width {self.width} and "
@@ -93,6 +98,18 @@ class Settings:
             raise ValueError(f"timeout must be positive, got {self.timeout}.")
         if self.deepspeed_config is not None:
             self._refuse_other_wishes(self.deepspeed_config)
+
+    def _check_micro_batches(self, count: int) -> None:
+        if count < 1 or self.batch % count:
+            raise ValueError(
+                f"batch must be a multiple of micro_batches, which is at least 1, got batch "
+                f"{self.batch} and micro_batches {count}."
+            )
+        if self.accumulate > 1 or self.engine != "sharded":
+            raise ValueError(
+                "micro_batches takes the place of accumulate, and needs engine=sharded: leave "
+                "accumulate out."
+            )
 
     def _refuse_other_wishes(self, path: Path) -> None:
         """Refuse a DeepSpeed JSON that asks for something that these settings would overwrite."""

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from belief_dist.checkpoint.formats.full_state import read_full_state
 from tests.harness.forked import Job, run_all_forked, run_forked
 from tests.harness.paths import BIN, ROOT
 
@@ -164,6 +166,39 @@ def test_two_engines_train_alike(uninterrupted: Started) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
+def test_numbered_micro_batches_train_alike_at_any_number_of_ranks(tmp_path: Path) -> None:
+    """Weights, states, losses, norms: of one rank, and of a run by 4, then 3, then 2 ranks."""
+    jobs = [
+        Job(1, ["--out", "whole"]),
+        Job(4, ["--out", "changing", "--stop_at", "2"]),
+        Job(3, ["--resume", "changing", "--stop_at", "4"]),
+        Job(2, ["--resume", "changing"]),
+    ]
+    settings = [*CONFIG, *SMALL, "--micro_batches", "8"]
+    jobs = [job._replace(arguments=[*settings, *job.arguments]) for job in jobs]
+    run_all_forked(Path(SCRIPT), tmp_path, jobs, preloaded=["torch", "jsonargparse", "rich.table"])
+
+    def found(run: str) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        (folder,) = (tmp_path / run).glob("step-*")
+        state = read_full_state(folder)
+        found = state.weights | {
+            f"{name}.{key}": value
+            for name, own in state.states.items()
+            for key, value in own.items()
+        }
+        log = rows(tmp_path / run)
+        for row in log:  # ranks evaluate in batches of their own
+            row.pop("held_out_loss", None)
+        return found, log
+
+    tensors, seen = found("whole")
+    assert len(tensors) > 20 and len(seen) == 6
+    others, theirs = found("changing")
+    assert theirs == seen
+    assert others.keys() == tensors.keys()
+    assert all(torch.equal(others[key], value) for key, value in tensors.items())
+
+
 WRONG = {
     "batch must be a multiple of ranks x accumulate (1 x 2), got 5": ["--batch", "5"],
     "width must be a multiple of twice the heads": ["--heads", "3"],
@@ -177,6 +212,8 @@ WRONG = {
     ],
     "--learning": ["--learning", "1"],
     "speed": ["--optimizer.speed", "1"],
+    "batch must be a multiple of micro_batches, which": ["--micro_batches", "3"],
+    "micro_batches takes the place of accumulate": ["--micro_batches", "4"],
     "there is no checkpoint under nowhere": ["--resume", "nowhere"],
 }
 

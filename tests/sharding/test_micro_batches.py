@@ -354,11 +354,9 @@ def test_mistakes(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("bad", [0, -1, True, 2.0, "8"])
+@pytest.mark.parametrize("bad", [0, -1, True, 2.0, "8", 2**31])
 def test_a_number_of_micro_batches(bad: Any) -> None:
-    with pytest.raises(
-        ValueError, match=re.escape("micro_batches must be an integer >= 1 or None")
-    ):
+    with pytest.raises(ValueError, match=re.escape("micro_batches must be an integer from 1 to ")):
         ShardedAdaBelief(make_params(), micro_batches=bad)
 
 
