@@ -14,6 +14,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.accuracy import measure
+from benchmarks.any_world_size import (
+    any_world_size_table,
+    draw_any_world_size,
+    run_any_world_size,
+)
 from benchmarks.bits import bits_table, run_bits
 from benchmarks.checkpoint import run_checkpoint
 from benchmarks.compatibility import (
@@ -335,6 +340,29 @@ def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
     console().print(bits_table(run_bits(ranks or [2, 3, 4], steps)))
 
 
+def any_world_size(
+    ranks: list[int] | None = None,
+    steps: int = 200,
+    json: Path | None = None,
+    png: Path | None = None,
+) -> None:
+    """Train one job at several numbers of ranks, and tell what differs, beside peers.
+
+    Args:
+        ranks: Processes, each a divisor of 12; 1, 2, 3 and 4 by default.
+        steps: Of training.
+        json: Also write losses and differences here.
+        png: Also draw them here.
+    """
+    found = run_any_world_size(ranks or [1, 2, 3, 4], steps)
+    console().print(any_world_size_table(found))
+    if json is not None:
+        content = {"machine": machine(), "steps": steps, "any world size": found}
+        json.write_text(json_module.dumps(content, default=asdict) + "\n")
+    if png is not None:
+        draw_any_world_size(found, png)
+
+
 def accuracy(
     elements: int = 16384,
     steps: int = 1000,
@@ -452,6 +480,7 @@ _ON_RANKS = [
     compatibility,
     resume,
     bits,
+    any_world_size,
     overhead,
     host,
     faults,

@@ -11,9 +11,10 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +49,8 @@ def _batch(rank: int, step: int) -> Tensor:
     return torch.randint(VOCABULARY, (2, _CONTEXT + 1), generator=generator)
 
 
-def _flat(model: GPT) -> Tensor:
+def flat_weights(model: GPT) -> Tensor:
+    """Return all parameters as one tensor; called by all ranks."""
     params = [getattr(p, "full_tensor", lambda p=p: p)() for p in model.parameters()]
     return torch.cat([param.detach().flatten() for param in params])
 
@@ -68,36 +70,39 @@ def reference(ranks: int, steps: int) -> Tensor:
         with torch.no_grad():
             for param, total, (mean, belief) in zip(params, sums, moments, strict=True):
                 update_reference_(param, total, mean, belief, scalars, grad_scale=1 / ranks)
-    return _flat(model)
+    return flat_weights(model)
 
 
 def _rank_main(rank: int, ranks: int, name: str, steps: int, store: str, link: Connection) -> None:
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
-    os.environ.update({key: str(value) for key, value in places.items()})
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    import_package(name)
+    join(rank, ranks, name, store)
     model = _model()
     train = SAME_RULE[name](model, torch.float32)
     for step in range(1, steps + 1):
         list(train(_batch(rank, step)))
-    flat = _flat(model)
+    flat = flat_weights(model)
     if rank == 0:
         link.send(flat.numpy())
     dist.barrier()
     dist.destroy_process_group()
 
 
-def _train(name: str, ranks: int, steps: int) -> Tensor:
+def run_ranks(ranks: int, main: Callable[..., None], *args: Any) -> Any:
+    """Start `main(rank, ranks, *args, store, link)` on so many processes.
+
+    Returns:
+        What the first rank sends over its `link`.
+
+    Raises:
+        RuntimeError: It has sent nothing.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
     context = mp.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(
-                target=_rank_main,
-                args=(rank, ranks, name, steps, f"file://{folder}/store", theirs),
+                target=main,
+                args=(rank, ranks, *args, f"file://{folder}/store", theirs),
                 daemon=True,
             )
             for rank in range(ranks)
@@ -106,12 +111,22 @@ def _train(name: str, ranks: int, steps: int) -> Tensor:
             process.start()
         theirs.close()
         try:
-            flat = torch.from_numpy(ours.recv())
+            found = ours.recv()
         except EOFError as error:
-            raise RuntimeError(f"a rank of {name!r} has failed, see above") from error
+            raise RuntimeError(f"a rank has failed in {args}, see above") from error
         for process in processes:
             process.join()
-    return flat
+    return found
+
+
+def join(rank: int, ranks: int, name: str, store: str) -> None:
+    """Make this process a rank of one thread, for the contender `name`."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks}
+    os.environ.update({key: str(value) for key, value in places.items()})
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    import_package(name)
 
 
 def run_bits(
@@ -123,7 +138,8 @@ def run_bits(
     for name in (name for name in engines if missing_package(name) is None):
         found[name] = {}
         for ranks, flat in expected.items():
-            off = (_train(name, ranks, steps) - flat).abs()
+            trained = torch.from_numpy(run_ranks(ranks, _rank_main, name, steps))
+            off = (trained - flat).abs()
             found[name][ranks] = Difference((off > 0).double().mean().item(), off.max().item())
     return found
 

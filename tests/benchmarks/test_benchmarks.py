@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks import step
+from benchmarks.any_world_size import (
+    OURS,
+    Run,
+    any_world_size_table,
+    draw_any_world_size,
+    run_any_world_size,
+)
 from benchmarks.bits import run_bits
 from benchmarks.engines import BY_JSON, ENGINES
 from benchmarks.faults import WAYS, Case, cases, run_case
@@ -34,6 +42,22 @@ def test_other_ways_to_sum_give_other_bits() -> None:
     found = run_bits([3], 3, ["ShardedAdaBelief ZeRO-1", "DDP + AdaBelief"])
     assert found["ShardedAdaBelief ZeRO-1"][3].elements == 0
     assert found["DDP + AdaBelief"][3].elements > 0.01
+
+
+def test_runs_at_several_numbers_of_ranks_are_compared_and_drawn(tmp_path: Path) -> None:
+    found = run_any_world_size([1, 2], 3, [OURS])
+    assert found[OURS][2].differing == [0.0] * 3 == found[OURS][2].largest
+    assert found[OURS][2].losses == found[OURS][1].losses
+    assert found[OURS][1].losses[-1] < found[OURS][1].losses[0]
+    found["peer"] = {1: found[OURS][1], 2: Run([5.0, 4.0, 3.0], [0.7, 0.8, 0.9], [1e-5] * 3)}
+    table = Console(width=120)
+    with table.capture() as said:
+        table.print(any_world_size_table(found))
+    assert said.get().count("none") == 3 and "90.0 %, up to 1e-05" in said.get()
+    draw_any_world_size(found, tmp_path / "runs.png")
+    assert (tmp_path / "runs.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"must divide 12 micro-batches, got \[5\]"):
+        run_any_world_size([1, 5], 3)
 
 
 def test_a_step_of_every_kind_of_engine_is_timed_and_drawn(tmp_path: Path) -> None:

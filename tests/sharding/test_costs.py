@@ -161,13 +161,15 @@ def traffic_is_as_documented() -> None:
         assert tensor.numel() == words + (0 if messages > 1 else len(optimizer.layout.buckets))
         return all_reduce(tensor, *args, **kwargs)
 
-    for dtype, wire, stage, micro_batches in (
-        (torch.float32, None, 1, 1),
-        (torch.float32, None, 1, 3),  # no_sync
-        (torch.float32, torch.bfloat16, 1, 1),
-        (torch.bfloat16, None, 1, 1),
-        (torch.float32, None, 2, 1),
-        (torch.float32, torch.bfloat16, 2, 3),
+    for dtype, wire, stage, micro_batches, numbered in (
+        (torch.float32, None, 1, 1, None),
+        (torch.float32, None, 1, 3, None),  # no_sync
+        (torch.float32, torch.bfloat16, 1, 1, None),
+        (torch.bfloat16, None, 1, 1, None),
+        (torch.float32, None, 2, 1, None),
+        (torch.float32, torch.bfloat16, 2, 3, None),
+        # A round for each pass of the first rank; the last one has none in the second.
+        (torch.bfloat16, None, 1, 2 - (rank == world_size - 1), 2 * world_size - 1),
     ):
         params = make_params(dtype)
         optimizer = ShardedAdaBelief(
@@ -176,6 +178,7 @@ def traffic_is_as_documented() -> None:
             stage=stage,
             reduce_dtype=wire,
             shared_memory=False,
+            micro_batches=numbered,
             **HYPER,
         )
         messages = 0
@@ -193,7 +196,7 @@ def traffic_is_as_documented() -> None:
                 optimizer.step()
             optimizer.zero_grad()
             elements = sum(bucket.numel for bucket in optimizer.layout.buckets)
-            reductions = micro_batches if stage == 2 else 1
+            reductions = 2 if numbered else micro_batches if stage == 2 else 1
             per_element = reductions * (wire or dtype).itemsize + dtype.itemsize
             assert sent == elements * per_element * (world_size - 1) // world_size, (stage, wire)
             assert messages == step
