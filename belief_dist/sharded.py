@@ -42,7 +42,7 @@ from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
 from belief_dist.sharding.module_buffers import spread_buffers
 from belief_dist.sharding.param_specs import param_label
 from belief_dist.sharding.process_groups import connect, connect_model_parallel
-from belief_dist.sharding.rank_checks import raise_together
+from belief_dist.sharding.rank_checks import check_together, raise_together
 from belief_dist.sharding.step_consensus import LastStep
 from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_hooks
 from belief_dist.state_init_step import TORCH_STATE_DICT, is_called_by
@@ -489,13 +489,8 @@ class ShardedAdaBelief(Driven, Optimizer):
 
     def _load(self, state_dict: dict[str, Any]) -> None:
         states = self._engine.update.states
-        problem = None
-        try:
-            check_shard(state_dict, self.param_groups, states, self._sharding(), self._label)
-        except Exception as error:  # whatever it is, the other ranks must not wait for this one
-            problem = error
-        raise_together(self.comm, problem)
-
+        own = self.param_groups, states, self._sharding(), self._label
+        check_together(self.comm, lambda: check_shard(state_dict, *own))
         self._wait()
         copy_shard_(state_dict, self.param_groups, states)
         self._engine.keep_loaded_masters()

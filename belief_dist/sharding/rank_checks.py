@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -29,6 +29,20 @@ def raise_together(comm: Collectives, problem: Exception | None) -> None:
     for rank, sentence in enumerate(sentences):
         if sentence is not None:
             raise ValueError(f"rank {rank} of the process group reports: {sentence}")
+
+
+def check_together(comm: Collectives, check: Callable[[], None]) -> None:
+    """Check something on every rank, and raise on all if it fails on any; called by all ranks.
+
+    Raises:
+        Exception: As `raise_together`.
+    """
+    problem = None
+    try:
+        check()
+    except Exception as error:  # whatever it is, the other ranks must not wait for this one
+        problem = error
+    raise_together(comm, problem)
 
 
 def compare_ranks(comm: Collectives, mine: dict[str, list[Any]]) -> None:
