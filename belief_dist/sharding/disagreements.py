@@ -87,7 +87,7 @@ def why_skipped(verdict: Verdict) -> str:
     """Return why all ranks have skipped a step."""
     return {
         Verdict.NOT_FINITE: "a gradient is not finite",
-        Verdict.GIVEN_UP: "backward has raised on some rank",
+        Verdict.GIVEN_UP: "backward has raised, or gradients were forgotten, on some rank",
         Verdict.REPLICAS_DIFFER: "gradients are partly those of wrong parameters",
         Verdict.PEER_REPAIRS: "copies of another part of the model were made equal again",
     }.get(verdict, RAISED)
