@@ -198,12 +198,16 @@ def run_any_world_size(
     return found
 
 
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' * (number > 1)}"
+
+
 def any_world_size_table(found: dict[str, dict[int, Run]]) -> Table:
     """Return what differs from one rank after the last step."""
     table = Table(box=SIMPLE_HEAD)
     table.add_column("weights that differ from one rank's", no_wrap=True)
     for ranks in next(iter(found.values())):
-        table.add_column(f"{ranks} ranks", justify="right")
+        table.add_column(_ranks(ranks), justify="right")
     for name, runs in found.items():
         cells = []
         for run in runs.values():
@@ -222,10 +226,11 @@ def draw_any_world_size(found: dict[str, dict[int, Run]], path: Path) -> None:
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for number, (ranks, run) in enumerate(found[OURS].items()):
-        label = f"{ranks} rank{'s' * (ranks > 1)}"
         # Of one line nothing would be seen but the last: each is thinner than the one below.
         width = 9.0 / 2**number
-        left.plot(range(1, len(run.losses) + 1), run.losses, lw=width, c=f"C{number}", label=label)
+        left.plot(
+            range(1, len(run.losses) + 1), run.losses, lw=width, c=f"C{number}", label=_ranks(ranks)
+        )
     left.set(xlabel="step", ylabel="training loss (nats per byte)")
     left.set_title("ShardedAdaBelief: four curves, one line", fontsize=10)
     left.legend()
