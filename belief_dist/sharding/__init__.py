@@ -1,7 +1,7 @@
 """The engine of `ShardedAdaBelief`, in the order in which a gradient meets its files.
 
 layout, bucket      where every parameter and gradient lies
-grad_reducer        hooks; buckets that fill (zero1, zero2)
+grad_reducer        hooks; buckets that fill (zero1, zero2; micro_batches counts them)
 grad_codec          the form in which gradients travel
 collectives         the ways to sum them over the ranks (point_to_point, hsdp; process_groups
                     chooses), in buffers of a buffer_pool

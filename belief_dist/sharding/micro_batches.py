@@ -17,10 +17,12 @@ miscounted says so in the step's message.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 from belief_dist.engine_options import EngineOptions
+from belief_dist.sharding.grad_reducer import GradReducer
 from belief_dist.sharding.sharded_grad import ShardedGrad
 from belief_dist.sharding.zero1 import Zero1Reducer
 from belief_dist.sharding.zero2 import Zero2Reducer
@@ -153,8 +155,8 @@ class MicroBatchReducer(Zero2Reducer):
         self._forget_count()
 
 
-def reducer_for(options: EngineOptions) -> Any:
-    """Return what makes the reducer that some options ask for, from the arguments of each."""
+def reducer_for(options: EngineOptions) -> Callable[..., GradReducer]:
+    """Return what makes the reducer that `options` ask for, from the arguments of `GradReducer`."""
     if options.micro_batches is not None:
         return partial(MicroBatchReducer, micro_batches=options.micro_batches)
     return Zero1Reducer if options.stage == 1 else Zero2Reducer
