@@ -74,6 +74,11 @@ class Settings:
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if "micro_batches" in self.optimizer:
+            raise ValueError(
+                "micro_batches is a setting of the run, which deals the data by it: pass "
+                "--micro_batches, and leave --optimizer.micro_batches out."
+            )
         if self.micro_batches is not None:
             self._check_micro_batches(self.micro_batches)
         if self.width % (2 * self.heads):

@@ -214,6 +214,7 @@ WRONG = {
     "--learning": ["--learning", "1"],
     "speed": ["--optimizer.speed", "1"],
     "batch must be a multiple of micro_batches, which": ["--micro_batches", "3"],
+    "leave --optimizer.micro_batches out": ["--optimizer.micro_batches", "4"],
     "micro_batches takes the place of accumulate": ["--micro_batches", "4"],
     "there is no checkpoint under nowhere": ["--resume", "nowhere"],
 }
