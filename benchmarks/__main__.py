@@ -49,7 +49,7 @@ from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
 from benchmarks.plot import draw_steps, markdown_steps
 from benchmarks.predictions import scale, simulate
-from benchmarks.reliability import faults, flips, standby
+from benchmarks.reliability import faults, flips, soak, standby
 from benchmarks.report import machine
 from benchmarks.resume import compare_runs, draw_resume, run_resume
 from benchmarks.smallstates import MODES, train
@@ -486,6 +486,7 @@ _ON_RANKS = [
     faults,
     flips,
     standby,
+    soak,
     habits,
 ]
 _PREDICTED = [simulate, scale]

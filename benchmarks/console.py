@@ -37,5 +37,11 @@ def table_of(title: str, rows: Sequence[dict[str, Any]], left: Sequence[str]) ->
     for heading in rows[0]:
         table.add_column(heading, justify="left" if heading in left else "right")
     for row in rows:
-        table.add_row(*(f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()))
+        table.add_row(*map(_shown, row.values()))
     return table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else str(value)

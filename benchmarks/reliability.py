@@ -10,6 +10,7 @@ from benchmarks.console import console, table_of
 from benchmarks.faults import run_faults
 from benchmarks.flips import RANKS, run_clean, run_cost, run_flips
 from benchmarks.report import machine
+from benchmarks.soak import run_through_failures
 from benchmarks.standby import run_standby
 
 
@@ -68,3 +69,24 @@ def standby(rounds: int = 10, every: int = 1, json: Path | None = None) -> None:
     rows = run_standby(rounds, every)
     console().print(table_of(f"One of {every} steps kept in memory", rows, left=()))
     _keep(json, {"every": every, "rows": rows})
+
+
+def soak(
+    steps: int = 20_000,
+    between: int = 400,
+    every: int = 10,
+    seed: int = 0,
+    json: Path | None = None,
+) -> None:
+    """Train through failures with another number of ranks after each, and compare the last bits.
+
+    Args:
+        steps: In all; 20,000 take a quarter of an hour.
+        between: Mean number of steps between two failures.
+        every: Keep one of so many steps in memory.
+        seed: Of when and how ranks fail, and of how many there are.
+        json: Write the table here.
+    """
+    found = run_through_failures(steps, between, every, seed)
+    console().print(table_of("Steps through failures, on 2 to 4 ranks", [found], left=()))
+    _keep(json, found)

@@ -22,9 +22,11 @@ from benchmarks.any_world_size import (
 from benchmarks.bits import run_bits
 from benchmarks.engines import BY_JSON, ENGINES
 from benchmarks.faults import WAYS, Case, cases, run_case
+from benchmarks.flips import run_flips
 from benchmarks.habits import PEERS, run_habit, table
 from benchmarks.host import run_host, run_soak
 from benchmarks.resume import compare_runs, draw_resume
+from benchmarks.soak import run_through_failures
 from benchmarks.step import chosen_engines, run_by_json
 from benchmarks.team import Turn, Workload, take_turn
 from tests.harness.paths import ROOT
@@ -217,3 +219,17 @@ def test_habits_are_tried_under_a_peer() -> None:
     assert run_habit("DDP", "`p.grad.mul_` after backward") == "as one process"
     assert run_habit("stage=2", "`p.grad.mul_` after backward").startswith("error: RuntimeError")
     assert table({"x": dict.fromkeys(PEERS, "y")}).splitlines()[2].count("y") == len(PEERS)
+
+
+def test_flipped_bits_are_caught_where_they_are_watched() -> None:
+    rows = run_flips(40, seed=1)
+    assert sum(row["flips"] for row in rows) == 40 and len(rows) == 5
+    for row in rows:
+        caught = 0 if row["flipped"] == "gradient" else row["flips"]
+        assert (row["caught"], row["rank named"]) == (caught, caught), row
+
+
+def test_a_run_through_failures_has_the_bits_of_one_without() -> None:
+    found = run_through_failures(steps=150, between=50, every=5, seed=2)
+    assert found["failures"] >= 2
+    assert (found["hangs"], found["same bits"]) == (0, True)
