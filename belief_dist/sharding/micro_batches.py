@@ -45,12 +45,12 @@ class MicroBatchReducer(Zero2Reducer):
         self._share = len(range(self._comm.rank, micro_batches, world_size))  # of this rank
         self._rounds_of_step = len(range(0, micro_batches, world_size))
         self._passes = 0  # backward passes since the last step
-        self._is_finished = False  # all rounds are; and the step may have failed
+        self._is_finished = False  # all rounds are; the step has taken them, or has failed
 
     # - Backward
 
     def _enter_backward(self) -> None:
-        if self._is_spent:
+        if self._is_finished:
             self._begin_step()
         elif self._rounds and not any(self._arrived):
             gone, zeroed = self._find_dropped()
@@ -62,12 +62,13 @@ class MicroBatchReducer(Zero2Reducer):
                 )
 
     def _begin_step(self) -> None:
-        """Forget the sums that a step has taken: they are no part of the next one."""
+        """Forget the sums of the last step, taken or failed: they are no part of the next one."""
         self._pool.drain()
         self._find_dropped()
         self._forget_count()
         self._rounds = 0
         self._used = [False] * len(self._params)
+        self.spoiled, self.dropped = None, []
 
     def _forget_count(self) -> None:
         self._passes = 0

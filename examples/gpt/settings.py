@@ -25,7 +25,7 @@ class Settings:
         batch: Sequences per step, over all ranks.
         accumulate: Micro-batches that each rank splits its share into.
         micro_batches: Instead, micro-batches of a step over all ranks, whose number then changes no
-            bit of the run (docs/any-world-size.md): 12 serve 1 to 4 ranks well, and any other.
+            bit of the run (docs/any-world-size.md). It need not divide by the number of ranks.
         steps: Optimizer steps of the whole run.
         warmup: Steps in which the learning rate rises; afterwards it falls by a cosine to a tenth.
         seed: Of weights and data.
