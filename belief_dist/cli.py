@@ -1,4 +1,4 @@
-"""The command `belief-dist`: inspect, verify, compare and convert checkpoints."""
+"""The command `belief-dist`: works on checkpoints, and checks DeepSpeed configurations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from belief_dist.checkpoint.checksummed_files import read_manifest
 from belief_dist.checkpoint.formats import convert
 from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.run_directory import find
+from belief_dist.deepspeed_config import check_config, read_config
 from belief_dist.options import OPTION_NAMES
 
 
@@ -87,7 +88,36 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--template", type=Path, help="a universal checkpoint of the same job")
     made.add_argument("--from_adam", action="store_true", help="estimate s from Adam's v")
     made.add_argument("--eps", type=float, default=1e-16, help="AdaBelief's, with --from_adam")
+    made = commands.add_parser(
+        "check",
+        help="find mistakes in a DeepSpeed configuration",
+        description="Say what is wrong in a DeepSpeed configuration, and show it corrected. The "
+        "exit status is 1 if something was found.",
+    )
+    made.set_defaults(run=_check, action="check")
+    made.add_argument("path", type=Path, help="the JSON file")
+    made.add_argument("--hf", action="store_true", help="the Transformers Trainer reads it")
+    made.add_argument("--accelerate", action="store_true", help="Accelerate reads it")
+    made.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
+
+
+def _check(args: argparse.Namespace) -> int:
+    report = check_config(read_config(args.path), replaces_auto=args.hf or args.accelerate)
+    if args.json:
+        content = {
+            "findings": [finding._asdict() for finding in report.findings],
+            "corrected": report.corrected,
+        }
+        print(json.dumps(content, indent=2))
+        return 1 if report.findings else 0
+    for finding in report.findings:
+        print(f"{finding.path}: {finding.sentence}")
+    if not report.findings:
+        print(f"{args.path}: nothing was found")
+    elif report.corrected != report.given:
+        print(f"\n{report.diff()}", end="")
+    return 1 if report.findings else 0
 
 
 def _read(args: argparse.Namespace, path: Path, **more: Any) -> Any:

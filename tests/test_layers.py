@@ -88,6 +88,8 @@ mpi_backend
 integrations
 integrations.mpi
 __init__
+deepspeed_keys
+deepspeed_config
 cli hf run
 """
 ROWS = [line.split() for line in CHAIN.splitlines() if line]
