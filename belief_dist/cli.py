@@ -1,4 +1,4 @@
-"""The command `belief-dist`: works on checkpoints, and checks DeepSpeed configurations."""
+"""The command `belief-dist`: works on checkpoints, checks configurations and environments."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from belief_dist.checkpoint.formats import convert
 from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.run_directory import find
 from belief_dist.deepspeed_config import check_config, read_config
-from belief_dist.options import OPTION_NAMES
+from belief_dist.doctor import examine_ranks
+from belief_dist.options import OPTION_NAMES, is_first_rank
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -89,6 +90,15 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--from_adam", action="store_true", help="estimate s from Adam's v")
     made.add_argument("--eps", type=float, default=1e-16, help="AdaBelief's, with --from_adam")
     made = commands.add_parser(
+        "doctor",
+        help="tell what serves here, and what to mend",
+        description="Tell what serves here, what is slow or broken, and what to do. On the ranks "
+        "of a launcher (torchrun -m belief_dist.cli doctor) it tries the collectives, too. The "
+        "exit status is 1 if there is something to do.",
+    )
+    made.set_defaults(run=_doctor, action="doctor")
+    made.add_argument("--json", action="store_true", help="print everything as JSON")
+    made = commands.add_parser(
         "check",
         help="find mistakes in a DeepSpeed configuration",
         description="Say what is wrong in a DeepSpeed configuration, and show it corrected. The "
@@ -100,6 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--accelerate", action="store_true", help="Accelerate reads it")
     made.add_argument("--json", action="store_true", help="print the findings as JSON")
     return parser
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    checks = examine_ranks()
+    to_do = [each for each in checks if each.advice]
+    if is_first_rank():
+        if args.json:
+            print(json.dumps([each._asdict() for each in checks], indent=2))
+        else:
+            _table(("what", "found"), [(each.topic, each.found) for each in checks])
+            for each in to_do:
+                print(f"{each.topic}: {each.advice}")
+            if not to_do:
+                print("All is well.")
+    return 1 if to_do else 0
 
 
 def _check(args: argparse.Namespace) -> int:

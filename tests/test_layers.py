@@ -89,7 +89,7 @@ integrations
 integrations.mpi
 __init__
 deepspeed_keys
-deepspeed_config
+deepspeed_config doctor
 cli hf run
 """
 ROWS = [line.split() for line in CHAIN.splitlines() if line]

@@ -1,0 +1,214 @@
+"""Looks at an environment and tells what serves here, what is slow or broken, and what to do.
+
+On the ranks of a job it also sums and gathers through the collectives of `ShardedAdaBelief`, and
+compares the bits.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from belief_dist import kernels
+from belief_dist.distributed import World, init
+from belief_dist.distributed.network import is_loopback
+from belief_dist.distributed.rank_info import read_rank_info
+from belief_dist.kernels.threads import idle_cores, one_thread_sentence
+from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.sharding.collectives import ReduceRequest
+
+# The oldest DeepSpeed with which everything passes, see docs/deepspeed.md.
+_DEEPSPEED = (0, 19, 8)
+_PARTNERS = ("transformers", "accelerate", "lightning", "mpi4py", "triton")
+_NUMEL = 4 << 20  # of the self-test's buffer, float32
+_TURNS = 5
+
+
+class Check(NamedTuple):
+    """One thing that was looked at.
+
+    Attributes:
+        topic: What it is about.
+        found: What is there.
+        advice: What to do; empty if all is well.
+    """
+
+    topic: str
+    found: str
+    advice: str = ""
+
+
+def examine() -> list[Check]:
+    """Look at what this process alone can tell."""
+    return [
+        Check("Python", platform.python_version()),
+        Check("torch", torch.__version__),
+        _devices(),
+        _threads(),
+        *_kernels(),
+        _name(),
+        _deepspeed(),
+        *_partners(),
+        *_launchers(),
+        _host(),
+    ]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> Check:
+    if not torch.cuda.is_available():
+        return Check("devices", "no GPU: everything runs on the processor")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Check("devices", ", ".join(names))
+
+
+def _threads() -> Check:
+    share = idle_cores(1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = f"{torch.get_num_threads()} threads, {cores} cores"
+    return Check("processor", found, one_thread_sentence(share) if share else "")
+
+
+def _kernels() -> Iterator[Check]:
+    on_gpu = torch.cuda.is_available()
+    for name, is_usable, said in kernels.backends():
+        if name == "eager":
+            continue
+        needed = on_gpu if name == "triton" else True
+        served = "GPU" if name == "triton" else "processor"
+        advice = ""
+        if needed and not is_usable:
+            repair = "install g++" if name == "cpp" else "install the Triton that torch came with"
+            advice = f"updates on the {served} run in plain torch, several times slower: {repair}."
+        yield Check(f"kernel for the {served}", said, advice)
+
+
+def _name() -> Check:
+    if hasattr(torch.optim, "AdaBelief"):
+        return Check("name in DeepSpeed's JSON", '"AdaBelief" is found without an import')
+    return Check(
+        "name in DeepSpeed's JSON",
+        'torch.optim has no "AdaBelief"',
+        "install the package (PYTHONPATH alone has no entry points) and unset "
+        "TORCH_DEVICE_BACKEND_AUTOLOAD=0, or write `import belief_dist` in the script.",
+    )
+
+
+def _deepspeed() -> Check:
+    version = _version("deepspeed")
+    if version is None:
+        return Check("DeepSpeed", "not installed")
+    numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:3] if part.isdigit())
+    wanted = ".".join(map(str, _DEEPSPEED))
+    is_old = numbers < _DEEPSPEED
+    return Check("DeepSpeed", version, f"take {wanted} or newer: older ones fail in part." * is_old)
+
+
+def _partners() -> Iterator[Check]:
+    for package in _PARTNERS:
+        version = _version(package)
+        if version is not None:
+            yield Check(package, version)
+
+
+def _launchers() -> Iterator[Check]:
+    found = [name for name in ("torchrun", "deepspeed", "mpirun", "srun") if shutil.which(name)]
+    yield Check("launchers", ", ".join(found) or "none on PATH")
+    if "SLURM_JOB_ID" in os.environ:
+        yield Check("Slurm", f"job {os.environ['SLURM_JOB_ID']}")
+
+
+def _host() -> Check:
+    name = socket.gethostname()
+    try:
+        address = str(socket.getaddrinfo(name, None)[0][4][0])
+    except OSError:
+        return Check(
+            "host name", f"{name} does not resolve", "other hosts need MASTER_ADDR as a number."
+        )
+    found = f"{name} is {address}"
+    if is_loopback(address) and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        found += (
+            "; with several hosts gloo alone would tell the others so: "
+            "belief_dist.distributed.init() tells the right address"
+        )
+    return Check("host name", found)
+
+
+def try_collectives(world: World) -> list[Check]:
+    """Sum and gather on all ranks, and compare the bits; called by all of them.
+
+    Args:
+        world: From `distributed.init`.
+    """
+    device = world.device
+    comm = ShardedAdaBelief([torch.nn.Parameter(torch.zeros(8, device=device))]).comm
+    numel = _NUMEL // world.world_size // 64 * 64 * world.world_size
+    flat = comm.buffer(numel, torch.float32, device)
+    shard = torch.zeros(numel // comm.num_shards, device=device)
+    # Added in the order of ranks, so that another order has other bits.
+    addends = [1e-3 * 3.0**rank for rank in range(world.world_size)]
+    expected = torch.tensor(addends[0], device=device)
+    for addend in addends[1:]:
+        expected += torch.tensor(addend, device=device)
+    seconds = {"sum": 0.0, "gather": 0.0}
+    is_exact = True
+    for turn in range(_TURNS):
+        flat.fill_(addends[world.rank])
+        seconds["sum"] += _time(lambda: comm.start_reduce(ReduceRequest(flat, shard)).wait())
+        is_exact &= bool((shard == expected).all())
+        flat.view(comm.num_shards, -1)[comm.shard_index].fill_(float(turn))
+        seconds["gather"] += _time(lambda: comm.start_gather(flat).wait())
+        is_exact &= bool((flat == turn).all())
+    everywhere = all(comm.exchange(is_exact))
+    sent = _TURNS * flat.nbytes * (world.world_size - 1) / world.world_size / 1e9
+    rates = ", ".join(f"{name} {sent / spent:.2f} GB/s" for name, spent in seconds.items())
+    found = f"{world.world_size} ranks, {type(comm).__name__}, {world.backend}: {rates} a rank"
+    advice = "" if everywhere else "sums or gathers are wrong: the network or memory is faulty."
+    return [Check("collectives", found, advice)]
+
+
+def examine_ranks() -> list[Check]:
+    """Examine all ranks of the job that this process belongs to; called by all of them.
+
+    Returns:
+        On every rank the same: what the first rank has found, what others have found otherwise, and
+        what their collectives do.
+    """
+    own = examine()
+    info = read_rank_info(os.environ)
+    if info.world_size == 1 and not dist.is_initialized():
+        return own
+    world = init()
+    everyone: list[list[Check]] = [[] for _ in range(world.world_size)]
+    dist.all_gather_object(everyone, own)
+    found = list(everyone[0])
+    for rank, theirs in enumerate(everyone):
+        odd = [each for each in theirs if each not in found]
+        found += [each._replace(topic=f"{each.topic}, rank {rank}") for each in odd]
+    return found + (try_collectives(world) if world.world_size > 1 else [])
+
+
+def _time(work: Callable[[], object]) -> float:
+    dist.barrier()
+    begin = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    dist.barrier()
+    return time.perf_counter() - begin
