@@ -1,0 +1,97 @@
+"""The command line of `belief-dist`: what may be said, without the code that does it.
+
+Importing anything below belief_dist imports torch, which takes seconds. So this module lives
+outside the package, and imports it when a command runs: help and wrong command lines are answered
+at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+_WHAT = "The command `belief-dist`: works on checkpoints, checks configurations and environments."
+# What `belief_dist.checkpoint.formats.convert` writes; a test compares the two.
+TARGETS = ("belief_dist", "torch", "official", "universal", "safetensors")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0, 1 if things differ, 2 after an error."""
+    args = _parser().parse_args(arguments)
+    from belief_dist.commands import run
+
+    return run(args)
+
+
+def fail(program: str, sentence: str) -> int:
+    """Say why in one line, and return the exit status of errors."""
+    line = " ".join(sentence.split())
+    line = line if len(line) <= 900 else f"{line[:900]}..."
+    print(f"{program}: {line.rstrip('.')}.", file=sys.stderr)
+    return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a command line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(fail(self.prog, f"{message} (see {self.prog} --help)"))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="belief-dist", description=_WHAT)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    checkpoints = commands.add_parser("checkpoint", help="inspect, convert, verify, diff")
+    tools = checkpoints.add_subparsers(required=True, metavar="ACTION")
+
+    def action(name: str, what: str) -> argparse.ArgumentParser:
+        made = tools.add_parser(name, help=what, description=what)
+        made.set_defaults(action=name)
+        made.add_argument("--step", type=int, help="of a run directory; default: the newest")
+        return made
+
+    made = action("inspect", "Show what a checkpoint holds.")
+    made.add_argument("path", type=Path)
+    made = action("verify", "Compare all files with their checksums.")
+    made.add_argument("path", type=Path)
+    for name, what in (
+        ("diff", "Show in which bits two training states differ."),
+        ("convert", "Convert between formats."),
+    ):
+        made = action(name, what)
+        made.add_argument("source", type=Path)
+        made.add_argument("target", type=Path)
+        made.add_argument("--weights", type=Path, help="the model's, where source is a state_dict")
+        made.add_argument(
+            "--names", type=Path, help="file with the parameters' names in order, one a line"
+        )
+        made.add_argument("--options", default="{}", help="JSON: options that source does not tell")
+        made.add_argument("--trust", action="store_true", help="run code in DeepSpeed's pickles")
+    made.add_argument("--to", choices=TARGETS, required=True)
+    made.add_argument("--template", type=Path, help="a universal checkpoint of the same job")
+    made.add_argument("--from_adam", action="store_true", help="estimate s from Adam's v")
+    made.add_argument("--eps", type=float, default=1e-16, help="AdaBelief's, with --from_adam")
+    made = commands.add_parser(
+        "doctor",
+        help="tell what serves here, and what to mend",
+        description="Tell what serves here, what is slow or broken, and what to do. On the ranks "
+        "of a launcher (torchrun -m belief_dist.cli doctor) it tries the collectives, too. The "
+        "exit status is 1 if there is something to do.",
+    )
+    made.set_defaults(action="doctor")
+    made.add_argument("--json", action="store_true", help="print everything as JSON")
+    made = commands.add_parser(
+        "check",
+        help="find mistakes in a DeepSpeed configuration",
+        description="Say what is wrong in a DeepSpeed configuration, and show it corrected. The "
+        "exit status is 1 if something was found.",
+    )
+    made.set_defaults(action="check")
+    made.add_argument("path", type=Path, help="the JSON file")
+    made.add_argument("--hf", action="store_true", help="the Transformers Trainer reads it")
+    made.add_argument("--accelerate", action="store_true", help="Accelerate reads it")
+    made.add_argument("--json", action="store_true", help="print the findings as JSON")
+    return parser

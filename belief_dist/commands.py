@@ -1,0 +1,180 @@
+"""What each command of `belief-dist` does, after `_belief_dist_cli` has read the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from _belief_dist_cli import fail
+from belief_dist.checkpoint import CheckpointError, verify
+from belief_dist.checkpoint.checksummed_files import read_manifest
+from belief_dist.checkpoint.formats import convert
+from belief_dist.checkpoint.loading import read_metadata
+from belief_dist.checkpoint.run_directory import find
+from belief_dist.deepspeed_config import check_config, read_config
+from belief_dist.doctor import examine_ranks
+from belief_dist.options import OPTION_NAMES, is_first_rank
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command `args.action`, and return its exit status: 0, 1, or 2 after an error."""
+    try:
+        status = ACTIONS[args.action](args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough; Python would complain at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 2
+    except (CheckpointError, ValueError, OSError) as error:
+        return fail("belief-dist", str(error))
+    except Exception as error:
+        # Files of others can be wrong in more ways than are told apart.
+        return fail(
+            "belief-dist",
+            f"{args.action} fails, because what it reads is damaged or of another kind: "
+            f"{type(error).__name__}: {error}",
+        )
+    return status
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    checks = examine_ranks()
+    to_do = [each for each in checks if each.advice]
+    if is_first_rank():
+        if args.json:
+            print(json.dumps([each._asdict() for each in checks], indent=2))
+        else:
+            _table(("what", "found"), [(each.topic, each.found) for each in checks])
+            for each in to_do:
+                print(f"{each.topic}: {each.advice}")
+            if not to_do:
+                print("All is well.")
+    return 1 if to_do else 0
+
+
+def _check(args: argparse.Namespace) -> int:
+    report = check_config(read_config(args.path), replaces_auto=args.hf or args.accelerate)
+    if args.json:
+        content = {
+            "findings": [finding._asdict() for finding in report.findings],
+            "corrected": report.corrected,
+        }
+        print(json.dumps(content, indent=2))
+        return 1 if report.findings else 0
+    for finding in report.findings:
+        print(f"{finding.path}: {finding.sentence}")
+    if not report.findings:
+        print(f"{args.path}: nothing was found")
+    elif report.corrected != report.given:
+        print(f"\n{report.diff()}", end="")
+    return 1 if report.findings else 0
+
+
+def _read(args: argparse.Namespace, path: Path, **more: Any) -> Any:
+    return convert.read(
+        path,
+        weights=args.weights,
+        names=_names(args.names) if args.names else None,
+        options=_options(args.options),
+        step=args.step,
+        trust=args.trust,
+        **more,
+    )
+
+
+def _names(path: Path) -> list[str]:
+    if not path.is_file():
+        raise ValueError(f"--names needs a file with names, and {path} is no file.")
+    try:
+        return path.read_text().split()
+    except UnicodeDecodeError:
+        raise ValueError(f"--names needs a text file with names, which {path} is not.") from None
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except (ValueError, RecursionError):
+        options = None
+    if not isinstance(options, dict):
+        raise ValueError(
+            f"--options must be a JSON object such as '{{\"rectify\": true}}', got {text!r:.80}."
+        )
+    unknown = sorted(options.keys() - {*OPTION_NAMES, "clip"})
+    if unknown:
+        raise ValueError(
+            f"--options has no {unknown[0]!r:.80}; there are {', '.join(OPTION_NAMES)}."
+        )
+    return options
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    path = find(args.path, args.step)
+    step, checksums = read_manifest(path)
+    dcp_metadata, metadata, extra = read_metadata(path)
+    nbytes = sum(checksum.nbytes for checksum in checksums.values())
+    print(f"{path}: step {step}, {len(checksums)} files, {nbytes / 1e6:.1f} MB")
+    print(f"saved by {metadata.get('ranks', 1)} ranks; extra: {sorted(extra)}")
+    for number, group in enumerate(metadata.get("groups", [])):
+        options = ", ".join(f"{key}={value}" for key, value in group["options"].items())
+        print(f"param group {number}: {len(group['params'])} parameters, {options}")
+    rows = []
+    for key, entry in dcp_metadata.state_dict_metadata.items():
+        size = getattr(entry, "size", None)
+        if size is not None:
+            properties = entry.properties  # type: ignore[union-attr]
+            name = str(properties.dtype).removeprefix("torch.")
+            rows.append((key, "x".join(map(str, size)) or "scalar", name))
+    _table(("tensor", "shape", "dtype"), rows)
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    path = verify(args.path, step=args.step)
+    print(f"{path}: every file is as it was written")
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    found = convert.differences(_read(args, args.source), _read(args, args.target))
+    for sentence in found:
+        print(sentence)
+    if not found:
+        print("no difference in any bit")
+    return 1 if found else 0
+
+
+def _convert(args: argparse.Namespace) -> int:
+    full = _read(args, args.source, from_adam=args.from_adam, eps=args.eps)
+    written = convert.write(full, args.target, args.to, template=args.template)
+    print(f"{written}: {len(full.names)} optimized parameters, step {full.step}")
+    return 0
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        for row in (head, *rows):
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+        return
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "inspect": _inspect,
+    "verify": _verify,
+    "diff": _diff,
+    "convert": _convert,
+    "doctor": _doctor,
+    "check": _check,
+}
