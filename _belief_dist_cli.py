@@ -84,6 +84,22 @@ def _parser() -> argparse.ArgumentParser:
     made.set_defaults(action="doctor")
     made.add_argument("--json", action="store_true", help="print everything as JSON")
     made = commands.add_parser(
+        "plan",
+        help="tell what every rank of a job will hold",
+        description="Tell what parameters, gradients, masters and states take of every rank, in "
+        "each way to train, and the call for the fastest one that fits. Activations come on top. "
+        "The exit status is 1 if none fits.",
+    )
+    made.set_defaults(action="plan")
+    made.add_argument(
+        "model",
+        help="a number of parameters (7e9), module:function that builds a model, or the folder or "
+        "name of a Hugging Face model",
+    )
+    made.add_argument("--ranks", type=int, required=True, help="devices of the job")
+    made.add_argument("--memory", type=float, help="GiB of each that these may take")
+    made.add_argument("--json", action="store_true", help="print everything as JSON")
+    made = commands.add_parser(
         "check",
         help="find mistakes in a DeepSpeed configuration",
         description="Say what is wrong in a DeepSpeed configuration, and show it corrected. The "

@@ -18,6 +18,7 @@ from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.run_directory import find
 from belief_dist.deepspeed_config import check_config, read_config
 from belief_dist.doctor import examine_ranks
+from belief_dist.memory_plan import plan, python_line, shapes_of, suggestion
 from belief_dist.options import OPTION_NAMES, is_first_rank
 
 
@@ -54,6 +55,51 @@ def _doctor(args: argparse.Namespace) -> int:
             if not to_do:
                 print("All is well.")
     return 1 if to_do else 0
+
+
+def _plan(args: argparse.Namespace) -> int:
+    if args.ranks < 1:
+        raise ValueError(f"--ranks must be 1 or more, got {args.ranks}.")
+    if args.memory is not None and not args.memory > 0:
+        raise ValueError(f"--memory must be more than 0 GiB, got {args.memory:g}.")
+    try:
+        count = float(args.model)
+    except ValueError:
+        model: Any = shapes_of(args.model)
+    else:
+        if not 1 <= count <= 1e15:
+            raise ValueError(f"a model has 1 to 1e15 parameters, got {args.model}.")
+        model = int(count)
+    memory = None if args.memory is None else args.memory * 2**30
+    rows = plan(model, args.ranks, memory)
+    best = suggestion(rows, memory)
+    if args.json:
+        content = [
+            {"way": row.way.name, "bytes": row.held, "bytes on the host": row.on_host}
+            | ({} if memory is None else {"fits": row.held <= memory, "largest": row.largest})
+            for row in rows
+        ]
+        print(json.dumps({"ways": content, "suggestion": best and python_line(best.way)}, indent=2))
+        return int(best is None)
+    head = ["way to train", "GiB a rank", "on its host"]
+    head += [] if memory is None else ["fits", "largest model"]
+    _table(
+        head,
+        [
+            [row.way.name, f"{row.held / 2**30:.2f}", f"{row.on_host / 2**30:.2f}"]
+            + (
+                []
+                if memory is None
+                else ["yes" if row.held <= memory else "no", f"{row.largest / 1e9:.3g}e9"]
+            )
+            for row in rows
+        ],
+    )
+    if best is None:
+        print("None of ours fits: take more ranks, or AdaBelief under ZeRO-3 or FSDP2.")
+        return 1
+    print(f"The fastest of ours that fits:\n    {python_line(best.way)}")
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -176,5 +222,6 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "diff": _diff,
     "convert": _convert,
     "doctor": _doctor,
+    "plan": _plan,
     "check": _check,
 }

@@ -89,7 +89,7 @@ integrations
 integrations.mpi
 __init__
 deepspeed_keys
-deepspeed_config doctor
+deepspeed_config doctor memory_plan
 commands
 __main__ cli hf run
 """
@@ -102,6 +102,7 @@ BESIDE = {"_belief_dist_autoload", "_belief_dist_cli"}
 OPTIONAL = {
     "mpi_backend": {"mpi4py"},
     "deepspeed": {"deepspeed"},
+    "memory_plan": {"transformers"},
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
     "checkpoint": {"safetensors"},
