@@ -154,6 +154,10 @@ def test_what_goes_wrong(tmp_path: Path) -> None:
     run_ranks(2, tmp_path, *(partial(case, tmp_path / case.__name__, (0, 1)) for case in cases))
 
 
+def test_processes_that_stay(tmp_path: Path) -> None:
+    run_ranks(3, tmp_path, partial(those_that_are_left_go_on, tmp_path))
+
+
 JOB = """
 import os, signal, sys
 from datetime import timedelta
@@ -186,6 +190,25 @@ with Standby(folder, model=model, optimizer=optimizer) as standby:
         torch.save(model.state_dict(), out)
 dist.destroy_process_group()
 """
+
+
+def those_that_are_left_go_on(tmp: Path) -> None:
+    """In the same processes: a group of two of the three, a new optimizer, and the same step."""
+    model, optimizer = build()
+    standby = Standby(tmp / "run", model=model, optimizer=optimizer)
+    train(model, optimizer, range(3))
+    standby.save(3)
+    standby.wait()
+    expected = everything(model, optimizer)
+    if dist.get_rank() < 2:
+        left = dist.new_group([0, 1], use_local_synchronization=True)
+        model, optimizer = build(seed=5, process_group=left)
+        with Standby(tmp / "run", model=model, optimizer=optimizer) as standby:
+            loaded = standby.resume()
+            assert loaded is not None and loaded.step == 3
+            compare(everything(model, optimizer), expected, "two of three")
+            train(model, optimizer, range(3, 5))
+            standby.save(5)
 
 
 def test_a_killed_rank_under_torchrun(tmp_path: Path) -> None:
