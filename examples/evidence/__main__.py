@@ -1,0 +1,70 @@
+"""`python -m examples.evidence` lists the experiments; `run NAME`, `run all`, `report`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from examples.evidence.catalog import STUDIES
+from examples.evidence.runner import complete
+from examples.evidence.store import Store
+from examples.evidence.study import Study
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def store_of(study: Study, folder: Path) -> Store:
+    """Return what a study has found so far."""
+    return Store(folder / f"{study.name}.csv", study.metrics)
+
+
+def overview(folder: Path) -> None:
+    """List the experiments, their cost and their state."""
+    table = Table("name", "question", "minutes of a core", "runs", "done", "took, minutes")
+    for study in STUDIES.values():
+        store = store_of(study, folder)
+        took = sum(store.seconds.values()) / 60
+        numbers = (f"{study.minutes:g}", f"{study.count}", f"{len(store)}", f"{took:.1f}")
+        table.add_row(study.name, study.question, *numbers)
+    Console().print(table)
+    print("To go on: run NAME, run all, report. Options: --help")
+
+
+def run(names: list[str], folder: Path, quick: bool, jobs: int) -> None:
+    """Run what is missing of some experiments."""
+    for name in names:
+        study = STUDIES[name].shortened() if quick else STUDIES[name]
+        complete(study, store_of(study, folder), jobs)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser("python -m examples.evidence", description=__doc__)
+    parser.add_argument("--results", type=Path, help="folder of runs; default: the repository's")
+    commands = parser.add_subparsers(dest="command")
+    commands.add_parser("list", help="experiments, their cost and state (the default)")
+    running = commands.add_parser("run", help="do what is missing; may be stopped at any time")
+    running.add_argument("name", choices=["all", *STUDIES])
+    running.add_argument("--quick", action="store_true", help="a moment of each, into runs/")
+    running.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    options = parser.parse_args(arguments)
+
+    folder = options.results or RESULTS
+    if options.command == "run":
+        if options.quick and options.results is None:
+            folder = Path("runs/evidence-quick")
+        names = list(STUDIES) if options.name == "all" else [options.name]
+        try:
+            run(names, folder, options.quick, options.jobs)
+        except FileNotFoundError as error:
+            sys.exit(str(error))
+    else:
+        overview(folder)
+
+
+if __name__ == "__main__":
+    main()
