@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from examples.evidence.direction import DIRECTION
 from examples.evidence.images import FASHION, FEW
 from examples.evidence.study import Study
+from examples.evidence.toys import TOYS, TUNED_TOYS
 
-STUDIES: dict[str, Study] = {study.name: study for study in (FASHION, FEW)}
+STUDIES: dict[str, Study] = {
+    study.name: study for study in (TOYS, TUNED_TOYS, DIRECTION, FASHION, FEW)
+}
