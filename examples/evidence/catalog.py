@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from examples.evidence.adversarial import GAN
 from examples.evidence.direction import DIRECTION
+from examples.evidence.gpt import GPT
 from examples.evidence.images import FASHION, FEW
+from examples.evidence.lstm import LSTM
+from examples.evidence.settings_images import SETTINGS_IMAGES
+from examples.evidence.settings_text import SETTINGS_TEXT
 from examples.evidence.study import Study
 from examples.evidence.toys import TOYS, TUNED_TOYS
 
-STUDIES: dict[str, Study] = {
-    study.name: study for study in (TOYS, TUNED_TOYS, DIRECTION, FASHION, FEW)
-}
+_PAGE = (TOYS, TUNED_TOYS, DIRECTION)
+_PAPER = (FASHION, FEW, LSTM, GPT, GAN)
+_SETTINGS = (SETTINGS_TEXT, SETTINGS_IMAGES)
+STUDIES: dict[str, Study] = {study.name: study for study in (*_PAGE, *_PAPER, *_SETTINGS)}

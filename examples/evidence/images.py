@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from examples.evidence import pictures
 from examples.evidence.optimizers import MATCHED, build
@@ -70,6 +71,13 @@ def data(work: Classify, seed: int) -> tuple[Pictures, Pictures]:
 
 def classify(work: Classify, contender: Contender, lr: float, seed: int) -> Points:
     """Train a network, and measure it on what it was trained on and on what it has not seen."""
+    return fit(work, contender, lr, seed)[0]
+
+
+def fit(
+    work: Classify, contender: Contender, lr: float, seed: int
+) -> tuple[Points, nn.Module, Optimizer]:
+    """Train; also return the network and its optimizer."""
     train, test = data(work, seed)
     torch.manual_seed(seed)
     net = network(work.network)
@@ -93,7 +101,7 @@ def classify(work: Classify, contender: Contender, lr: float, seed: int) -> Poin
                 loss, accuracy = measure(net, x, y)
                 point |= {f"{name}_loss": loss, f"{name}_accuracy": accuracy}
             points.append(point)
-    return points
+    return points, net, optimizer
 
 
 def batches(data: Pictures) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,9 +164,9 @@ FEW = Study(
     metrics=_METRICS,
     score="test_accuracy",
     maximize=True,
-    minutes=12,
+    minutes=6,
     cells=tuple(
-        Cell(f"2,000 pictures, {kind} network", each, Classify(kind, 30, count=2000, every=6))
+        Cell(f"2,000 pictures, {kind} network", each, Classify(kind, 20, count=2000, every=10))
         for kind in ("batch norm", "plain")
         for each in CONTENDERS
     ),
