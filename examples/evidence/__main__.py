@@ -10,16 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from examples.evidence.catalog import STUDIES
+from examples.evidence.findings import load, store_of
 from examples.evidence.runner import complete
-from examples.evidence.store import Store
-from examples.evidence.study import Study
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def store_of(study: Study, folder: Path) -> Store:
-    """Return what a study has found so far."""
-    return Store(folder / f"{study.name}.csv", study.metrics)
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def overview(folder: Path) -> None:
@@ -41,6 +36,15 @@ def run(names: list[str], folder: Path, quick: bool, jobs: int) -> None:
         complete(study, store_of(study, folder), jobs)
 
 
+def report(folder: Path, docs: Path) -> None:
+    """Write the page and its figures."""
+    from examples.evidence.report import draw, text  # matplotlib and scipy load slowly
+
+    findings = load(folder)
+    (docs / "evidence.md").write_text(text(findings))
+    draw(findings, docs)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser("python -m examples.evidence", description=__doc__)
@@ -51,6 +55,8 @@ def main(arguments: list[str] | None = None) -> None:
     running.add_argument("name", choices=["all", *STUDIES])
     running.add_argument("--quick", action="store_true", help="a moment of each, into runs/")
     running.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
+    reporting = commands.add_parser("report", help="write docs/evidence.md and its figures")
+    reporting.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     options = parser.parse_args(arguments)
 
     folder = options.results or RESULTS
@@ -62,6 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
             run(names, folder, options.quick, options.jobs)
         except FileNotFoundError as error:
             sys.exit(str(error))
+    elif options.command == "report":
+        report(folder, options.docs)
     else:
         overview(folder)
 

@@ -102,7 +102,7 @@ CASES = (
     Case("Rosenbrock, right", rosenbrock, (2.5, -1.0), _ROSENBROCK, Seen(160), Seen(430)),
     Case(
         *("Rosenbrock, left", rosenbrock, (-2.5, -2.5), _ROSENBROCK),
-        *(Seen(1360), Seen(end=(0.51, 0.18)), 1480),
+        *(Seen(1360), Seen(end=(0.51, 0.18)), 1500),
     ),
     Case("McCormick, above", mccormick, (0.0, 2.0), _MCCORMICK, Seen(310), Seen(end=(0.99, 0.0))),
     Case(

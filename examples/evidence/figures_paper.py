@@ -1,0 +1,85 @@
+"""Figures about what the paper claims for images, language, and GANs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.evidence.estimates import Interval
+from examples.evidence.findings import Findings
+from examples.evidence.style import colour, intervals, name_lines, picture
+
+
+def draw_images(fashion: Findings, few: Findings, path: Path) -> None:
+    """Draw train and test curves, and below them the test accuracy at the end."""
+    shown = [(found, setting) for found in (fashion, few) for setting in found.settings]
+    with picture(path, 2 * len(shown), len(shown), (4.0, 2.9)) as panels:
+        for (found, setting), curves, ends in zip(
+            shown, panels[: len(shown)], panels[len(shown) :], strict=True
+        ):
+            _curves(curves, found, setting)
+            curves.set(title=setting, xlabel="epoch")
+            names = found.contenders(setting)
+            intervals(ends, [(n, found.interval(setting, n, "test_accuracy")) for n in names])
+            ends.set_xlabel("test accuracy at the end, %, with 95 % intervals")
+        panels[0].set_ylabel("accuracy, %: test, and training (dotted)")
+
+
+def _curves(panel: Any, found: Findings, setting: str) -> None:
+    for name in found.contenders(setting):
+        for metric, dashes in (("test_accuracy", "-"), ("train_accuracy", ":")):
+            curve = found.curve(setting, name, metric)
+            steps = list(curve)
+            panel.plot(steps, [curve[s].mean for s in steps], dashes, color=colour(name), lw=1.1)
+        band = found.curve(setting, name, "test_accuracy")
+        low, high = [each.low for each in band.values()], [each.high for each in band.values()]
+        panel.fill_between(list(band), low, high, color=colour(name), alpha=0.08, linewidth=0)
+
+
+def draw_ends(
+    shown: Sequence[tuple[Findings, str, str]], xlabel: str, columns: int, path: Path
+) -> None:
+    """Draw the means and intervals of a metric at the end, one panel for each setting.
+
+    Args:
+        shown: Findings, their setting, the metric.
+        xlabel: Below all panels.
+        columns: Of panels.
+        path: Of the picture.
+    """
+    with picture(path, len(shown), columns, (3.6, 2.1)) as panels:
+        for panel, (found, setting, metric) in zip(panels, shown, strict=True):
+            rows = [(n, found.interval(setting, n, metric)) for n in found.contenders(setting)]
+            intervals(panel, rows)
+            panel.set_title(setting)
+            panel.set_xlabel(xlabel)
+            _fit(panel, [found for _, found in rows])
+
+
+def _fit(panel: Any, found: Sequence[Interval]) -> None:
+    """Keep intervals of runs that went astray from hiding all others."""
+    means = sorted(each.mean for each in found if math.isfinite(each.mean))
+    if len(means) < 2:
+        return
+    widest = 3 * (means[len(means) * 3 // 4] - means[0])
+    low, high = panel.get_xlim()
+    if widest > 0 and high > means[-1] and means[-1] - means[0] <= widest:
+        panel.set_xlim(max(low, means[0] - widest), min(high, means[-1] + widest))
+
+
+def draw_learning_rates(found: Findings, setting: str, path: Path) -> None:
+    """Draw the score of every learning rate that was tried, with the seed for tuning."""
+    with picture(path, 1, 1, (5.2, 3.0)) as (panel,):
+        ends = []
+        for cell in found.study.cells:
+            if cell.setting != setting or cell.contender.rule == "SGD":
+                continue
+            tried = [run for run in found.study.runs(found.store) if run.tunes]
+            own = [r for r in tried if (r.setting, r.contender) == (setting, cell.contender.name)]
+            known = [(run.lr, found.store[run][-1][found.study.score]) for run in own]
+            panel.plot(*zip(*known, strict=True), "o-", color=colour(cell.contender.name), ms=4)
+            ends.append((*known[-1], cell.contender.name))
+        panel.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats per byte")
+        name_lines(panel, ends)
