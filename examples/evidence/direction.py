@@ -93,5 +93,5 @@ DIRECTION = Study(
         for rule in ("Adam", "AdaBelief")
     ),
     seeds=5,
-    quick={"steps": 600},
+    quick={"steps": 30},
 )

@@ -91,7 +91,7 @@ class Study:
     quick: Mapping[str, Any] = field(default_factory=dict)
 
     def shortened(self) -> Study:
-        """Return the same study with little work, one learning rate and two seeds."""
+        """Return the same study with little work, one learning rate and one seed."""
         cells = tuple(
             replace(
                 cell,
@@ -100,7 +100,7 @@ class Study:
             )
             for cell in self.cells
         )
-        return replace(self, cells=cells, seeds=min(2, self.seeds))
+        return replace(self, cells=cells, seeds=1)
 
     def cell(self, run: Run) -> Cell:
         """Return where a run belongs."""

@@ -106,17 +106,19 @@ CASES = (
     ),
     Case("McCormick, above", mccormick, (0.0, 2.0), _MCCORMICK, Seen(310), Seen(end=(0.99, 0.0))),
     Case(
-        "McCormick, right", mccormick, (1.8, -1.8), _MCCORMICK, Seen(160), Seen(end=(0.09, -1.21))
+        *("McCormick, right", mccormick, (1.8, -1.8), _MCCORMICK),
+        *(Seen(160), Seen(end=(0.09, -1.21)), 250),
     ),
 )
 
 
 @dataclass(frozen=True)
 class Descend:
-    """A case by name, and the steps between points; 0 for the last point alone."""
+    """A case by name, the steps between points (0 for the last point alone), and the most steps."""
 
     case: str
     every: int
+    steps: int = STEPS
 
 
 def descend(work: Descend, contender: Contender, lr: float, seed: int) -> Points:
@@ -131,7 +133,7 @@ def descend(work: Descend, contender: Contender, lr: float, seed: int) -> Points
     optimizer = build(contender, [place], lr)
     near = settled = math.nan
     points: Points = []
-    for step in range(1, STEPS + 1):
+    for step in range(1, work.steps + 1):
         optimizer.zero_grad()
         case.function(place[0], place[1]).backward()
         optimizer.step()
@@ -142,7 +144,7 @@ def descend(work: Descend, contender: Contender, lr: float, seed: int) -> Points
             settled = math.nan
         elif math.isnan(settled):
             settled = step
-        ends = step == STEPS or step >= settled + STAY or not math.isfinite(x + y)
+        ends = step == work.steps or step >= settled + STAY or not math.isfinite(x + y)
         if ends or (work.every and step % work.every == 0):
             points.append({"step": step, "x": x, "y": y, "near": near, "settled": settled})
         if ends:
@@ -179,6 +181,7 @@ TOYS = Study(
     minutes=0.5,
     cells=_cells((1e-2,), 10),
     seeds=1,
+    quick={"steps": 20},
 )
 TUNED_TOYS = Study(
     name="toys-tuned",
@@ -190,4 +193,5 @@ TUNED_TOYS = Study(
     minutes=1,
     cells=_cells(_GRID, 0),
     seeds=1,
+    quick={"steps": 20},
 )
