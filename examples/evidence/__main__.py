@@ -45,6 +45,13 @@ def report(folder: Path, docs: Path) -> None:
     draw(findings, docs)
 
 
+def samples(folder: Path, docs: Path) -> None:
+    """Draw what the GANs make up."""
+    from examples.evidence.samples import draw_samples
+
+    draw_samples(load(folder)["gan"], docs / "evidence-gan-samples.png")
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser("python -m examples.evidence", description=__doc__)
@@ -57,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     running.add_argument("--jobs", type=int, default=1, help="processes, each with one thread")
     reporting = commands.add_parser("report", help="write docs/evidence.md and its figures")
     reporting.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
+    sampling = commands.add_parser("samples", help="train the GANs' seed 0 again and draw")
+    sampling.add_argument("--docs", type=Path, default=DOCS, help="folder to write to")
     options = parser.parse_args(arguments)
 
     folder = options.results or RESULTS
@@ -68,6 +77,8 @@ def main(arguments: list[str] | None = None) -> None:
             run(names, folder, options.quick, options.jobs)
         except FileNotFoundError as error:
             sys.exit(str(error))
+    elif options.command == "samples":
+        samples(folder, options.docs)
     elif options.command == "report":
         report(folder, options.docs)
     else:

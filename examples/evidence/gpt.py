@@ -42,7 +42,7 @@ class Write:
         validate: Measure with the first half of the held-out text instead of the second.
     """
 
-    steps: int = 200
+    steps: int = 160
     schedule: Literal["cosine", "WSD"] = "cosine"
     warmup: int = 20
     batch: int = 16
@@ -53,7 +53,7 @@ class Write:
     clip_value: float | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     ranks: int = 1
-    points: int = 4
+    points: int = 2
     measured: int = 300
     validate: bool = False
 

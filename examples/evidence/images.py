@@ -164,9 +164,9 @@ FEW = Study(
     metrics=_METRICS,
     score="test_accuracy",
     maximize=True,
-    minutes=6,
+    minutes=4,
     cells=tuple(
-        Cell(f"2,000 pictures, {kind} network", each, Classify(kind, 20, count=2000, every=10))
+        Cell(f"2,000 pictures, {kind} network", each, Classify(kind, 12, count=2000, every=6))
         for kind in ("batch norm", "plain")
         for each in CONTENDERS
     ),

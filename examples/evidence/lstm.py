@@ -37,10 +37,10 @@ class Predict:
     """
 
     layers: int
-    steps: int = 400
+    steps: int = 320
     width: int = 64
-    points: int = 4
-    measured: int = 40
+    points: int = 2
+    measured: int = 30
     validate: bool = False
     source: words.Source = "bible"
 
@@ -149,6 +149,6 @@ LSTM = Study(
         for contender in CONTENDERS
     ),
     seeds=3,
-    tuning={"steps": 200, "points": 1, "validate": True},
+    tuning={"steps": 160, "points": 1, "validate": True},
     quick={"steps": 3, "width": 16, "points": 1, "measured": 1, "source": "topics"},
 )

@@ -12,7 +12,7 @@ from examples.evidence.images import Classify, fit
 from examples.evidence.study import Cell, Contender, Points, Study
 
 EPS, DECAY = "which eps", "weight decay"
-_WORK = Classify("plain", 15, count=2000, every=15)
+_WORK = Classify("plain", 12, count=2000, every=12)
 
 
 def classify(work: Classify, contender: Contender, lr: float, seed: int) -> Points:

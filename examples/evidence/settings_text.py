@@ -8,8 +8,8 @@ from typing import Any
 from examples.evidence.gpt import ADAMW, BELIEF, BETAS, DECAY, GRID, QUICK, Write, write
 from examples.evidence.study import Cell, Contender, Study
 
-_WORK = Write(steps=150, warmup=15, points=1, measured=200)
-_LARGE = replace(_WORK, batch=4 * _WORK.batch, steps=_WORK.steps // 4, warmup=4)
+_WORK = Write(steps=100, warmup=10, points=1, measured=200)
+_LARGE = replace(_WORK, batch=4 * _WORK.batch, steps=_WORK.steps // 4, warmup=3)
 _FIXED = (3e-3,)
 
 EPS, WARMUP, CLIPPING, BATCH, BETA1, PRECISION = (
@@ -34,7 +34,7 @@ def _sharded(name: str, **options: Any) -> Contender:
 _CELLS = (
     *(Cell(EPS, _belief(f"eps {eps:g}", eps=eps), _WORK) for eps in (1e-16, 1e-12, 1e-10, 1e-8)),
     Cell(WARMUP, _belief("neither"), replace(_WORK, warmup=0)),
-    Cell(WARMUP, _belief("warm-up of 15 steps"), _WORK),
+    Cell(WARMUP, _belief("warm-up of 10 steps"), _WORK),
     Cell(WARMUP, _belief("rectify", rectify=True), replace(_WORK, warmup=0)),
     Cell(CLIPPING, _belief("none"), replace(_WORK, clip=None)),
     Cell(CLIPPING, _belief("norm 1"), _WORK),
