@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from examples.evidence.catalog import STUDIES
 from examples.evidence.findings import load, store_of
@@ -19,14 +19,14 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 def overview(folder: Path) -> None:
     """List the experiments, their cost and their state."""
-    table = Table("name", "question", "minutes of a core", "runs", "done", "took, minutes")
+    table = Table(Column("name", no_wrap=True), "question", "minutes", "runs", "took")
     for study in STUDIES.values():
         store = store_of(study, folder)
         took = sum(store.seconds.values()) / 60
-        numbers = (f"{study.minutes:g}", f"{study.count}", f"{len(store)}", f"{took:.1f}")
+        numbers = (f"{study.minutes:g}", f"{len(store)} of {study.count}", f"{took:.1f}")
         table.add_row(study.name, study.question, *numbers)
     Console().print(table)
-    print("To go on: run NAME, run all, report. Options: --help")
+    print("Minutes are of one core. To go on: run NAME, run all, report. Options: --help")
 
 
 def run(names: list[str], folder: Path, quick: bool, jobs: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from examples.evidence.adversarial import GAN
 from examples.evidence.direction import DIRECTION
 from examples.evidence.gpt import GPT
-from examples.evidence.images import FASHION, FEW
+from examples.evidence.images import FASHION, FEW, FEW_PLAIN
 from examples.evidence.lstm import LSTM
 from examples.evidence.settings_images import SETTINGS_IMAGES
 from examples.evidence.settings_text import SETTINGS_TEXT
@@ -13,6 +13,6 @@ from examples.evidence.study import Study
 from examples.evidence.toys import TOYS, TUNED_TOYS
 
 _PAGE = (TOYS, TUNED_TOYS, DIRECTION)
-_PAPER = (FASHION, FEW, LSTM, GPT, GAN)
+_PAPER = (FASHION, FEW, FEW_PLAIN, LSTM, GPT, GAN)
 _SETTINGS = (SETTINGS_TEXT, SETTINGS_IMAGES)
 STUDIES: dict[str, Study] = {study.name: study for study in (*_PAGE, *_PAPER, *_SETTINGS)}

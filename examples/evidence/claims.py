@@ -134,7 +134,7 @@ def _against(findings: All, claim: str, rival: str, words: str) -> Claim:
     told = [f"{task.label} {gap(compared)}" for task, compared in found]
     counts = Counter(verdict(compared) for _, compared in found)
     summary = ", ".join(f"{text} in {count}" for text, count in counts.items())
-    seeds = {compared.difference.count for _, compared in found}
+    seeds = {compared.difference.seeds for _, compared in found}
     seen = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     chances = ", ".join(chance(compared.p) for _, compared in found)
     return Claim(

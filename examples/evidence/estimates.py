@@ -18,7 +18,7 @@ class Interval(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    seeds: int
 
 
 class Comparison(NamedTuple):
@@ -37,7 +37,7 @@ class Comparison(NamedTuple):
     @property
     def found(self) -> bool:
         """Whether the interval leaves out zero."""
-        return self.difference.count > 1 and not self.difference.low <= 0 <= self.difference.high
+        return self.difference.seeds > 1 and not self.difference.low <= 0 <= self.difference.high
 
 
 def interval(values: Sequence[float]) -> Interval:

@@ -15,6 +15,7 @@ def fields(findings: Mapping[str, Findings]) -> dict[str, str]:
     return {
         "fashion": _images(findings["fashion"]),
         "few": _images(findings["few"]),
+        "few_plain": _images(findings["few-plain"]),
         "lstm": _scores(findings["lstm"], {"test_perplexity": "test perplexity"}),
         "gpt": _scores(findings["gpt"], {"test_loss": "held-out loss, nats per byte"}),
         "gan": _scores(
@@ -27,8 +28,20 @@ def fields(findings: Mapping[str, Findings]) -> dict[str, str]:
             {"test_accuracy": "test accuracy, %", "like_sgd": "cosine of the update with SGD's"},
         ),
         "comparisons": _comparisons(findings),
+        **{f"run_{name.replace('-', '_')}": _caption(found) for name, found in findings.items()},
         **_counts(findings),
     }
+
+
+def _caption(found: Findings) -> str:
+    """Return what belongs below a figure: command, seeds, time, hardware."""
+    minutes = sum(found.store.seconds.values()) / 60
+    machines = " and ".join(found.store.machines) or "nowhere yet"
+    seeds = {len(found.runs(*key)) for key in found.cells}
+    told = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
+    plural = "" if told == "1" else "s"
+    command = f"`python -m examples.evidence run {found.study.name}`"
+    return f"*{command}: {told} seed{plural}, {minutes:.1f} minutes of one core, {machines}.*"
 
 
 def _images(found: Findings) -> str:
@@ -43,7 +56,7 @@ def _images(found: Findings) -> str:
             loss = found.interval(setting, name, "running_loss")
             cells = [spread(test), spread(best), f"{beyond:.2f}", f"{loss.mean:.4f}"]
             lr = f"{found.lr(setting, name):g}"
-            rows.append([f"{setting}: {name}", lr, str(test.count), *cells])
+            rows.append([f"{setting}: {name}", lr, str(test.seeds), *cells])
     columns = ["", "lr", "seeds", "test accuracy, last", "best epoch", "gap", "training loss"]
     return _or_nothing(table(columns, rows), rows)
 

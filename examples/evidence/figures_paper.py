@@ -12,17 +12,17 @@ from examples.evidence.findings import Findings
 from examples.evidence.style import colour, intervals, name_lines, picture
 
 
-def draw_images(fashion: Findings, few: Findings, path: Path) -> None:
+def draw_images(found: Sequence[Findings], path: Path) -> None:
     """Draw train and test curves, and below them the test accuracy at the end."""
-    shown = [(found, setting) for found in (fashion, few) for setting in found.settings]
+    shown = [(each, setting) for each in found for setting in each.settings]
     with picture(path, 2 * len(shown), len(shown), (4.0, 2.9)) as panels:
-        for (found, setting), curves, ends in zip(
+        for (each, setting), curves, ends in zip(
             shown, panels[: len(shown)], panels[len(shown) :], strict=True
         ):
-            _curves(curves, found, setting)
+            _curves(curves, each, setting)
             curves.set(title=setting, xlabel="epoch")
-            names = found.contenders(setting)
-            intervals(ends, [(n, found.interval(setting, n, "test_accuracy")) for n in names])
+            names = each.contenders(setting)
+            intervals(ends, [(n, each.interval(setting, n, "test_accuracy")) for n in names])
             ends.set_xlabel("test accuracy at the end, %, with 95 % intervals")
         panels[0].set_ylabel("accuracy, %: test, and training (dotted)")
 

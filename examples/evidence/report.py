@@ -32,7 +32,8 @@ def draw(findings: Mapping[str, Findings], folder: Path) -> None:
     draw_direction(findings["direction"], folder / "evidence-direction.png")
     draw_overview(findings, folder / "evidence.png")
     if findings["fashion"].settings:
-        draw_images(findings["fashion"], findings["few"], folder / "evidence-images.png")
+        sets = [findings[name] for name in ("fashion", "few", "few-plain")]
+        draw_images(sets, folder / "evidence-images.png")
     for name, metric, label in (
         ("lstm", "test_perplexity", "test perplexity"),
         ("gpt", "test_loss", "held-out loss, nats per byte"),

@@ -77,7 +77,7 @@ TASKS: tuple[Task, ...] = (
         for label, study, setting in (
             ("Fashion-MNIST", images.FASHION, "60,000 pictures"),
             ("2,000 pictures, batch norm", images.FEW, "2,000 pictures, batch norm network"),
-            ("2,000 pictures, plain", images.FEW, "2,000 pictures, plain network"),
+            ("2,000 pictures, plain", images.FEW_PLAIN, "2,000 pictures, plain network"),
         )
     ),
     *(

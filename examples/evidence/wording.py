@@ -38,7 +38,7 @@ def verdict(compared: Comparison | None) -> str:
     """Return whether our error is smaller, with 95 % confidence."""
     if compared is None:
         return "not run"
-    if compared.difference.count < 2:
+    if compared.difference.seeds < 2:
         return "one seed only"
     if not compared.found:
         return "no difference found"
