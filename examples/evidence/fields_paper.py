@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from examples.evidence import settings_images, settings_text
 from examples.evidence.findings import Findings, highest, last
 from examples.evidence.tasks import TASKS
 from examples.evidence.wording import chance, gap, spread, table, verdict
+
+_TUNED = ("fashion", "few", "few-plain", "lstm", "gpt")
 
 
 def fields(findings: Mapping[str, Findings]) -> dict[str, str]:
@@ -104,10 +105,19 @@ def _counts(findings: Mapping[str, Findings]) -> dict[str, str]:
     return {
         "studies": table(columns, rows),
         "missing": "\n".join(absent) or "- Of the planned runs, none is missing.",
+        "edges": "; ".join(each for name in _TUNED for each in _edges(findings[name])) or "none",
         "machines": "; ".join(machines),
-        "eps_text": settings_text.EPS,
-        "eps_images": settings_images.EPS,
     }
+
+
+def _edges(found: Findings) -> Iterator[str]:
+    """Give who would perhaps have liked a learning rate beyond the tried ones."""
+    for (setting, name), cell in found.cells.items():
+        lrs = cell.contender.lrs
+        if len(lrs) > 2 and found.runs(setting, name):
+            lr = found.lr(setting, name)
+            if lr in (lrs[0], lrs[-1]):
+                yield f"{name} at {lr:g} ({setting})"
 
 
 def _missing(found: Findings) -> Iterator[str]:
