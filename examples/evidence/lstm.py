@@ -149,6 +149,6 @@ LSTM = Study(
         for contender in CONTENDERS
     ),
     seeds=3,
-    tuning={"steps": 160, "points": 1, "validate": True},
+    tuning={"steps": 220, "points": 1, "validate": True},
     quick={"steps": 3, "width": 16, "points": 1, "measured": 1, "source": "topics"},
 )
