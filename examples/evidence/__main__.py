@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Column, Table
 
-from examples.evidence.catalog import STUDIES
+from examples.evidence.catalog import PAGE, STUDIES
 from examples.evidence.findings import load, store_of
 from examples.evidence.runner import complete
 
@@ -41,6 +41,9 @@ def report(folder: Path, docs: Path) -> None:
     from examples.evidence.report import draw, text  # matplotlib and scipy load slowly
 
     findings = load(folder)
+    lacking = [study.name for study in PAGE if findings[study.name].missing]
+    if lacking:
+        sys.exit(f"First run {', '.join(lacking)}, a matter of minutes; all else may be missing.")
     (docs / "evidence.md").write_text(text(findings))
     draw(findings, docs)
 

@@ -48,7 +48,7 @@ class Imitate:
     steps: int
     samples: int = 3000
     ranks: int = 1
-    points: int = 2
+    points: int = 1
     judge_epochs: int = 2
     source: pictures.Source = "fashion"
 
@@ -194,9 +194,9 @@ def _root(matrix: Tensor) -> Tensor:
 _BETAS = {"betas": (0.5, 0.999)}
 _GRID = (2e-4, 1e-3)  # the paper's, and one for a training as short as this
 _SETTINGS: dict[Kind, tuple[int, dict[str, object]]] = {
-    "WGAN": (150, {"eps": 1e-12}),
-    "WGAN-GP": (90, {"eps": 1e-12}),
-    "SN-GAN": (450, {"eps": 1e-16, "rectify": True}),
+    "WGAN": (120, {"eps": 1e-12}),
+    "WGAN-GP": (70, {"eps": 1e-12}),
+    "SN-GAN": (350, {"eps": 1e-16, "rectify": True}),
 }
 SHARDED = "ShardedAdaBelief, 2 ranks"
 

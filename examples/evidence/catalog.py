@@ -12,7 +12,7 @@ from examples.evidence.settings_text import SETTINGS_TEXT
 from examples.evidence.study import Study
 from examples.evidence.toys import TOYS, TUNED_TOYS
 
-_PAGE = (TOYS, TUNED_TOYS, DIRECTION)
+PAGE = (TOYS, TUNED_TOYS, DIRECTION)
 _PAPER = (FASHION, FEW, FEW_PLAIN, LSTM, GPT, GAN)
 _SETTINGS = (SETTINGS_TEXT, SETTINGS_IMAGES)
-STUDIES: dict[str, Study] = {study.name: study for study in (*_PAGE, *_PAPER, *_SETTINGS)}
+STUDIES: dict[str, Study] = {study.name: study for study in (*PAGE, *_PAPER, *_SETTINGS)}

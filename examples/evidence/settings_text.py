@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from examples.evidence.gpt import ADAMW, BELIEF, BETAS, DECAY, GRID, QUICK, Write, write
+from examples.evidence.gpt import ADAMW, BELIEF, BETAS, DECAY, QUICK, Write, write
 from examples.evidence.study import Cell, Contender, Study
 
 _WORK = Write(steps=100, warmup=10, points=1, measured=200)
 _LARGE = replace(_WORK, batch=4 * _WORK.batch, steps=_WORK.steps // 4, warmup=3)
 _FIXED = (3e-3,)
+_TWO = (3e-3, 1e-2)
 
 EPS, WARMUP, CLIPPING, BATCH, BETA1, PRECISION = (
     "which eps",
@@ -22,7 +23,7 @@ EPS, WARMUP, CLIPPING, BATCH, BETA1, PRECISION = (
 )
 
 
-def _belief(name: str, lrs: tuple[float, ...] = GRID, **options: Any) -> Contender:
+def _belief(name: str, lrs: tuple[float, ...] = _TWO, **options: Any) -> Contender:
     return Contender(name, "AdaBelief", lrs, {**BETAS, **DECAY, **options})
 
 
@@ -39,8 +40,8 @@ _CELLS = (
     Cell(CLIPPING, _belief("none"), replace(_WORK, clip=None)),
     Cell(CLIPPING, _belief("norm 1"), _WORK),
     Cell(CLIPPING, _belief("elements 0.0001"), replace(_WORK, clip=None, clip_value=1e-4)),
-    Cell(BATCH, ADAMW, _LARGE),
-    Cell(BATCH, BELIEF, _LARGE),
+    Cell(BATCH, replace(ADAMW, lrs=_TWO), _LARGE),
+    Cell(BATCH, replace(BELIEF, lrs=_TWO), _LARGE),
     *(
         Cell(BETA1, _belief(f"beta1 {beta1:g}", betas=(beta1, 0.99)), _WORK)
         for beta1 in (0.0, 0.5, 0.9)
