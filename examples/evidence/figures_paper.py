@@ -9,7 +9,7 @@ from typing import Any
 
 from examples.evidence.estimates import Interval
 from examples.evidence.findings import Findings
-from examples.evidence.style import colour, intervals, name_lines, picture
+from examples.evidence.style import colour, intervals, line, name_lines, picture
 
 
 def draw_images(found: Sequence[Findings], path: Path) -> None:
@@ -29,7 +29,7 @@ def draw_images(found: Sequence[Findings], path: Path) -> None:
 
 def _curves(panel: Any, found: Findings, setting: str) -> None:
     for name in found.contenders(setting):
-        for metric, dashes in (("test_accuracy", "-"), ("train_accuracy", ":")):
+        for metric, dashes in (("test_accuracy", line(name)), ("train_accuracy", ":")):
             curve = found.curve(setting, name, metric)
             steps = list(curve)
             panel.plot(steps, [curve[s].mean for s in steps], dashes, color=colour(name), lw=1.1)
@@ -73,13 +73,15 @@ def draw_learning_rates(found: Findings, setting: str, path: Path) -> None:
     """Draw the score of every learning rate that was tried, with the seed for tuning."""
     with picture(path, 1, 1, (5.2, 3.0)) as (panel,):
         ends = []
-        for cell in found.study.cells:
-            if cell.setting != setting or cell.contender.rule == "SGD":
-                continue
-            tried = [run for run in found.study.runs(found.store) if run.tunes]
-            own = [r for r in tried if (r.setting, r.contender) == (setting, cell.contender.name)]
-            known = [(run.lr, found.store[run][-1][found.study.score]) for run in own]
-            panel.plot(*zip(*known, strict=True), "o-", color=colour(cell.contender.name), ms=4)
-            ends.append((*known[-1], cell.contender.name))
+        for name in found.contenders(setting):
+            if found.cells[setting, name].contender.rule == "SGD":
+                continue  # its learning rates are others
+            known = [
+                (run.lr, points[-1][found.study.score])
+                for run, points in found.store.items()
+                if run.tunes and (run.setting, run.contender) == (setting, name)
+            ]
+            panel.plot(*zip(*known, strict=True), line(name), marker="o", ms=4, color=colour(name))
+            ends.append((*known[-1], name))
         panel.set(xscale="log", xlabel="learning rate", ylabel="validation loss, nats per byte")
         name_lines(panel, ends)

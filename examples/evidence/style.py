@@ -30,6 +30,11 @@ def colour(name: str) -> str:
     return next((each for start, each in _COLOURS.items() if name.startswith(start)), _BELIEF)
 
 
+def line(name: str) -> str:
+    """Return how an optimizer's line is drawn: AdaBelief near SGD is dashed."""
+    return "--" if name == "AdaBelief, eps 1e-8" else "-"
+
+
 @contextmanager
 def picture(path: Path, panels: int, columns: int, size: tuple[float, float]) -> Iterator[Any]:
     """Give the panels of a figure, each of `size` inches, and write it."""
@@ -70,12 +75,15 @@ def name_lines(panel: Any, ends: Sequence[tuple[float, float, str]]) -> None:
     """Write names at the ends (x, y) of lines, moved apart where they would lie on another."""
     low, high = panel.get_ylim()
     gap = (high - low) / 14
-    place = -float("inf")
-    for x, y, name in sorted(ends, key=lambda end: end[1]):
-        place = max(y, place + gap)
+    places: list[float] = []
+    ends = sorted(ends, key=lambda end: end[1])
+    for _, y, _ in ends:
+        places.append(max(y, places[-1] + gap) if places else y)
+    upward = sum(place - y for place, (_, y, _) in zip(places, ends, strict=True)) / len(ends)
+    for (x, _, name), place in zip(ends, places, strict=True):
         panel.annotate(
             name,
-            (x, place),
+            (x, place - upward),
             xytext=(4, 0),
             textcoords="offset points",
             va="center",
