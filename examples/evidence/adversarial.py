@@ -24,7 +24,7 @@ from examples.evidence.ranks import on_ranks
 from examples.evidence.study import Cell, Contender, Points, Study
 
 LATENT = 32
-BATCH = 64
+BATCH = 32
 CHANNELS = 8
 
 Kind = Literal["WGAN", "WGAN-GP", "SN-GAN"]
@@ -46,7 +46,7 @@ class Imitate:
 
     kind: Kind
     steps: int
-    samples: int = 3000
+    samples: int = 2000
     ranks: int = 1
     points: int = 1
     judge_epochs: int = 2

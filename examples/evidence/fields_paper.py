@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 from examples.evidence.findings import Findings, highest, last
@@ -83,7 +84,7 @@ def _comparisons(findings: Mapping[str, Findings]) -> str:
             compared = task.compare(findings, rival)
             if compared is None:
                 continue
-            effect = f"{-compared.effect:+.1f}"
+            effect = "-" if math.isnan(compared.effect) else f"{-compared.effect:+.1f}"
             cells = [gap(compared), task.unit, chance(compared.p), effect, verdict(compared)]
             rows.append([f"{task.label}: against {rival}", *cells])
     columns = ["AdaBelief", "advantage", "of", "", "effect", "it is"]
