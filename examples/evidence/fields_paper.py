@@ -106,19 +106,21 @@ def _counts(findings: Mapping[str, Findings]) -> dict[str, str]:
     return {
         "studies": table(columns, rows),
         "missing": "\n".join(absent) or "- Of the planned runs, none is missing.",
-        "edges": "; ".join(each for name in _TUNED for each in _edges(findings[name])) or "none",
+        "edges": "\n".join(each for name in _TUNED for each in _edges(findings[name])) or "- None.",
         "machines": "; ".join(machines),
     }
 
 
 def _edges(found: Findings) -> Iterator[str]:
     """Give who would perhaps have liked a learning rate beyond the tried ones."""
-    for (setting, name), cell in found.cells.items():
-        lrs = cell.contender.lrs
-        if len(lrs) > 2 and found.runs(setting, name):
-            lr = found.lr(setting, name)
-            if lr in (lrs[0], lrs[-1]):
-                yield f"{name} at {lr:g} ({setting})"
+    for setting in found.settings:
+        names = []
+        for name in found.contenders(setting):
+            lrs = found.cells[setting, name].contender.lrs
+            if len(lrs) > 2 and found.lr(setting, name) in (lrs[0], lrs[-1]):
+                names.append(name)
+        if names:
+            yield f"- {setting}: {'; '.join(names)}."
 
 
 def _missing(found: Findings) -> Iterator[str]:

@@ -15,12 +15,22 @@ from examples.evidence.findings import Findings
 from examples.evidence.wording import table
 
 _TEMPLATE = Path(__file__).parent / "report_template.md"
+_ENDS = {  # of a study: its metric, and what that is called
+    "lstm": ("test_perplexity", "test perplexity"),
+    "gpt": ("test_loss", "held-out loss, nats per byte"),
+    "gan": ("frechet", "Frechet distance in our features"),
+    "settings-text": ("test_loss", "held-out loss, nats per byte"),
+    "settings-images": ("test_accuracy", "test accuracy, %"),
+}
 
 
 def text(findings: Mapping[str, Findings]) -> str:
     """Return the page in Markdown."""
     first = table(["Claim", "What we found", "How sure"], claims(findings), numbers=False)
     fields = {"claims": first, **fields_page.fields(findings), **fields_paper.fields(findings)}
+    for name, (_, label) in _ENDS.items():
+        picture = f"![{label}](evidence-{name}.png)" if findings[name].settings else ""
+        fields[f"figure_{name.replace('-', '_')}"] = picture
     return Template(_TEMPLATE.read_text()).substitute(fields)
 
 
@@ -34,13 +44,7 @@ def draw(findings: Mapping[str, Findings], folder: Path) -> None:
     if findings["fashion"].settings:
         sets = [findings[name] for name in ("fashion", "few", "few-plain")]
         draw_images(sets, folder / "evidence-images.png")
-    for name, metric, label in (
-        ("lstm", "test_perplexity", "test perplexity"),
-        ("gpt", "test_loss", "held-out loss, nats per byte"),
-        ("gan", "frechet", "Frechet distance in our features"),
-        ("settings-text", "test_loss", "held-out loss, nats per byte"),
-        ("settings-images", "test_accuracy", "test accuracy, %"),
-    ):
+    for name, (metric, label) in _ENDS.items():
         shown = [(findings[name], setting, metric) for setting in findings[name].settings]
         if shown:
             draw_ends(shown, label, min(3, len(shown)), folder / f"evidence-{name}.png")

@@ -127,7 +127,7 @@ def test_the_pages_tables() -> None:
 
 def test_eadam_is_adam_but_for_eps() -> None:
     def trained(make: type[torch.optim.Optimizer], **options: object) -> torch.Tensor:
-        param = torch.linspace(-1, 1, 7, dtype=torch.float64).requires_grad_()
+        param = torch.linspace(-1, 1, 8, dtype=torch.float64).requires_grad_()
         optimizer = make([param], lr=0.1, weight_decay=0.1, **options)
         for _ in range(20):
             optimizer.zero_grad()
