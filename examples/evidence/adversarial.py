@@ -192,7 +192,7 @@ def _root(matrix: Tensor) -> Tensor:
 
 
 _BETAS = {"betas": (0.5, 0.999)}
-_GRID = (2e-4, 1e-3)  # the paper's, and one for a training as short as this
+_LR = (1e-3,)  # not the paper's 2e-4, which is meant for much longer trainings
 _SETTINGS: dict[Kind, tuple[int, dict[str, object]]] = {
     "WGAN": (120, {"eps": 1e-12}),
     "WGAN-GP": (70, {"eps": 1e-12}),
@@ -203,9 +203,9 @@ SHARDED = "ShardedAdaBelief, 2 ranks"
 
 def _contenders(published: dict[str, object]) -> tuple[Contender, ...]:
     return (
-        Contender("Adam", "Adam", _GRID, _BETAS),
-        Contender("RMSProp", "RMSprop", _GRID),
-        Contender("AdaBelief", "AdaBelief", _GRID, {**_BETAS, **published}),
+        Contender("Adam", "Adam", _LR, _BETAS),
+        Contender("RMSProp", "RMSprop", _LR),
+        Contender("AdaBelief", "AdaBelief", _LR, {**_BETAS, **published}),
     )
 
 
@@ -216,7 +216,7 @@ GAN = Study(
     metrics=("frechet", "classes", "entropy"),
     score="frechet",
     maximize=False,
-    minutes=5,
+    minutes=4,
     cells=(
         *(
             Cell(kind, each, Imitate(kind, steps))
@@ -225,11 +225,10 @@ GAN = Study(
         ),
         Cell(
             "WGAN-GP",
-            Contender(SHARDED, "ShardedAdaBelief", (1e-3,), {**_BETAS, **_SETTINGS["WGAN-GP"][1]}),
+            Contender(SHARDED, "ShardedAdaBelief", _LR, {**_BETAS, **_SETTINGS["WGAN-GP"][1]}),
             replace(Imitate("WGAN-GP", _SETTINGS["WGAN-GP"][0]), ranks=2),
         ),
     ),
     seeds=3,
-    tuning={"points": 1},
     quick={"steps": 1, "samples": 200, "points": 1, "judge_epochs": 1, "source": "digits"},
 )
