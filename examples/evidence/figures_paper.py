@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from examples.evidence.estimates import Interval
 from examples.evidence.findings import Findings
 from examples.evidence.style import colour, intervals, line, name_lines, picture
+
+_ASTRAY = 3  # times the median of a panel
 
 
 def draw_images(found: Sequence[Findings], path: Path) -> None:
@@ -52,21 +55,22 @@ def draw_ends(
     with picture(path, len(shown), columns, (3.6, 2.1)) as panels:
         for panel, (found, setting, metric) in zip(panels, shown, strict=True):
             rows = [(n, found.interval(setting, n, metric)) for n in found.contenders(setting)]
-            intervals(panel, rows)
+            intervals(panel, _without_strays(panel, rows))
             panel.set_title(setting)
             panel.set_xlabel(xlabel)
-            _fit(panel, [found for _, found in rows])
 
 
-def _fit(panel: Any, found: Sequence[Interval]) -> None:
-    """Keep intervals of runs that went astray from hiding all others."""
-    means = sorted(each.mean for each in found if math.isfinite(each.mean))
-    if len(means) < 2:
-        return
-    widest = 3 * (means[len(means) * 3 // 4] - means[0])
-    low, high = panel.get_xlim()
-    if widest > 0 and high > means[-1] and means[-1] - means[0] <= widest:
-        panel.set_xlim(max(low, means[0] - widest), min(high, means[-1] + widest))
+def _without_strays(panel: Any, rows: list[tuple[str, Interval]]) -> list[tuple[str, Interval]]:
+    """Write the means of runs that went astray, which would hide all others, and blank them."""
+    typical = median(found.mean for _, found in rows if math.isfinite(found.mean))
+    kept = []
+    for line_number, (name, found) in enumerate(rows):
+        if not found.mean <= _ASTRAY * typical:
+            where = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "center"}
+            panel.annotate(f"{found.mean:.2g} →", (1, line_number), fontsize=8, **where)
+            found = Interval(math.nan, math.nan, math.nan, found.seeds)
+        kept.append((name, found))
+    return kept
 
 
 def draw_learning_rates(found: Findings, setting: str, path: Path) -> None:
