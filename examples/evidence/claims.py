@@ -37,8 +37,10 @@ def claims(findings: All) -> list[Claim]:
         _against(findings, "Generalizes better than Adam (images)", "Adam", "60,000 2,000"),
         _against(findings, "Predicts words better than Adam, most with 3 layers", "Adam", "layer"),
         _against(findings, "Trains transformers better than AdamW", "AdamW", "cosine WSD"),
-        _against(findings, "Trains GANs better than Adam", "Adam", "GAN"),
-        _against(findings, "Trains GANs better than RMSProp", "RMSProp", "GAN"),
+        _against(findings, "Trains GANs better than Adam (at one learning rate)", "Adam", "GAN"),
+        _against(
+            findings, "Trains GANs better than RMSProp (at one learning rate)", "RMSProp", "GAN"
+        ),
         _against(findings, "The belief makes the difference, not where eps stands", "EAdam", ""),
     ]
 

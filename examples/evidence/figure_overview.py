@@ -39,6 +39,6 @@ def draw_overview(findings: Mapping[str, Findings], path: Path) -> None:
             panel.set_yticklabels([])
         panels[0].figure.supxlabel(
             "error of AdaBelief, % smaller (right) or larger (left), with 95 % intervals; "
-            "all tuned alike",
+            "all but GANs tuned alike",
             fontsize=8,
         )
