@@ -37,8 +37,10 @@ def fields(findings: Mapping[str, Findings]) -> dict[str, str]:
 
 def _caption(found: Findings) -> str:
     """Return what belongs below a figure: command, seeds, time, hardware."""
+    if not found.store:
+        return ""
     minutes = sum(found.store.seconds.values()) / 60
-    machines = " and ".join(found.store.machines) or "nowhere yet"
+    machines = " and ".join(found.store.machines)
     seeds = {len(found.runs(*key)) for key in found.cells}
     told = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     plural = "" if told == "1" else "s"
