@@ -56,7 +56,8 @@ from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_by_json, run_step
 from benchmarks.team import Workload
 from benchmarks.update import run_tensors, run_update
-from benchmarks.updates_report import draw_updates, save_updates, show_updates
+from benchmarks.updates_picture import draw_updates
+from benchmarks.updates_report import show_updates, updates_content
 from benchmarks.warmstart import run_warmstart
 
 
@@ -74,14 +75,15 @@ def update(
         threads: Of torch; its own choice by default.
         rounds: How often each contender runs.
         json: Also write all timings here.
-        png: Also draw them here.
+        png: Also draw the most telling here, at the largest number of threads.
     """
     updates = run_update(sizes or [64 << 20], threads or [torch.get_num_threads()], rounds)
     show_updates(console(), updates)
+    content = updates_content(updates)
     if json is not None:
-        save_updates(json, updates)
+        json.write_text(json_module.dumps(content, indent=2) + "\n")
     if png is not None:
-        draw_updates(png, updates)
+        draw_updates(png, content)
 
 
 def tensors(elements: int = 64 << 20, counts: list[int] | None = None, rounds: int = 9) -> None:
@@ -456,6 +458,16 @@ def plot(files: list[Path], out: Path) -> None:
     draw_steps(files, out)
 
 
+def plot_update(file: Path, out: Path) -> None:
+    """Draw the result of `update --json FILE`.
+
+    Args:
+        file: What was written.
+        out: The picture, PNG or SVG.
+    """
+    draw_updates(out, json_module.loads(file.read_text()))
+
+
 def markdown(files: list[Path]) -> None:
     """Print the results of several `step --json FILE` as tables in Markdown.
 
@@ -490,7 +502,7 @@ _ON_RANKS = [
     habits,
 ]
 _PREDICTED = [simulate, scale]
-_SHOWN = [plot, markdown]
+_SHOWN = [plot, plot_update, markdown]
 
 if __name__ == "__main__":
     auto_cli(

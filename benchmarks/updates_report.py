@@ -1,9 +1,7 @@
-"""Timings of updates as a table, JSON and a picture."""
+"""Timings of updates as a table and JSON."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.report import machine
-from benchmarks.update import ADAMW, OURS, Timing, Updates
+from benchmarks.update import ADAMW, Timing, Updates
 
 _MI = 1 << 20
 
 
-def _size(elements: int) -> str:
+def size_of(elements: int) -> str:
+    """Return a number of parameters for people."""
     return f"{elements / _MI:g} Mi" if elements >= _MI else f"{elements >> 10} Ki"
 
 
@@ -68,50 +67,17 @@ def show_updates(console: Console, updates: Updates) -> None:
             ]
             table.add_row(*shown)
         console.print(
-            f"\n[bold]One update[/bold] of {_size(elements)} parameters, {threads} threads"
+            f"\n[bold]One update[/bold] of {size_of(elements)} parameters, {threads} threads"
         )
         console.print(table)
     for note in updates.notes:
         console.print(note, markup=False)
 
 
-def save_updates(path: Path, updates: Updates) -> None:
-    """Write all timings and the machine to a JSON file."""
+def updates_content(updates: Updates) -> dict[str, Any]:
+    """Return all timings and the machine, for JSON and pictures."""
     results = [
         {"elements": elements, "threads": threads, "rows": _rows(timings)}
         for (elements, threads), timings in _grouped(updates).items()
     ]
-    content = {"machine": machine(), "update": results, "notes": updates.notes}
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def draw_updates(path: Path, updates: Updates) -> None:
-    """Draw nanoseconds per element over the size, a panel for each number of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    counts = sorted({timing.threads for timing in updates.timings})
-    figure, axes = pyplot.subplots(1, len(counts), figsize=(7 * len(counts), 5), squeeze=False)
-    for panel, threads in zip(axes.flat, counts, strict=True):
-        for name in dict.fromkeys(timing.name for timing in updates.timings):
-            points = [t for t in updates.timings if t.name == name and t.threads == threads]
-            panel.plot(
-                [t.elements for t in points],
-                [t.median / t.elements * 1e9 for t in points],
-                marker="o",
-                markersize=3,
-                linewidth=2 if name.startswith(OURS) else 1,
-                linestyle=":" if name.startswith("plain pass") else "-",
-                label=name,
-            )
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_xlabel("parameters")
-        panel.set_ylabel("ns per parameter")
-        panel.set_title(f"{threads} threads")
-    axes.flat[-1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    return {"machine": machine(), "update": results, "notes": updates.notes}
