@@ -14,6 +14,7 @@ from belief_dist.checkpoint.formats import convert
 from tests.harness.paths import ROOT
 
 HEAVY = {"torch", "belief_dist", "numpy", "rich"}
+ON_CHECKPOINTS = {"inspect", "verify", "diff", "convert"}
 SAID_AT_ONCE = [
     (["--help"], 0),
     (["check", "--help"], 0),
@@ -61,7 +62,7 @@ def test_the_installed_command_is_the_light_one() -> None:
 def test_the_parser_knows_what_the_package_does(capsys: pytest.CaptureFixture[str]) -> None:
     assert _belief_dist_cli.TARGETS == convert.TARGETS
     for action in commands.ACTIONS:
-        words = [action] if action in ("check", "doctor") else ["checkpoint", action]
+        words = ["checkpoint", action] if action in ON_CHECKPOINTS else [action]
         with pytest.raises(SystemExit) as left:
             cli.main([*words, "--help"])
         assert left.value.code == 0
