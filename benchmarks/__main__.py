@@ -14,12 +14,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.accuracy import measure
-from benchmarks.any_world_size import (
-    any_world_size_table,
-    draw_any_world_size,
-    run_any_world_size,
-)
-from benchmarks.bits import bits_table, run_bits
 from benchmarks.checkpoint import run_checkpoint
 from benchmarks.compatibility import (
     ALL,
@@ -52,6 +46,7 @@ from benchmarks.predictions import scale, simulate
 from benchmarks.reliability import faults, flips, soak, standby
 from benchmarks.report import machine
 from benchmarks.resume import compare_runs, draw_resume, run_resume
+from benchmarks.same_bits import any_world_size, bits
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_by_json, run_step
 from benchmarks.team import Workload
@@ -330,39 +325,6 @@ def warmstart(before: int = 300, after: int = 100, seeds: list[int] | None = Non
     for way, gaps in found.items():
         table.add_row(way, *(f"{gap:+.4f}" for gap in gaps.values()))
     console().print(table)
-
-
-def bits(ranks: list[int] | None = None, steps: int = 10) -> None:
-    """Compare parameters bit for bit with one process that adds gradients in rank order.
-
-    Args:
-        ranks: Processes; 2, 3 and 4 by default.
-        steps: Of training.
-    """
-    console().print(bits_table(run_bits(ranks or [2, 3, 4], steps)))
-
-
-def any_world_size(
-    ranks: list[int] | None = None,
-    steps: int = 200,
-    json: Path | None = None,
-    png: Path | None = None,
-) -> None:
-    """Train one job at several numbers of ranks, and tell what differs, beside peers.
-
-    Args:
-        ranks: Processes, each a divisor of 12; 1, 2, 3 and 4 by default.
-        steps: Of training.
-        json: Also write losses and differences here.
-        png: Also draw them here.
-    """
-    found = run_any_world_size(ranks or [1, 2, 3, 4], steps)
-    console().print(any_world_size_table(found))
-    if json is not None:
-        content = {"machine": machine(), "steps": steps, "any world size": found}
-        json.write_text(json_module.dumps(content, default=asdict) + "\n")
-    if png is not None:
-        draw_any_world_size(found, png)
 
 
 def accuracy(
