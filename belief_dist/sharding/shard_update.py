@@ -189,7 +189,8 @@ class ShardUpdate:
         for numbers in turns:
             plan = self._plan([(number, next(incoming)) for number in numbers])
             is_even, calls = self._work_of(plan, used)
-            extents.update((number, self._extent(number, used, is_even)) for number in numbers)
+            if self.sums is not None:
+                extents |= {number: self._extent(number, used, is_even) for number in numbers}
             for group, step, work in calls:
                 options = param_groups[group]
                 scalars = _scalars(options, step, graph)
