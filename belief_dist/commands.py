@@ -18,7 +18,13 @@ from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.run_directory import find
 from belief_dist.deepspeed_config import check_config, read_config
 from belief_dist.doctor import examine_ranks
-from belief_dist.memory_plan import plan, python_line, shapes_of, suggestion
+from belief_dist.memory_plan import (
+    plan,
+    python_line,
+    shapes_of,
+    shapes_of_count,
+    suggestion,
+)
 from belief_dist.options import OPTION_NAMES, is_first_rank
 
 
@@ -65,13 +71,13 @@ def _plan(args: argparse.Namespace) -> int:
     try:
         count = float(args.model)
     except ValueError:
-        model: Any = shapes_of(args.model)
+        shapes = shapes_of(args.model)
     else:
         if not 1 <= count <= 1e15:
             raise ValueError(f"a model has 1 to 1e15 parameters, got {args.model}.")
-        model = int(count)
+        shapes = shapes_of_count(int(count))
     memory = None if args.memory is None else args.memory * 2**30
-    rows = plan(model, args.ranks, memory)
+    rows = plan(shapes, args.ranks, memory)
     best = suggestion(rows, memory)
     if args.json:
         content = [

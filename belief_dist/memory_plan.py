@@ -16,10 +16,12 @@ import torch
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import BLOCK
 from belief_dist.rule import compute_dtype
+from belief_dist.sharding.bucket import block_of
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.layout import Layout, ParamSpec, plan_layout
 
-_PART = 1 << 24  # elements of each tensor that stands for a number of parameters
+# Of the tensors that stand for a number of parameters: elements of one, and how many at most.
+_PART, _MOST_PARTS = 1 << 24, 4096
 
 
 class Way(NamedTuple):
@@ -82,11 +84,10 @@ class Row(NamedTuple):
     largest: int
 
 
-def specs_of_count(params: int, dtype: torch.dtype) -> list[ParamSpec]:
-    """Return tensors that stand for a number of parameters."""
-    sizes = [min(_PART, params - start) for start in range(0, params, _PART)]
-    name, itemsize = str(dtype).removeprefix("torch."), dtype.itemsize
-    return [ParamSpec(f"p{n}", (size,), name, itemsize, 0) for n, size in enumerate(sizes)]
+def shapes_of_count(params: int) -> list[tuple[int, ...]]:
+    """Return the shapes of tensors that stand for a number of parameters."""
+    part = max(_PART, -(-params // _MOST_PARTS))
+    return [(min(part, params - start),) for start in range(0, params, part)]
 
 
 def shapes_of(target: str) -> list[tuple[int, ...]]:
@@ -134,10 +135,7 @@ def options_from(given: Mapping[str, Any]) -> EngineOptions:
 
 def plan_for(specs: Sequence[ParamSpec], ranks: int, options: EngineOptions) -> Layout:
     """Return the layout that `ShardedAdaBelief` makes of such parameters."""
-    block = max(
-        codec_for(options.reduce_dtype).block, BLOCK if options.state_dtype == torch.uint8 else 1
-    )
-    return plan_layout(specs, ranks, options.bucket_bytes, block=block)
+    return plan_layout(specs, ranks, options.bucket_bytes, block=block_of(options))
 
 
 def bytes_held(layout: Layout, ranks: int, options: EngineOptions) -> dict[str, int]:
@@ -176,15 +174,15 @@ def bytes_held(layout: Layout, ranks: int, options: EngineOptions) -> dict[str, 
     return held
 
 
-def plan(shapes: Sequence[tuple[int, ...]] | int, ranks: int, memory: float | None) -> list[Row]:
+def plan(shapes: Sequence[tuple[int, ...]], ranks: int, memory: float | None) -> list[Row]:
     """Return what each way to train takes of every rank.
 
     Args:
-        shapes: Of the parameters, or how many elements these have.
+        shapes: Of the parameters.
         ranks: How many there are, >= 1.
         memory: Bytes of a device that parameters, gradients and states may take, or None.
     """
-    count = shapes if isinstance(shapes, int) else sum(map(math.prod, shapes))
+    count = sum(map(math.prod, shapes))
     rows = []
     for way in (*WAYS, *OTHERS):
         on_host = 0
@@ -192,12 +190,7 @@ def plan(shapes: Sequence[tuple[int, ...]] | int, ranks: int, memory: float | No
             held = int(way.per_param(ranks) * count)
         else:
             options = options_from(way.options)
-            specs = (
-                specs_of_count(shapes, way.dtype)
-                if isinstance(shapes, int)
-                else specs_of_shapes(shapes, way.dtype)
-            )
-            layout = plan_for(specs, ranks, options)
+            layout = plan_for(specs_of_shapes(shapes, way.dtype), ranks, options)
             kinds = bytes_held(layout, ranks, options)
             if options.offload is not None:
                 on_host = sum(kinds[name] for name in ("masters", "exp_avg", "exp_avg_sq"))

@@ -20,6 +20,7 @@ from belief_dist.memory_plan import (
     plan,
     plan_for,
     shapes_of,
+    shapes_of_count,
     specs_of_shapes,
     suggestion,
 )
@@ -67,7 +68,8 @@ def test_formulas() -> None:
     """As README has them: bytes per parameter for many ranks."""
     count, ranks = 7_000_000_000, 64
     held = {
-        row.way.name: (row.held / count, row.on_host / count) for row in plan(count, ranks, None)
+        row.way.name: (row.held / count, row.on_host / count)
+        for row in plan(shapes_of_count(count), ranks, None)
     }
     states = {
         "float32, ZeRO-1": 8.0 + 12 / ranks,  # the sums have a shard of their own
@@ -82,8 +84,14 @@ def test_formulas() -> None:
         assert held[name][0] == pytest.approx(expected, rel=1e-3), name
 
 
+def test_any_number_is_planned_at_once() -> None:
+    for count in (1, 10**9, 10**15):
+        shapes = shapes_of_count(count)
+        assert sum(size for (size,) in shapes) == count and len(shapes) <= 4096
+
+
 def test_the_fastest_that_fits_is_suggested() -> None:
-    rows = plan(1_000_000_000, 8, None)
+    rows = plan(shapes_of_count(1_000_000_000), 8, None)
     sizes = [row.held for row in rows if row.way.options is not None]
     for number, size in enumerate(sizes):
         best = suggestion(rows, size)

@@ -33,6 +33,15 @@ def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()
 
 
+def block_of(options: EngineOptions) -> int:
+    """Return of how many elements a parameter's start and a shard must be multiples.
+
+    A block that two parameters or two shards shared would be encoded by two of them.
+    """
+    of_states = BLOCK if options.state_dtype == torch.uint8 else 1
+    return max(codec_for(options.reduce_dtype).block, of_states)
+
+
 class BucketBuffers:
     """The tensors of one bucket on one rank.
 

@@ -27,15 +27,13 @@ from torch import Tensor
 from belief_dist import async_device, kernels
 from belief_dist.async_device import LateRead
 from belief_dist.engine_options import EngineOptions
-from belief_dist.operands import BLOCK
-from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.bucket import BucketBuffers, block_of
 from belief_dist.sharding.collectives import Collectives, start_gather
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.data_edits import DataEdits
 from belief_dist.sharding.disagreements import copies_of, raise_if_apart, why_skipped
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
-from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.grad_reducer import INTERRUPTED, GradReducer
 from belief_dist.sharding.graph_counts import GraphCounts
 from belief_dist.sharding.group_options import (
@@ -173,11 +171,7 @@ class ShardEngine:
             comm.num_shards,
             options.bucket_bytes,
             num_replicas=comm.num_replicas,
-            # A block that two parameters or two shards shared would be encoded by two of them.
-            block=max(
-                codec_for(options.reduce_dtype).block,
-                BLOCK if options.state_dtype == torch.uint8 else 1,
-            ),
+            block=block_of(options),
         )
         # Before anything is allocated or sent: ranks with other buckets would wait for each other
         # in the broadcasts below, and the old layout is still whole if this raises.
@@ -443,7 +437,7 @@ class ShardEngine:
         """Take the parameters as they are now for those of the masters."""
         self._param_versions = [param._version for param in self.params]
         self._data_edits.note()
-        if self.update.sums is not None:
+        if self.update.sums is not None:  # masters and states may have been written, too
             self.update.sums.forget()
 
     def sync_masters_from_params(self) -> Tensor | None:
