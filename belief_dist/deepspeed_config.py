@@ -12,12 +12,21 @@ import difflib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from belief_dist.deepspeed_keys import DEVICES, SCHEDULERS, SECTIONS, TOP
-from belief_dist.options import ALIASES, OPTION_NAMES, shown, validate_options
+from belief_dist.engine_options import EngineOptions
+from belief_dist.options import (
+    ALIASES,
+    OF_ADAM,
+    OPTION_NAMES,
+    shown,
+    validate_options,
+    without_adams,
+)
 from belief_dist.options import DEFAULTS as OPTIONS
 
 _OURS = {"adabelief": "AdaBelief", "shardedadabelief": "ShardedAdaBelief"}
@@ -25,11 +34,7 @@ _ADAMS_EPS = 1e-10  # of this size or more, eps was meant for Adam
 # What the Transformers Trainer and Accelerate replace where a file says "auto".
 _AUTO_IN_OPTIMIZER = ("lr", "betas", "eps", "weight_decay")
 # The sharded engine's own options, which are not those of a param group.
-_ENGINES = (
-    "stage", "micro_batches", "reduction", "reduce_dtype", "master", "state_dtype", "seed",
-    "bucket_bytes", "max_grad_norm", "max_grad_value", "overlap", "offload", "shared_memory",
-    "check_replicas", "check_states", "on_desync", "sync_buffers", "no_decay",
-)  # fmt: skip
+_ENGINES = tuple(option.name for option in fields(EngineOptions))
 _SWITCHES = {"true": True, "false": False}
 
 
@@ -310,10 +315,10 @@ class _Checker:
 
     def _options(self, params: dict[str, Any], where: str) -> None:
         path = "optimizer.params."
-        known = [*OPTION_NAMES, *(_ENGINES if where == "ShardedAdaBelief" else ("no_decay",))]
+        known = [*OPTION_NAMES, "no_decay", *(_ENGINES if where == "ShardedAdaBelief" else ())]
         for name in list(params):
             value = params[name]
-            if name not in known and name not in ALIASES and name != "torch_adam":
+            if name not in known and name not in ALIASES and name not in OF_ADAM:
                 near = difflib.get_close_matches(name, [*known, *ALIASES], n=1)
                 right = ALIASES.get(near[0], near[0]) if near else None
                 if right is None or right in params:
@@ -342,11 +347,12 @@ class _Checker:
                 f"step, so that steps shrink with small gradients as SGD's do. Leave it out (the "
                 f"default is 1e-16), or keep it if you mean it.",
             )
-        own = {n: v for n, v in params.items() if n in OPTION_NAMES and not isinstance(v, str)}
+        given = {n: v for n, v in params.items() if not isinstance(v, str)}
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                validate_options({**OPTIONS, "eps": 1e-16, **{k: v for k, v in own.items()}})
+                own = without_adams(given, where)
+                validate_options({**OPTIONS, **{n: own[n] for n in OPTION_NAMES if n in own}})
         except (TypeError, ValueError) as error:
             self._tell("optimizer.params", str(error))
 

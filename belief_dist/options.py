@@ -33,7 +33,7 @@ ALIASES = {
 }
 # What is left over where a configuration said Adam before: the values that change nothing here,
 # and why.
-_OF_ADAM: dict[str, tuple[tuple[Any, ...], str]] = {
+OF_ADAM: dict[str, tuple[tuple[Any, ...], str]] = {
     "torch_adam": ((True, False), "it chooses among implementations of Adam"),
     "bias_correction": ((True,), "AdaBelief always corrects the bias of its moments"),
     "fp32_optimizer_states": ((True,), "states are float32"),
@@ -135,16 +135,16 @@ def _warn_of_large_eps(eps: float, floor: float) -> None:
         )
 
 
-def _without_adams(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def without_adams(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return `given` without what concerns Adam alone.
 
     Raises:
         ValueError: A value asks for what AdaBelief does not do.
     """
     kept = dict(given)
-    for name in given.keys() & _OF_ADAM.keys():
+    for name in given.keys() & OF_ADAM.keys():
         value = kept.pop(name)
-        harmless, reason = _OF_ADAM[name]
+        harmless, reason = OF_ADAM[name]
         if not is_one_of(value, harmless):
             raise ValueError(f"{where} cannot serve {name}={shown(value)}: {reason}. Remove it.")
         _warn(f"{where}: option {name!r} is Adam's and was ignored: {reason}.")
@@ -294,7 +294,7 @@ def complete_options(
         ValueError: A value is out of range.
     """
     options = {name: given[name] for name in OPTION_NAMES}
-    other_spellings = _without_adams(other_spellings, where)
+    other_spellings = without_adams(other_spellings, where)
     for name in other_spellings:
         target = ALIASES.get(name, name)
         if target in options and not is_one_of(options[target], [DEFAULTS[target]]):

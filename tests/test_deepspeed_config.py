@@ -199,6 +199,13 @@ CASES: list[Case] = [
         "AdaBelief has no such option.",
         STAYS,
     ),
+    (
+        {"optimizer__params__bias_correction": False},
+        "optimizer.params",
+        "AdaBelief cannot serve bias_correction=False: AdaBelief always corrects the bias of its "
+        "moments. Remove it.",
+        STAYS,
+    ),
     ({"optimizer__params__lr": -1.0}, "optimizer.params", "lr must be", STAYS),
     ({"optimizer__params__betas": [0.9, 1.0]}, "optimizer.params", "betas", STAYS),
     (
@@ -353,6 +360,17 @@ def test_auto_is_right_where_the_trainer_replaces_it() -> None:
     report = check_config(auto, replaces_auto=True)
     assert [each.path for each in report.findings] == ["optimizer.params.eps"]
     assert report.corrected["optimizer"]["params"] == {"lr": "auto", "weight_decay": "auto"}
+
+
+def test_what_is_left_of_adam_is_told_only_where_it_matters() -> None:
+    harmless = {"lr": 1e-3, "bias_correction": True, "torch_adam": True, "set_grad_none": False}
+    assert check_config(changed(optimizer__params=harmless)).findings == []
+
+
+def test_the_engines_options_are_known() -> None:
+    sharded = {"type": "ShardedAdaBelief", "params": {"check_states": True, "no_decay": "1d"}}
+    config = changed(optimizer=sharded, zero_optimization={"stage": 0})
+    assert check_config(config).findings == []
 
 
 def test_other_optimizers_are_left_alone() -> None:
