@@ -98,15 +98,12 @@ class Standby(BackgroundSaver):
             timeout=timeout,
         )
         what = f"cannot keep steps in {self._run}"
-        self._hosts = _find_hosts(self._flags, what, self._run)
+        self._leader_of = _find_leaders(self._flags, what, self._run)
 
     @property
     def _is_leader(self) -> bool:
         """Whether this rank works on its host's folder."""
-        return self._hosts.index(self._hosts[self._comm.rank]) == self._comm.rank
-
-    def _leader_of(self, rank: int) -> int:
-        return self._hosts.index(self._hosts[rank])
+        return self._leader_of[self._comm.rank] == self._comm.rank
 
     # - Saving; in the writing thread
 
@@ -117,7 +114,7 @@ class Standby(BackgroundSaver):
         begun = run_together(
             comm, what, lambda: run_directory.begin(run, step) if self._is_leader else None
         )
-        temporary = comm.exchange(begun)[self._leader_of(comm.rank)]
+        temporary = comm.exchange(begun)[self._leader_of[comm.rank]]
         assert temporary is not None
         try:
             own = write_files(comm, comm.group, what, temporary, entries)
@@ -137,7 +134,7 @@ class Standby(BackgroundSaver):
         # Only now: until here, some host could have been lost that had not the new one.
         if self._is_leader:
             run_directory.retain(run, 1)
-        path = published[self._leader_of(comm.rank)]
+        path = published[self._leader_of[comm.rank]]
         assert path is not None
         return path, sum(each.nbytes for each in own.values())
 
@@ -149,7 +146,7 @@ class Standby(BackgroundSaver):
         for rank, files in enumerate(everyone):
             for name, checksum in files.items():
                 if name == METADATA_FILE:
-                    targets = [r for r in self._leaders() if self._hosts[r] != self._hosts[rank]]
+                    targets = [r for r in self._leaders() if r != self._leader_of[rank]]
                 else:
                     targets = self._partner(rank)
                 copies += [Transfer(name, checksum.nbytes, rank, target) for target in targets]
@@ -158,14 +155,14 @@ class Standby(BackgroundSaver):
         return {name: checksum for files in everyone for name, checksum in files.items()}
 
     def _leaders(self) -> list[int]:
-        return [rank for rank in range(self._comm.world_size) if self._leader_of(rank) == rank]
+        return sorted({*self._leader_of})
 
     def _partner(self, rank: int) -> list[int]:
         """Return the rank that keeps a copy of a rank's part: as far on as its host has ranks."""
-        size, own = self._comm.world_size, self._hosts[rank]
-        begin = self._hosts.count(own)
+        size, own = self._comm.world_size, self._leader_of[rank]
+        begin = self._leader_of.count(own)
         others = [(rank + begin + k) % size for k in range(size)]
-        return [other for other in others if self._hosts[other] != own][:1]
+        return [other for other in others if self._leader_of[other] != own][:1]
 
     # - Resuming
 
@@ -178,7 +175,7 @@ class Standby(BackgroundSaver):
         self.wait()
         comm, run = self._flags, self._run
         what = f"cannot resume from {run}"
-        found = comm.exchange(run_together(comm, what, lambda: self._look()))
+        found = comm.exchange(run_together(comm, what, self._look))
         step = _newest_complete(found)
         if step is None:
             return None
@@ -242,7 +239,7 @@ class Standby(BackgroundSaver):
         """Return what to copy to the leaders of hosts whose ranks want what is not there."""
         copies = []
         for target in self._leaders():
-            ranks = [r for r in range(len(wanted)) if self._leader_of(r) == target]
+            ranks = [r for r, leader in enumerate(self._leader_of) if leader == target]
             for name in sorted(set().union(*(wanted[r] for r in ranks)) - present[target]):
                 source = next(r for r in self._leaders() if name in present[r])
                 copies.append(Transfer(name, files[name].nbytes, source, target))
@@ -269,8 +266,8 @@ class Standby(BackgroundSaver):
         return self
 
 
-def _find_hosts(comm: Collectives, what: str, folder: Path) -> list[int]:
-    """Return a number for each rank, the same for ranks that see the same folder."""
+def _find_leaders(comm: Collectives, what: str, folder: Path) -> list[int]:
+    """Return for each rank the lowest one that sees the same folder."""
     token = f".here-{uuid.uuid4().hex}"
 
     def leave() -> str:
