@@ -22,7 +22,7 @@ from belief_dist import kernels
 from belief_dist.distributed import World, init
 from belief_dist.distributed.network import is_loopback
 from belief_dist.distributed.rank_info import read_rank_info
-from belief_dist.kernels.threads import idle_cores, one_thread_sentence
+from belief_dist.kernels.threads import idle_cores, one_thread_sentence, usable_cores
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.collectives import ReduceRequest
 
@@ -79,8 +79,7 @@ def _devices() -> Check:
 
 def _threads() -> Check:
     share = idle_cores(1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = f"{torch.get_num_threads()} threads, {cores} cores"
+    found = f"{torch.get_num_threads()} threads, {usable_cores()} cores"
     return Check("processor", found, one_thread_sentence(share) if share else "")
 
 

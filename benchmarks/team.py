@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks import network
 from benchmarks.engines import BUILDERS, import_package
+from benchmarks.local_ranks import threads_of
 from examples.gpt.model import GPT, VOCABULARY
 
 _TIMEOUT = datetime.timedelta(minutes=3)
@@ -43,7 +44,7 @@ class Workload:
     @property
     def threads(self) -> int:
         """Threads of each rank: its share of the cores."""
-        return max(1, len(os.sched_getaffinity(0)) // self.ranks)
+        return threads_of(self.ranks)
 
     def tokens(self, rank: int) -> Tensor:
         """Return the batch of a rank, (batch, context + 1)."""

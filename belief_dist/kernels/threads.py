@@ -7,14 +7,20 @@ import os
 import torch
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def idle_cores(num_ranks: int) -> int:
     """Return how many cores each rank on this host could use if torch uses only one; else 0.
 
     Args:
         num_ranks: Ranks on this host, if LOCAL_WORLD_SIZE is not set.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    share = (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
+    share = usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks))
     return share if torch.get_num_threads() == 1 and share > 1 else 0
 
 
