@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from datetime import timedelta
 from typing import Any, Literal
 
@@ -20,7 +19,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
 from belief_dist import observers
-from belief_dist.deprecations import warn_once
 from belief_dist.engine_options import EngineOptions, Reduction, check_timeout
 from belief_dist.options import complete_options
 from belief_dist.params import (
@@ -32,6 +30,7 @@ from belief_dist.params import (
     refuse_edits,
     split_by_decay,
 )
+from belief_dist.sharding.checkpoint_access import CheckpointAccess
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.driver import Driven
 from belief_dist.sharding.dtensor import coordinate_of
@@ -48,7 +47,7 @@ from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_
 from belief_dist.state_init_step import TORCH_STATE_DICT, is_called_by
 
 
-class ShardedAdaBelief(Driven, Optimizer):
+class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
     """AdaBelief whose states and master weights are sharded over the ranks of a process group.
 
     Use it on a bare module, without DistributedDataParallel: it gives all ranks the parameters of
@@ -376,68 +375,6 @@ class ShardedAdaBelief(Driven, Optimizer):
     def bytes_per_rank(self) -> dict[str, int]:
         """Return the bytes that this rank really holds, by kind; with `offload` on two devices."""
         return self._engine.nbytes()
-
-    # - What a checkpoint of all ranks reads and writes
-
-    @torch.no_grad()
-    def wait_pending(self) -> None:
-        """Wait for all that is under way: parameters, states and masters are those of this step."""
-        self._wait()
-        self._engine.sync_masters_from_params()
-
-    def check_states(self) -> None:
-        """Compare masters and states with what the last update wrote; for this rank alone.
-
-        Reads all of them, as saving a checkpoint does, which calls it. Without the option
-        `check_states` it does nothing.
-
-        Raises:
-            RuntimeError: A bit has changed meanwhile, or the last update has read such a one.
-        """
-        update = self._engine.update
-        if update.sums is not None:
-            update.sums.compare_now()
-            if said := update.describe_faults(self._label):
-                raise RuntimeError(f"{said}: bits have changed since the last step has written.")
-
-    def settle(self) -> None:
-        """Wait as `wait_pending` does, the new name; warns once."""
-        warn_once("ShardedAdaBelief.settle() is spelled wait_pending() now.", stacklevel=2)
-        self.wait_pending()
-
-    def fragment_tensors(self, index: int) -> dict[str, Tensor]:
-        """Return what this rank holds of parameter number `index`, as views; after `wait_pending`.
-
-        The keys are those of its state, without "master" and "step", and "param": the master, which
-        may be the parameter itself, or with "remainder" the upper half of the master. All belong to
-        the elements of `layout.fragment`, but "wire_error" to the whole parameter.
-        """
-        state = self._engine.update.states[index]
-        held = {key: value for key, value in state.items() if key not in ("step", "master")}
-        return {**held, "param": self._engine.update.own_part(index).param}
-
-    @torch.no_grad()
-    def sync_params_from_masters(self, *, skipped_steps: int, seed: int) -> None:
-        """Make all parameters those of the masters, which have been written; called by all ranks.
-
-        Args:
-            skipped_steps: What `skipped_steps` shall be.
-            seed: What the seed of the rounding noise shall be.
-        """
-        self._engine.sync_params_from_masters()
-        self._continue_from(skipped_steps, seed)
-
-    @torch.no_grad()
-    def refresh_masters(self) -> None:
-        """Copy all parameters into their masters, whether they seem to have changed or not."""
-        self._wait()
-        self._engine.refresh_masters()
-
-    def _continue_from(self, skipped_steps: int, seed: int) -> None:
-        self._options = replace(self._options, seed=seed)
-        self._engine.options = self._options
-        self._engine.update.use_seed(seed)
-        self._engine.skipped_steps = skipped_steps
 
     # - Saving and loading of this rank's shard
 

@@ -38,13 +38,14 @@ sharding.host_lines sharding.point_to_point
 sharding.host_collectives
 sharding.shared_memory sharding.across_hosts
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
-sharding.process_groups sharding.grad_reducer
+sharding.masters sharding.process_groups sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus
 sharding.micro_batches
 sharding.graph_counts sharding.disagreements sharding.replica_repair
 sharding.state_sums
 sharding.shard_update
 sharding.engine sharding.loss_scale
+sharding.checkpoint_access
 
 step_plan
 optimizer sharded

@@ -30,7 +30,6 @@ from belief_dist.engine_options import EngineOptions
 from belief_dist.sharding.bucket import BucketBuffers, block_of
 from belief_dist.sharding.collectives import Collectives, start_gather
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
-from belief_dist.sharding.data_edits import DataEdits
 from belief_dist.sharding.disagreements import copies_of, raise_if_apart, why_skipped
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
@@ -43,10 +42,10 @@ from belief_dist.sharding.group_options import (
     options_of,
 )
 from belief_dist.sharding.layout import Bucket, Layout, plan_layout
+from belief_dist.sharding.masters import Masters
 from belief_dist.sharding.micro_batches import reducer_for
 from belief_dist.sharding.outer_reducers import OuterReducerCheck
 from belief_dist.sharding.param_specs import param_label, param_specs
-from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.process_groups import ModelParallel
 from belief_dist.sharding.rank_checks import compare_order, compare_ranks
 from belief_dist.sharding.read_guard import ReadGuard
@@ -76,6 +75,7 @@ class ShardEngine:
         params: All parameters, in the order of the param groups.
         layout: Which shard has which elements of which parameter.
         buckets: The tensors of every bucket of the layout.
+        masters: Follow parameters that something else has changed, and the other way round.
         update: The fused update of this rank's shards.
         reducer: The way of the gradients.
         consensus: What all ranks decide about each step.
@@ -88,6 +88,7 @@ class ShardEngine:
     # Made anew by `build`, whenever parameters are added or replaced.
     layout: Layout
     buckets: list[BucketBuffers]
+    masters: Masters
     update: ShardUpdate
     reducer: GradReducer
 
@@ -194,9 +195,9 @@ class ShardEngine:
         for tensors in self._gathered_with:
             tensors += [part for p in list(tensors) if (part := local_part(p)) is not p]
         self._label = partial(param_label, param_groups)
-        self._storage = ParamStorage(params, layout, self.buckets, comm.shard_index, self._label)
-        self._data_edits = DataEdits(self.buckets, defers=self.consensus.defers)
-        self._note_versions()
+        self.masters = Masters(
+            params, layout, self.buckets, comm, defers=self.consensus.defers, label=self._label
+        )
         self._outer_reducers = OuterReducerCheck(params)
         self.consensus.forget_order()
         # Two reducers with hooks on one parameter would both count its gradient.
@@ -208,7 +209,7 @@ class ShardEngine:
             comm,
             options,
             self.driver,
-            self._storage,
+            self.masters.storage,
             in_norm=[self._counts_in_norm(plan, param_groups) for plan in layout.buckets],
             label=self._label,
         )
@@ -274,7 +275,7 @@ class ShardEngine:
         self.last_step = NO_STEP._replace(number=self.consensus.calls + 1, why_not=RAISED)
         self._outer_reducers.end()
         self._check_owner()
-        edited = self.sync_masters_from_params()
+        edited = self.masters.follow()
         reducer, consensus = self.reducer, self.consensus
         if reducer.is_interrupted and not gives_up:
             reducer.spoiled = INTERRUPTED
@@ -319,7 +320,7 @@ class ShardEngine:
         else:
             self.read_guard.wait_all()
         self.last_step = LastStep(consensus.calls, True, "")
-        self._data_edits.note()
+        self.masters.note_update()
         reducer.end_step()
         if decision.order is not None:
             reducer.schedule.set_order(decision.order)
@@ -415,7 +416,7 @@ class ShardEngine:
             sums = self.consensus.replica_sums.tolist() if is_own else None
             parts = self._model_parallel.comm
             repair_parts(self.comm, parts, sums, self.buckets, self._copies())
-            self._note_versions()
+            self._note_written()
             return
         raise_if_apart(
             verdict,
@@ -433,53 +434,27 @@ class ShardEngine:
 
     # - Masters and parameters
 
-    def _note_versions(self) -> None:
-        """Take the parameters as they are now for those of the masters."""
-        self._param_versions = [param._version for param in self.params]
-        self._data_edits.note()
-        if self.update.sums is not None:  # masters and states may have been written, too
+    def _note_written(self) -> None:
+        """Take parameters, masters and states as they are now."""
+        self.masters.note()
+        if self.update.sums is not None:
             self.update.sums.forget()
-
-    def sync_masters_from_params(self) -> Tensor | None:
-        """Copy parameters that were changed outside the optimizer into their masters.
-
-        Returns:
-            What is left to do, see `DataEdits.take_over`.
-        """
-        moved = self._storage.take_over()
-        # Every in-place change of a tensor counts its version up; our own updates write to the flat
-        # buffers, which have other counters.
-        versions = [param._version for param in self.params]
-        pairs = enumerate(zip(self._param_versions, versions, strict=True))
-        changed = [] if versions == self._param_versions else [i for i, (a, b) in pairs if a != b]
-        for index in changed:
-            part = self.layout.fragment(index, self.comm.shard_index)
-            self.buckets[part.bucket].refresh_master(part.in_shard, part.in_shard + part.numel)
-        self._param_versions = versions
-        return self._data_edits.take_over(known=moved or bool(changed))
 
     def refresh_masters(self) -> None:
         """Copy all parameters into their masters."""
-        for bucket in self.buckets:
-            bucket.refresh_master()
-        self._note_versions()
+        self.masters.refresh()
+        self._note_written()
 
     def sync_params_from_masters(self) -> None:
         """Make all parameters those of the masters; called by all ranks."""
-        for bucket in self.buckets:
-            if bucket.low_param is not None and bucket.remainder is None:
-                bucket.low_param.copy_(bucket.master)
-            bucket.send_back()
-            if self.comm.num_shards > 1:
-                self.comm.start_gather(bucket.flat_param).wait()
-        self._note_versions()
+        self.masters.send()
+        self._note_written()
 
     def keep_loaded_masters(self) -> None:
         """Take masters that were written into the states for those of the parameters."""
-        for bucket in self.buckets:
-            bucket.refresh_upper_halves()
+        self.masters.keep_loaded()
         # Weights that were loaded before are not newer than the masters that were loaded now.
-        self._note_versions()
+        self._note_written()
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that this rank really holds, by kind."""
