@@ -35,12 +35,12 @@ from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.driver import Driven
 from belief_dist.sharding.dtensor import coordinate_of
 from belief_dist.sharding.engine import ShardEngine
-from belief_dist.sharding.group_options import take_clip
+from belief_dist.sharding.group_options import take_own
 from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
 from belief_dist.sharding.module_buffers import spread_buffers
 from belief_dist.sharding.param_specs import param_label
-from belief_dist.sharding.process_groups import connect, connect_model_parallel
+from belief_dist.sharding.process_groups import OwnRanks, connect, connect_model_parallel
 from belief_dist.sharding.rank_checks import check_together, raise_together
 from belief_dist.sharding.step_consensus import LastStep
 from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_hooks
@@ -68,7 +68,12 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         no_decay: As for `AdaBelief`.
         process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
             dimension; None means all. A mesh of two dimensions shards over the last and keeps a
-            copy of all shards for each index of the first (HSDP: a node for each row).
+            copy of all shards for each index of the first (HSDP: a node for each row). A param
+            group may have its own, of ranks among these, such as those that hold the same experts:
+            see docs/parallelism.md.
+        model_parallel_group: The ranks that hold other parts of the model, such as the stages of a
+            pipeline: clipping and skipping are then those of the whole model. Not needed for
+            DTensor parameters alone.
         stage: 1 shards states and masters over the ranks. 2 shards the gradients too: `param.grad`
             has no values after backward, see `sharding.sharded_grad`. All ranks must run equally
             many backward passes outside of `no_sync`.
@@ -140,6 +145,7 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         maximize: bool = False,
         no_decay: NoDecay = None,
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
+        model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
         stage: Literal[1, 2] = 1,
         micro_batches: int | None = None,
         reduction: Reduction = "ordered",
@@ -163,6 +169,7 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         """See the class."""
         arguments = {**locals()}
         self._no_decay = no_decay
+        self._group_ranks: list[Any] = []  # the process group that each param group wants
 
         # Validate what this rank alone can tell. A problem is raised below, on all ranks.
         self._options = EngineOptions()
@@ -178,10 +185,14 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
             problem = error
 
         # Connect.
-        timeout = timeout if problem is None else None
+        self._timeout = timeout = timeout if problem is None else None
         comm = connect(process_group, self._options, device, timeout)
-        params = self._params if problem is None else None
-        self._model_parallel = connect_model_parallel(params, comm, timeout, problem)
+        shared = self._shared_params() if problem is None else None
+        self._model_parallel = connect_model_parallel(
+            shared, comm, model_parallel_group, device, timeout, problem
+        )
+        self._own_ranks = OwnRanks()
+        self._connect_own(comm, device, timeout)
 
         # Compare the ranks, and build.
         self._engine = ShardEngine(
@@ -189,11 +200,12 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
             self.param_groups,
             self.state,
             comm=comm,
+            own_ranks=self._own_ranks,
             model_parallel=self._model_parallel,
             options=self._options,
         )
         if self._options.sync_buffers:
-            spread_buffers(comm, self._params)
+            spread_buffers(comm, self._params, self._shared_params())
         observers.notify(observers.on_built, self)
 
     # - Parameters
@@ -225,19 +237,22 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
             problem = error
         try:
             raise_together(self.comm, problem)
+            self._connect_own(self.comm, self._params[0].device, self._timeout)
             self._wait()
             self._engine.build(self._params, self.param_groups, self.state, keep_buckets=True)
         except Exception:
-            del self.param_groups[before:]
+            del self.param_groups[before:], self._group_ranks[before:]
+            self._own_ranks.forget(before)
             self._check_params()
             raise
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         owned = {id(p) for group in self.param_groups for p in group["params"]}
-        param_group, clip = take_clip(param_group)
+        param_group, clip, ranks = take_own(param_group)
         prepared = prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
         for group in split_by_decay(prepared, self._no_decay, "ShardedAdaBelief"):
             super().add_param_group({**group, "clip": clip})
+            self._group_ranks.append(ranks)
 
     def _check_params(self) -> torch.device:
         """List the parameters of all groups, and return the device on which they lie."""
@@ -246,6 +261,25 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         for index, param in enumerate(self._params):
             self._options.check_param(param.dtype, self._label(index))
         return device
+
+    def _shared_params(self) -> list[Tensor]:
+        """Return the parameters that all ranks share."""
+        groups = zip(self.param_groups, self._group_ranks, strict=True)
+        return [p for group, ranks in groups if ranks is None for p in group["params"]]
+
+    def _connect_own(
+        self, comm: Collectives, device: torch.device, timeout: timedelta | None
+    ) -> None:
+        """Connect the process groups of param groups that are new."""
+        self._own_ranks.connect(
+            self._group_ranks,
+            [group["params"] for group in self.param_groups],
+            comm,
+            self._options,
+            device,
+            timeout,
+            may_reach_out=self.is_model_parallel,
+        )
 
     def _label(self, index: int) -> str:
         return param_label(self.param_groups, index)
@@ -369,8 +403,13 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
 
     @property
     def is_model_parallel(self) -> bool:
-        """Whether parameters are cut over the ranks of a tensor-parallel model."""
-        return self._model_parallel.mesh is not None
+        """Whether other ranks than those of `comm` hold other parts of the model."""
+        return self._model_parallel.comm.world_size > 1
+
+    @property
+    def ranks_hold_parts(self) -> bool:
+        """Whether other ranks hold other parameters, or other parts of them."""
+        return self.is_model_parallel or bool(self._own_ranks.comms)
 
     def bytes_per_rank(self) -> dict[str, int]:
         """Return the bytes that this rank really holds, by kind; with `offload` on two devices."""

@@ -38,9 +38,9 @@ sharding.host_lines sharding.point_to_point
 sharding.host_collectives
 sharding.shared_memory sharding.across_hosts
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
-sharding.masters sharding.process_groups sharding.grad_reducer
+sharding.masters sharding.process_groups sharding.rank_sets sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus
-sharding.micro_batches
+sharding.micro_batches sharding.model_checks
 sharding.graph_counts sharding.disagreements sharding.replica_repair
 sharding.state_sums
 sharding.shard_update

@@ -21,7 +21,14 @@ from belief_dist.checkpoint import run_directory
 from belief_dist.checkpoint.dcp_tensor import DcpChunk, DcpTensor
 from belief_dist.checkpoint.entries import METADATA_KEY
 from belief_dist.checkpoint.errors import CheckpointError, run_together
-from belief_dist.checkpoint.saving import Saved, check_arguments, comm_of, contents, write
+from belief_dist.checkpoint.saving import (
+    Saved,
+    check_arguments,
+    comm_of,
+    contents,
+    describe_all,
+    write,
+)
 from belief_dist.sharding.collectives import BackendReduceScatter, Collectives, SingleRank
 
 logger = logging.getLogger("belief_dist")
@@ -179,6 +186,7 @@ class BackgroundSaver:
             return self._staging.stage(entries, self._comm)
 
         staged = run_together(self._flags, f"cannot save step {step} to {self._run}", collect)
+        describe_all(self._flags, self._optimizer, staged)
         blocked = time.perf_counter() - begin
         self._step = step
         self._thread = _Writer(lambda: self._write(step, staged, begin, blocked))

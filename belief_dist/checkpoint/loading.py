@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,8 +219,11 @@ def load_from(
         CheckpointError: As for `load`.
     """
     dcp_metadata, metadata, extra = run_together(comm, what, lambda: read_metadata(path, sizes))
+    elsewhere = _names_elsewhere(comm, what, model, optimizer)
     plan = run_together(
-        comm, what, lambda: _LoadPlan(model, optimizer, scaler, dcp_metadata, metadata, comm)
+        comm,
+        what,
+        lambda: _LoadPlan(model, optimizer, scaler, dcp_metadata, metadata, elsewhere),
     )
     if fetch is not None:
         fetch(run_together(comm, what, lambda: _files_of(plan.entries, dcp_metadata)))
@@ -243,6 +246,18 @@ def load_from(
     return Loaded(path, step, extra, plan.changes)
 
 
+def _names_elsewhere(
+    comm: Collectives, what: str, model: torch.nn.Module | None, optimizer: Optimizer | None
+) -> set[str]:
+    """Return the names of all that some rank holds, if ranks hold other parameters."""
+    if not (isinstance(optimizer, ShardedAdaBelief) and optimizer.ranks_hold_parts):
+        return set()
+    own = run_together(comm, what, lambda: parameter_names(optimizer, model))
+    if model is not None:
+        own += [name for name, _ in model_tensors(model)]
+    return {name for names in comm.exchange(own) for name in names}
+
+
 def _files_of(entries: dict[str, Any], dcp_metadata: Metadata) -> set[str]:
     """Return the names of the files from which this rank reads its part of the entries."""
     planner = SafePlanner()
@@ -261,12 +276,13 @@ class _LoadPlan:
         scaler: Any,
         dcp_metadata: Metadata,
         metadata: dict[str, Any],
-        comm: Collectives,
+        elsewhere: set[str],
     ) -> None:
         if model is None and optimizer is None:
             raise ValueError("there is nothing to load into: pass model, optimizer, or both.")
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._metadata = metadata
+        self._elsewhere = elsewhere
         self.entries: dict[str, Any] = {}
         self._shard_plan = ShardLoadPlan(dcp_metadata, metadata)
         self._names: list[str] = []
@@ -276,21 +292,20 @@ class _LoadPlan:
         if scaler is not None and metadata.get("scaler") is None:
             raise ValueError("it holds no loss scale; leave out scaler.")
         if optimizer is not None:
-            self._plan_optimizer(optimizer, model, comm)
+            self._plan_optimizer(optimizer, model)
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if model is not None:
             self._plan_model(model, owned, dcp_metadata)
         self.entries |= self._shard_plan.entries
         self.changes = sorted(self._shard_plan.changes)
 
-    def _plan_optimizer(
-        self, optimizer: Optimizer, model: torch.nn.Module | None, comm: Collectives
-    ) -> None:
+    def _plan_optimizer(self, optimizer: Optimizer, model: torch.nn.Module | None) -> None:
         metadata = self._metadata
         if "groups" not in metadata:
             raise ValueError("it holds weights alone, and no optimizer.")
         self._names = parameter_names(optimizer, model)
-        _compare_names(metadata["names"], self._names)
+        here = dict.fromkeys([*self._names, *self._elsewhere])
+        _compare_names(metadata["names"], self._names, here)
         self._options = match_groups(optimizer, self._names, metadata)
         self._shard_plan.changes.update(other_micro_batches(optimizer, metadata))
         if isinstance(optimizer, AdaBelief):
@@ -323,7 +338,8 @@ class _LoadPlan:
     def _plan_model(self, model: torch.nn.Module, owned: set[int], dcp_metadata: Metadata) -> None:
         saved = dcp_metadata.state_dict_metadata
         aliases = self._metadata["aliases"]
-        own_keys, tied = set(), {weight_key(alias) for alias in aliases}
+        own_keys = set(map(weight_key, self._elsewhere))
+        tied = {weight_key(alias) for alias in aliases}
         for name, value in model_tensors(model):
             key = weight_key(aliases.get(name, name))
             own_keys.add(key)
@@ -383,8 +399,8 @@ class _LoadPlan:
             )
 
 
-def _compare_names(saved: Sequence[str], own: Sequence[str]) -> None:
-    before, here = set(saved), set(own)
+def _compare_names(saved: Sequence[str], own: Sequence[str], here: Collection[str]) -> None:
+    before = set(saved)
     for name in own:
         if name not in before:
             raise ValueError(

@@ -102,7 +102,7 @@ def local_shards(
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for index, (name, param) in enumerate(zip(names, params, strict=True)):
         if isinstance(optimizer, ShardedAdaBelief):
-            part = optimizer.layout.fragment(index, optimizer.comm.shard_index)
+            part = optimizer.fragment(index)
             start, stop = part.in_param, part.in_param + part.numel
             yield LocalShard(name, param, start, stop, optimizer.fragment_tensors(index))
             continue

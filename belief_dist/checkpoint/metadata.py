@@ -65,6 +65,30 @@ def make_metadata(
     return found
 
 
+def merge_metadata(everyone: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return one metadata of ranks that hold other parameters, each its own: experts, or stages.
+
+    Args:
+        everyone: From `make_metadata` on each rank, with more that is keyed by names.
+    """
+    found: dict[str, Any] = copy.deepcopy(dict(everyone[0]))
+    for theirs in everyone[1:]:
+        for key, value in theirs.items():
+            if isinstance(value, dict) and isinstance(found.get(key), dict):
+                found[key] = {**value, **found[key]}
+            elif isinstance(value, list) and key != "groups":
+                found[key] = list(dict.fromkeys([*found[key], *value]))
+        placed = {name for group in found.get("groups", ()) for name in group["params"]}
+        for number, group in enumerate(theirs.get("groups", ())):
+            names = [name for name in group["params"] if name not in placed]
+            like = found["groups"][number] if number < len(found["groups"]) else None
+            if like is not None and like["options"] == group["options"]:
+                like["params"] += names
+            elif names:
+                found["groups"].append({**group, "params": names})
+    return found
+
+
 def other_micro_batches(optimizer: Optimizer, metadata: Mapping[str, Any]) -> list[str]:
     """Return a sentence if a step of `optimizer` has another number of micro-batches than saved."""
     if not isinstance(optimizer, ShardedAdaBelief) or "micro_batches" not in metadata:

@@ -21,7 +21,7 @@ from belief_dist.checkpoint.checksummed_files import Checksum, ChecksumWriter, w
 from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, shard_entries, weight_key
 from belief_dist.checkpoint.errors import CheckpointError, from_dcp_failure, run_together
 from belief_dist.checkpoint.local_shards import local_shards
-from belief_dist.checkpoint.metadata import make_metadata
+from belief_dist.checkpoint.metadata import make_metadata, merge_metadata
 from belief_dist.checkpoint.names import model_tensors, parameter_names
 from belief_dist.checkpoint.plain_values import plain_extra, to_plain
 from belief_dist.sharded import ShardedAdaBelief
@@ -145,6 +145,12 @@ def contents(
     return {**found, METADATA_KEY: (metadata,), EXTRA_KEY: (plain,)}
 
 
+def describe_all(comm: Collectives, optimizer: Optimizer | None, entries: dict[str, Any]) -> None:
+    """Put into `entries`, from `contents`, what other ranks hold; called by all ranks."""
+    if isinstance(optimizer, ShardedAdaBelief) and optimizer.ranks_hold_parts:
+        entries[METADATA_KEY] = (merge_metadata(comm.exchange(entries[METADATA_KEY][0])),)
+
+
 def write(
     comm: Collectives,
     group: dist.ProcessGroup | None,
@@ -264,6 +270,7 @@ def save(
         return contents(model, optimizer, scaler, extra, has_buffers=comm.rank == 0)
 
     entries = run_together(comm, f"cannot save step {step} to {run}", collect)
+    describe_all(comm, optimizer, entries)
     path, nbytes = write(comm, comm.group, run, step, entries, keep)
     seconds = time.perf_counter() - begin
     return Saved(path, step, seconds, seconds, nbytes)

@@ -15,7 +15,7 @@ from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype
 from belief_dist.sharding.grad_codec import codec_for
-from belief_dist.sharding.layout import Bucket
+from belief_dist.sharding.layout import Bucket, Fragment, Layout
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
@@ -33,6 +33,11 @@ def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
     return tensor.stride()
 
 
+def own_fragment(layout: Layout, buckets: Sequence[BucketBuffers], index: int) -> Fragment:
+    """Return the part of parameter number `index` that this rank owns."""
+    return layout.fragment(index, buckets[layout.place(index)[0]].shard_index)
+
+
 def block_of(options: EngineOptions) -> int:
     """Return of how many elements a parameter's start and a shard must be multiples.
 
@@ -46,6 +51,8 @@ class BucketBuffers:
     """The tensors of one bucket on one rank.
 
     Attributes:
+        bucket: The plan.
+        shard_index: Which shard this rank keeps.
         flat_param: (bucket.numel,) in the parameters' dtype; all parameters are views of it.
         flat_grad: (bucket.numel,) likewise, for the gradients; None if only the shard is kept.
         grad_views: The place of each parameter's gradient in `flat_grad`.
@@ -92,6 +99,7 @@ class BucketBuffers:
         start, stop = bucket.shard_range(shard_index)
         self._start = start
         self.bucket = bucket
+        self.shard_index = shard_index
         self.params = list(params)
         self._strides = [_dense_stride(param) for param in params]
         self.flat_param = allocate(bucket.numel, first.dtype, first.device)

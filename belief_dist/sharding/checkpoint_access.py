@@ -11,6 +11,7 @@ from torch import Tensor
 from belief_dist.deprecations import warn_once
 from belief_dist.engine_options import EngineOptions
 from belief_dist.sharding.engine import ShardEngine
+from belief_dist.sharding.layout import Fragment
 
 
 class CheckpointAccess:
@@ -47,12 +48,16 @@ class CheckpointAccess:
         warn_once("ShardedAdaBelief.settle() is spelled wait_pending() now.", stacklevel=2)
         self.wait_pending()
 
+    def fragment(self, index: int) -> Fragment:
+        """Return which part of parameter number `index` this rank owns."""
+        return self._engine.update.fragment(index)
+
     def fragment_tensors(self, index: int) -> dict[str, Tensor]:
         """Return what this rank holds of parameter number `index`, as views; after `wait_pending`.
 
         The keys are those of its state, without "master" and "step", and "param": the master, which
         may be the parameter itself, or with "remainder" the upper half of the master. All belong to
-        the elements of `layout.fragment`, but "wire_error" to the whole parameter.
+        the elements of `fragment`, but "wire_error" to the whole parameter.
         """
         state = self._engine.update.states[index]
         held = {key: value for key, value in state.items() if key not in ("step", "master")}

@@ -10,7 +10,8 @@ from torch import Tensor
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.dtensor import local_part
 from belief_dist.sharding.layout import Layout
-from belief_dist.sharding.rank_checks import compare_ranks, replica_fault
+from belief_dist.sharding.rank_checks import are_apart, compare_ranks, replica_fault
+from belief_dist.sharding.rank_sets import RankSet
 from belief_dist.sharding.step_consensus import RAISED, StepConsensus, Verdict
 
 
@@ -18,6 +19,7 @@ def raise_if_apart(
     verdict: Verdict,
     comm: Collectives,
     consensus: StepConsensus,
+    rank_sets: Sequence[RankSet],
     *,
     options: Callable[[], list[Any]],
     label: Callable[[int], str],
@@ -30,6 +32,7 @@ def raise_if_apart(
         verdict: About the step.
         comm: The ranks.
         consensus: Which has decided.
+        rank_sets: As for `StepConsensus.decide`.
         options: Returns those of this rank's param groups.
         label: Names a parameter.
         copies: Returns the parameters of each bucket by their label, when all have arrived.
@@ -74,7 +77,22 @@ def raise_if_apart(
             f"`.data`. What was updated since may be wrong: go on from a checkpoint."
         )
     if verdict == Verdict.REPLICAS_DIFFER:
-        raise RuntimeError(replica_fault(comm, consensus.replica_sums.tolist(), copies()))
+        _raise_apart(comm, rank_sets, consensus.replica_sums.tolist(), copies())
+
+
+def _raise_apart(
+    comm: Collectives,
+    rank_sets: Sequence[RankSet],
+    sums: Sequence[int],
+    copies: Sequence[Mapping[str, Tensor]],
+) -> None:
+    found: list[str] = []
+    for ranks in rank_sets:  # all of them, as others wait there
+        mine = {number: sums[number] for number in ranks.buckets}
+        if ranks.is_all or are_apart(ranks.comm, mine):
+            found.append(replica_fault(ranks.comm, mine, copies))
+    everyone = [sentence for theirs in comm.exchange(found) for sentence in theirs]
+    raise RuntimeError(next(iter([*found, *everyone]), "copies have differed, and are equal now."))
 
 
 def _raise_spoiled(sentences: Sequence[str | None]) -> None:

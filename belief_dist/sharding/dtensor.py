@@ -92,6 +92,34 @@ def find_mesh(params: Sequence[Tensor], group: Collection[int]) -> DeviceMesh | 
     return found
 
 
+def check_own_parts(
+    params: Sequence[Tensor], own: Collection[int], everyone: Collection[int]
+) -> None:
+    """Check how parameters are cut that not all ranks share, such as experts.
+
+    Args:
+        params: Those of one param group.
+        own: The ranks that share them.
+        everyone: All ranks of the optimizer.
+
+    Raises:
+        ValueError: Several ranks of their mesh share them, or hold the same part, or are no ranks
+            of the optimizer.
+    """
+    for param in params:
+        if not is_dtensor(param):
+            continue
+        mesh = set(param.device_mesh.mesh.flatten().tolist())
+        is_cut = all(placement.is_shard() for placement in param.placements)
+        if not is_cut or len(mesh & set(own)) > 1 or not mesh <= set(everyone):
+            raise ValueError(
+                f"a DTensor parameter of a param group with a process_group of its own has the "
+                f"placements {param.placements} on the ranks {sorted(mesh)}: it must be cut over "
+                f"ranks of the optimizer's process_group, {sorted(everyone)}, of which the group's "
+                f"own, {sorted(own)}, hold the same part."
+            )
+
+
 def stands_for_part(param: Tensor, mesh: DeviceMesh | None) -> bool:
     """Tell whether this rank counts its part of `param` in the global norm, and no other does."""
     if mesh is None:

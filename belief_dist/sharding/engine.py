@@ -41,13 +41,14 @@ from belief_dist.sharding.group_options import (
     known_options_of,
     options_of,
 )
-from belief_dist.sharding.layout import Bucket, Layout, plan_layout
+from belief_dist.sharding.layout import Bucket, Layout, Sharding, plan_layout
 from belief_dist.sharding.masters import Masters
 from belief_dist.sharding.micro_batches import reducer_for
+from belief_dist.sharding.model_checks import compare_models
 from belief_dist.sharding.outer_reducers import OuterReducerCheck
 from belief_dist.sharding.param_specs import param_label, param_specs
-from belief_dist.sharding.process_groups import ModelParallel
-from belief_dist.sharding.rank_checks import compare_order, compare_ranks
+from belief_dist.sharding.process_groups import ModelParallel, OwnRanks
+from belief_dist.sharding.rank_sets import rank_sets
 from belief_dist.sharding.read_guard import ReadGuard
 from belief_dist.sharding.replica_repair import REPAIRED, repair_parts
 from belief_dist.sharding.shard_update import ShardUpdate
@@ -99,6 +100,7 @@ class ShardEngine:
         state: dict[Tensor, dict[str, Any]],
         *,
         comm: Collectives,
+        own_ranks: OwnRanks,
         model_parallel: ModelParallel,
         options: EngineOptions,
     ) -> None:
@@ -109,6 +111,7 @@ class ShardEngine:
             param_groups: See `build`.
             state: See `build`.
             comm: See the class.
+            own_ranks: Of param groups that not all ranks share.
             model_parallel: The ranks that hold other parts of a tensor-parallel model.
             options: See the class.
 
@@ -120,6 +123,7 @@ class ShardEngine:
         device = params[0].device
         self.options = options
         self.comm = comm
+        self._own_ranks = own_ranks
         self._model_parallel = model_parallel
         # Replaced by an adapter's, where an engine drives the steps.
         self.driver = Driver(options.max_grad_norm)
@@ -168,21 +172,26 @@ class ShardEngine:
         options, comm = self.options, self.comm
         layout = plan_layout(
             # Planned alike again, known parameters get the buckets that they have.
-            param_specs(param_groups, self.layout.params if keep_buckets else ()),
+            param_specs(
+                param_groups, self._own_ranks.of_group, self.layout.params if keep_buckets else ()
+            ),
             comm.num_shards,
             options.bucket_bytes,
             num_replicas=comm.num_replicas,
             block=block_of(options),
+            own=[Sharding(each.num_shards, each.num_replicas) for each in self._own_ranks.comms],
         )
+        sets = rank_sets(layout, [comm, *self._own_ranks.comms])
         # Before anything is allocated or sent: ranks with other buckets would wait for each other
         # in the broadcasts below, and the old layout is still whole if this raises.
-        self._compare_ranks(layout, params, param_groups)
-        self.params, self.layout = params, layout
+        compare_models(comm, self._model_parallel, sets, layout, params, param_groups, options)
+        self.params, self.layout, self._rank_sets = params, layout, sets
+        self._comms = [sets[plan.ranks].comm for plan in layout.buckets]
         kept = {each.bucket: each for each in self.buckets} if keep_buckets else {}
         self.buckets = [
             kept.get(plan) or self._new_bucket(plan, param_groups) for plan in layout.buckets
         ]
-        self.update = ShardUpdate(layout, self.buckets, comm.shard_index, options)
+        self.update = ShardUpdate(layout, self.buckets, options)
         for index, param in enumerate(params):
             if param not in state:  # now, or torch.distributed.checkpoint takes a step for it
                 state[param] = self.update.new_state(index)
@@ -196,7 +205,12 @@ class ShardEngine:
             tensors += [part for p in list(tensors) if (part := local_part(p)) is not p]
         self._label = partial(param_label, param_groups)
         self.masters = Masters(
-            params, layout, self.buckets, comm, defers=self.consensus.defers, label=self._label
+            params,
+            layout,
+            self.buckets,
+            self._comms,
+            defers=self.consensus.defers,
+            label=self._label,
         )
         self._outer_reducers = OuterReducerCheck(params)
         self.consensus.forget_order()
@@ -207,6 +221,7 @@ class ShardEngine:
             params,
             self.buckets,
             comm,
+            self._comms,
             options,
             self.driver,
             self.masters.storage,
@@ -214,34 +229,18 @@ class ShardEngine:
             label=self._label,
         )
 
-    def _compare_ranks(
-        self, layout: Layout, params: Sequence[Tensor], param_groups: ParamGroups
-    ) -> None:
-        """Compare model and options over the ranks: a mismatch is an error and not a hang."""
-        options: dict[str, list[Any]] = {
-            "options of param group": options_of(param_groups),
-            **self.options.by_name(),
-        }
-        model: dict[str, list[Any]] = {
-            "number of parameters": [len(layout.params)],
-            "parameter": list(layout.params),
-        }
-        compare_ranks(self.comm, {**model, **options})
-        compare_order(self.comm, layout.params, list(map(local_part, params)))
-        # Ranks of other parts hold tensors of other shapes, but train with the same options.
-        compare_ranks(self._model_parallel.comm, options)
-
     def _new_bucket(self, plan: Bucket, param_groups: ParamGroups) -> BucketBuffers:
+        comm = self._rank_sets[plan.ranks].comm
         bucket = BucketBuffers(
             plan,
             [local_part(self.params[slot.param]) for slot in plan.slots],
-            self.comm.shard_index,
+            comm.shard_index,
             self.options,
             amsgrad=param_groups[plan.group]["amsgrad"],
-            is_alone=self.comm.world_size == 1,
-            allocate=self.comm.buffer,
+            is_alone=comm.world_size == 1,
+            allocate=comm.buffer,
         )
-        self.comm.broadcast_(bucket.flat_param)  # masters were made from this rank's own
+        comm.broadcast_(bucket.flat_param)  # masters were made from this rank's own
         bucket.refresh_master()
         return bucket
 
@@ -249,7 +248,8 @@ class ShardEngine:
         """Tell whether the gradients of a bucket count in the norm, on this rank."""
         param = self.params[plan.slots[0].param]  # all others of the bucket are cut like it
         clip: bool = param_groups[plan.group]["clip"]
-        return clip and stands_for_part(param, self._model_parallel.mesh)
+        # With ranks of its own, a part lies on these alone.
+        return clip and (plan.ranks > 0 or stands_for_part(param, self._model_parallel.mesh))
 
     # - One step
 
@@ -283,6 +283,7 @@ class ShardEngine:
         decision = consensus.decide(
             reducer,
             self.buckets,
+            self._rank_sets,
             *known_options_of(param_groups),
             loss_scale,
             gives_up=gives_up,
@@ -301,8 +302,10 @@ class ShardEngine:
         self._clip_values(scales[False])
         # Forward needs first what backward has reached last.
         order = self.update.changed(reversed(reducer.schedule.order), decision.used)
-        is_sharded = self.comm.num_shards > 1
-        self.comm.open_gathers([self.buckets[number].flat_param for number in order])
+        is_sharded = any(comm.num_shards > 1 for comm in self._comms)
+        for ranks in self._rank_sets:
+            own = [number for number in order if self._comms[number] is ranks.comm]
+            ranks.comm.open_gathers([self.buckets[number].flat_param for number in own])
         for number in self.update.run(
             order,
             decision.used,
@@ -312,8 +315,9 @@ class ShardEngine:
             turn_numel=(_TURN if is_sharded else math.inf) if consensus.defers else 0,
             graph=graph,
         ):
-            if is_sharded:
-                gather = start_gather(self.comm, self.buckets[number].flat_param, number)
+            comm = self._comms[number]
+            if comm.num_shards > 1:
+                gather = start_gather(comm, self.buckets[number].flat_param, number)
                 self.read_guard.expect(self._gathered_with[number], gather.wait, gather.has_ended)
         if self.options.overlap:
             self.read_guard.arm()
@@ -415,13 +419,14 @@ class ShardEngine:
             is_own = verdict == Verdict.REPLICAS_DIFFER
             sums = self.consensus.replica_sums.tolist() if is_own else None
             parts = self._model_parallel.comm
-            repair_parts(self.comm, parts, sums, self.buckets, self._copies())
+            repair_parts(self.comm, parts, self._rank_sets, sums, self.buckets, self._copies())
             self._note_written()
             return
         raise_if_apart(
             verdict,
             self.comm,
             self.consensus,
+            self._rank_sets,
             options=lambda: options_of(param_groups),
             label=self._label,
             copies=self._copies,

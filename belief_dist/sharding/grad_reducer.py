@@ -101,7 +101,8 @@ class GradReducer(ABC):
     Args:
         params: All parameters.
         buckets: Whose slots name parameters by their index in `params`.
-        comm: The process group.
+        comm: All ranks, which call `step` together.
+        comms: Of each bucket, the ranks that share it.
         options: Overlap, and in which form gradients travel.
         driver: Knows which backward pass is the last one before a step.
         storage: Looks whether parameters still lie in their buckets.
@@ -109,9 +110,6 @@ class GradReducer(ABC):
         label: Names a parameter in errors.
 
     Attributes:
-        norm_bins: (norm.NUM_WORDS,), int64, after `finish`: the squares of this rank's shards, for
-            buckets that count in the norm.
-        unclipped_norm_bins: The same for all other buckets, if there are any.
         schedule: The order of the reductions.
         is_closed: Whether another reducer has taken the parameters over.
         spoiled: After `finish`, why this step must not be taken on this rank: a sentence about a
@@ -125,6 +123,7 @@ class GradReducer(ABC):
         params: Sequence[Tensor],
         buckets: Sequence[BucketBuffers],
         comm: Collectives,
+        comms: Sequence[Collectives],
         options: EngineOptions,
         driver: Driver,
         storage: ParamStorage,
@@ -136,6 +135,7 @@ class GradReducer(ABC):
         self._params = params
         self._buckets = buckets
         self._comm = comm
+        self._comms = comms
         self._overlap = options.overlap
         self._codec = codec_for(options.reduce_dtype)
         self._in_norm = in_norm
@@ -163,12 +163,13 @@ class GradReducer(ABC):
         self._local_only = False  # its gradients stay on this rank for now
         # - The running round of reductions
         self.schedule = Schedule(len(buckets), len(params))
-        self._stream = ReduceStream(buckets[0].flat_param.device, comm)
-        self._pool = BufferPool(
-            _RECYCLED, max(map(self._message_nbytes, buckets), default=0), comm.buffer
-        )
-        self.norm_bins = torch.zeros(0)
-        self.unclipped_norm_bins: Tensor | None = None
+        self._stream = ReduceStream(buckets[0].flat_param.device, comm.world_size)
+        # Of every set of ranks, whose memory only they share.
+        sizes: dict[Collectives, int] = {}
+        for each, buffers in zip(comms, buckets, strict=True):
+            sizes[each] = max(sizes.get(each, 0), self._message_nbytes(buffers))
+        self._pools = {each: BufferPool(_RECYCLED, n, each.buffer) for each, n in sizes.items()}
+        self._bins: dict[tuple[Collectives, bool], Tensor] = {}
         # An optimizer of an earlier phase, or of a cell that was run before, may still be alive.
         for earlier in {id(each): each for p in params for each in _reducers_of(p)}.values():
             earlier.close()
@@ -191,7 +192,7 @@ class GradReducer(ABC):
 
     def nbytes(self) -> int:
         """Return the bytes of recycled buffers."""
-        return self._pool.nbytes()
+        return sum(pool.nbytes() for pool in self._pools.values())
 
     # - Backward
 
@@ -285,46 +286,63 @@ class GradReducer(ABC):
 
     def _clear_bins(self) -> None:
         device = self._buckets[0].param_shard.device
-        self.norm_bins = torch.zeros(NUM_WORDS, dtype=torch.int64, device=device)
-        if not all(self._in_norm):
-            self.unclipped_norm_bins = torch.zeros_like(self.norm_bins)
+        # Apart for each set of ranks, whose sums may be taken at the same time.
+        kinds = {(self._comm, True), *zip(self._comms, self._in_norm, strict=True)}
+        self._bins = {
+            kind: torch.zeros(NUM_WORDS, dtype=torch.int64, device=device) for kind in kinds
+        }
 
     def _bins_of(self, bucket: int) -> Tensor:
-        if self._in_norm[bucket]:
-            return self.norm_bins
-        assert self.unclipped_norm_bins is not None
-        return self.unclipped_norm_bins
+        return self._bins[self._comms[bucket], self._in_norm[bucket]]
+
+    @property
+    def norm_bins(self) -> Tensor:
+        """The squares of this rank's shards, of buckets that count in the norm, after `finish`."""
+        total, *more = (bins for (_, in_norm), bins in self._bins.items() if in_norm)
+        return sum(more, total) if more else total
+
+    @property
+    def unclipped_norm_bins(self) -> Tensor | None:
+        """The same of all other buckets, if there are any."""
+        found = [bins for (_, in_norm), bins in self._bins.items() if not in_norm]
+        return sum(found[1:], found[0]) if found else None
+
+    def _drain(self) -> None:
+        """Wait for all reductions that have begun."""
+        for pool in self._pools.values():
+            pool.drain()
 
     def _forget_sums(self, indices: Sequence[int]) -> None:
         """Take the gradients of some parameters out of the sums, and out of their squares."""
-        self._pool.drain()
+        self._drain()
         for index in indices:
             bucket, position = self._param_slot[index]
             self._buckets[bucket].own_grad(position).zero_()
         self._clear_bins()
-        replica = self._comm.rank // self._comm.num_shards
         for bucket, buffers in enumerate(self._buckets):
+            comm = self._comms[bucket]
             # Of ranks that keep the same shard, each counts its part.
-            counted = buffers.grad_shard.view(self._comm.num_replicas, -1)[replica]
+            counted = buffers.grad_shard.view(comm.num_replicas, -1)[comm.rank // comm.num_shards]
             squared_norm_bins_(self._bins_of(bucket), counted)
 
     def _send(self, bucket: int, flat: Tensor, *, accumulate: bool, recycled: bool) -> None:
         """Start to sum `flat` over the ranks; it goes back to the pool if it is `recycled`."""
         message, buffers, codec = flat, self._buckets[bucket], self._codec
+        comm, pool = self._comms[bucket], self._pools[self._comms[bucket]]
         wire_dtype = codec.wire_dtype(flat.dtype)
         if wire_dtype != flat.dtype:
-            message = self._pool.take(codec.wire_numel(flat.numel()), wire_dtype, flat.device)
+            message = pool.take(codec.wire_numel(flat.numel()), wire_dtype, flat.device)
             codec.encode_(message, flat, buffers.wire_error, self._idle_errors(bucket))
             if recycled:
-                self._pool.give_back(flat)
+                pool.give_back(flat)
             recycled = True
         bins = self._bins_of(bucket)
         addends = self._num_addends()
         request = ReduceRequest(message, buffers.grad_shard, bins, codec, accumulate, addends)
         what = f"summing the gradients of bucket {bucket}"
-        with naming(self._comm, what):  # it may wait for an earlier one
-            handle = self._stream.start(request)
-        self._pool.lend(Named(handle, self._comm, what), message if recycled else None)
+        with naming(comm, what):  # it may wait for an earlier one
+            handle = self._stream.start(comm, request)
+        pool.lend(Named(handle, comm, what), message if recycled else None)
 
     def _num_addends(self) -> int | None:
         """Return how many ranks, the first ones, add to the running round; None if all do."""

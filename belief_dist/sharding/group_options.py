@@ -19,19 +19,20 @@ def options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
     return [{key: _plain(group[key]) for key in _KEYS} for group in param_groups]
 
 
-def take_clip(param_group: Any) -> tuple[Any, bool]:
-    """Return a param group without its option "clip", and this option.
+def take_own(param_group: Any) -> tuple[Any, bool, Any]:
+    """Return a param group without what this optimizer alone knows: "clip" and "process_group".
 
     Raises:
-        TypeError: It is neither True nor False.
+        TypeError: clip is neither True nor False.
     """
-    clip = True
+    clip, ranks = True, None
     if isinstance(param_group, Mapping):
         param_group = dict(param_group)
         clip = param_group.pop("clip", True)
+        ranks = param_group.pop("process_group", None)
     if not isinstance(clip, bool):
         raise TypeError(f"clip of a param group must be True or False, got {shown(clip)}.")
-    return param_group, clip
+    return param_group, clip, ranks
 
 
 def known_options_of(param_groups: ParamGroups) -> tuple[list[dict[str, Any]], list[Tensor]]:

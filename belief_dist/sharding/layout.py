@@ -5,6 +5,9 @@ one dtype and one kind, of any param groups, in reverse registration order, beca
 produces gradients roughly in that order. Rank r owns piece r of every bucket, its *shard*: elements
 ``[r * shard_numel, (r + 1) * shard_numel)``, wherever parameters happen to begin or end.
 
+Parameters may have ranks of their own, as experts do that only some ranks hold; their buckets are
+cut into as many pieces as there are of these.
+
 Two alignments hold: every parameter starts at a multiple of 16 bytes inside its bucket, and every
 shard is a multiple of 128 bytes (times the number of ranks that keep a copy of it), or of larger
 blocks. What this adds is *padding*; it holds zeros and belongs to no parameter.
@@ -17,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 PARAM_ALIGN_BYTES = 16
@@ -34,11 +37,17 @@ class ParamSpec:
     itemsize: int  # bytes per element
     group: int  # index of its param group
     kind: str = ""  # parameters of different kinds never share a bucket
+    ranks: int = field(default=0, repr=False)  # 0 of the optimizer, else number of its own
 
     @property
     def numel(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    @property
+    def unnamed(self) -> ParamSpec:
+        """The same without a name."""
+        return replace(self, name="")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +67,9 @@ class Bucket:
     dtype: str
     itemsize: int
     slots: tuple[Slot, ...]
-    numel: int  # with padding: num_shards * shard_numel
+    numel: int  # with padding: shard_numel times the number of shards
     shard_numel: int
+    ranks: int = field(default=0, repr=False)  # that of its parameters
 
     def shard_range(self, shard_index: int) -> tuple[int, int]:
         """Return [start, stop) of a shard."""
@@ -83,7 +93,7 @@ class Layout:
 
     params: tuple[ParamSpec, ...]
     buckets: tuple[Bucket, ...]
-    num_shards: int
+    num_shards: int  # of parameters without ranks of their own
 
     @cached_property
     def _places(self) -> dict[int, tuple[int, Slot]]:
@@ -111,24 +121,42 @@ class Layout:
 
     def fingerprint(self) -> str:
         """Return a hash that is equal exactly where the layouts are."""
-        return hashlib.sha256(
-            repr((self.params, self.buckets, self.num_shards)).encode()
-        ).hexdigest()
+        facts: list[object] = [self.params, self.buckets, self.num_shards]
+        if any(bucket.ranks for bucket in self.buckets):
+            facts.append([bucket.ranks for bucket in self.buckets])
+        return hashlib.sha256(repr(tuple(facts)).encode()).hexdigest()
 
 
 def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _close(
-    spec: ParamSpec, slots: Sequence[Slot], num_shards: int, num_replicas: int, block: int
-) -> Bucket:
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """Over which ranks buckets are cut.
+
+    Attributes:
+        num_shards: Number of pieces into which each bucket is cut, >= 1.
+        num_replicas: Number of ranks that keep the same shard, >= 1; every shard divides by it.
+    """
+
+    num_shards: int
+    num_replicas: int = 1
+
+
+def _close(spec: ParamSpec, slots: Sequence[Slot], sharding: Sharding, block: int) -> Bucket:
     """Make a bucket of `slots`, whose parameters are all like `spec`."""
     used = max(slot.stop for slot in slots)
-    multiple = num_replicas * max(SHARD_ALIGN_BYTES // spec.itemsize, block)
-    shard_numel = _round_up(-(-used // num_shards), multiple)
+    multiple = sharding.num_replicas * max(SHARD_ALIGN_BYTES // spec.itemsize, block)
+    shard_numel = _round_up(-(-used // sharding.num_shards), multiple)
     return Bucket(
-        spec.group, spec.dtype, spec.itemsize, tuple(slots), shard_numel * num_shards, shard_numel
+        spec.group,
+        spec.dtype,
+        spec.itemsize,
+        tuple(slots),
+        shard_numel * sharding.num_shards,
+        shard_numel,
+        spec.ranks,
     )
 
 
@@ -139,6 +167,7 @@ def plan_layout(
     *,
     num_replicas: int = 1,
     block: int = 1,
+    own: Sequence[Sharding] = (),
 ) -> Layout:
     """Cut `params` into buckets of about `bucket_bytes`.
 
@@ -148,11 +177,12 @@ def plan_layout(
 
     Args:
         params: In registration order.
-        num_shards: Number of pieces into which each bucket is cut, >= 1.
+        num_shards: See `Sharding`; of parameters without ranks of their own.
         bucket_bytes: Size of a bucket in bytes of its own dtype, >= 1.
-        num_replicas: Number of ranks that keep the same shard, >= 1; every shard divides by it.
+        num_replicas: Likewise.
         block: Elements, a power of two, of which every parameter's start and every shard is a
             multiple.
+        own: The same of parameters whose `ranks` is 1, 2 and so on.
 
     Raises:
         ValueError: `num_shards` or `bucket_bytes` is less than 1.
@@ -161,22 +191,25 @@ def plan_layout(
         raise ValueError(f"num_shards must be >= 1, got {num_shards}.")
     if bucket_bytes < 1:
         raise ValueError(f"bucket_bytes must be >= 1, got {bucket_bytes}.")
-    open_slots: dict[tuple[str, int, str], list[Slot]] = {}
+    shardings = [Sharding(num_shards, num_replicas), *own]
+    open_slots: dict[tuple[str, int, str, int], list[Slot]] = {}
     # With several kinds or dtypes, buckets are ordered by their parameter that backward reaches
     # last, which is the one with the smallest index.
     closed: list[Bucket] = []
     for index in range(len(params) - 1, -1, -1):
         spec = params[index]
-        key = (spec.dtype, spec.itemsize, spec.kind)
+        key = (spec.dtype, spec.itemsize, spec.kind, spec.ranks)
         slots = open_slots.setdefault(key, [])
         align = max(PARAM_ALIGN_BYTES // spec.itemsize, block)
         start = _round_up(slots[-1].stop if slots else 0, align)
         if slots and (start + spec.numel) * spec.itemsize > bucket_bytes:
-            closed.append(_close(params[slots[0].param], slots, num_shards, num_replicas, block))
+            last = params[slots[0].param]
+            closed.append(_close(last, slots, shardings[spec.ranks], block))
             slots.clear()
             start = 0
         slots.append(Slot(index, start, start + spec.numel))
     for slots in open_slots.values():
-        closed.append(_close(params[slots[0].param], slots, num_shards, num_replicas, block))
+        last = params[slots[0].param]
+        closed.append(_close(last, slots, shardings[last.ranks], block))
     closed.sort(key=lambda bucket: -min(slot.param for slot in bucket.slots))
     return Layout(tuple(params), tuple(closed), num_shards)

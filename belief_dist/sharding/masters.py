@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.bucket import BucketBuffers, own_fragment
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.data_edits import DataEdits
 from belief_dist.sharding.layout import Layout
@@ -25,7 +25,7 @@ class Masters:
         params: Sequence[Tensor],
         layout: Layout,
         buckets: Sequence[BucketBuffers],
-        comm: Collectives,
+        comms: Sequence[Collectives],
         *,
         defers: bool,
         label: Callable[[int], str],
@@ -36,15 +36,15 @@ class Masters:
             params: All parameters.
             layout: Theirs.
             buckets: Theirs.
-            comm: The ranks that share the masters.
+            comms: The ranks that share the masters of each bucket.
             defers: The host must not wait for the device.
             label: Names a parameter.
         """
         self._params = params
         self._layout = layout
         self._buckets = buckets
-        self._comm = comm
-        self.storage = ParamStorage(params, layout, buckets, comm.shard_index, label)
+        self._comms = comms
+        self.storage = ParamStorage(params, layout, buckets, label)
         self._data_edits = DataEdits(buckets, defers=defers)
         self.note()
 
@@ -69,7 +69,7 @@ class Masters:
         pairs = enumerate(zip(self._versions, versions, strict=True))
         changed = [] if versions == self._versions else [i for i, (a, b) in pairs if a != b]
         for index in changed:
-            part = self._layout.fragment(index, self._comm.shard_index)
+            part = own_fragment(self._layout, self._buckets, index)
             self._buckets[part.bucket].refresh_master(part.in_shard, part.in_shard + part.numel)
         self._versions = versions
         return self._data_edits.take_over(known=moved or bool(changed))
@@ -81,12 +81,12 @@ class Masters:
 
     def send(self) -> None:
         """Make all parameters those of the masters; called by all ranks."""
-        for bucket in self._buckets:
+        for bucket, comm in zip(self._buckets, self._comms, strict=True):
             if bucket.low_param is not None and bucket.remainder is None:
                 bucket.low_param.copy_(bucket.master)
             bucket.send_back()
-            if self._comm.num_shards > 1:
-                self._comm.start_gather(bucket.flat_param).wait()
+            if comm.num_shards > 1:
+                comm.start_gather(bucket.flat_param).wait()
 
     def keep_loaded(self) -> None:
         """Take masters that were written into the states for those of the parameters."""

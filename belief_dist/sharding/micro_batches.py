@@ -63,7 +63,7 @@ class MicroBatchReducer(Zero2Reducer):
 
     def _begin_step(self) -> None:
         """Forget the sums of the last step, taken or failed: they are no part of the next one."""
-        self._pool.drain()
+        self._drain()
         self._find_dropped()
         self._forget_count()
         self._rounds = 0
@@ -129,7 +129,7 @@ class MicroBatchReducer(Zero2Reducer):
         self._is_finished = True
         if not is_interrupted:
             self._forget_dropped()
-        self._pool.drain()
+        self._drain()
 
     def _miscounted(self) -> str:
         ranks = self._comm.world_size

@@ -31,29 +31,46 @@ def modules_around(params: Sequence[Tensor]) -> list[nn.Module]:
     return [module for _, _, module in holders]
 
 
-def find_buffers(params: Sequence[Tensor]) -> list[Tensor]:
+def find_buffers(params: Sequence[Tensor], shared: Sequence[Tensor] | None = None) -> list[Tensor]:
     """Return the buffers of the modules around `params`, in an order that the model fixes.
 
     Buffers that are not plain dense tensors are left out.
+
+    Args:
+        params: Parameters.
+        shared: Those that all ranks share; None if they share all. Buffers of modules that hold
+            another one, such as an expert, are left out.
     """
     found: dict[int, Tensor] = {}
+    apart = set(map(id, params)) - set(map(id, params if shared is None else shared))
     for module in modules_around(params):  # modules inside others add nothing new
+        skipped: set[int] = set()
+        for inside in module.modules() if apart else ():
+            if any(id(param) in apart for param in inside._parameters.values()):
+                skipped.update(map(id, inside.buffers()))
         for buffer in module.buffers():
+            if id(buffer) in skipped:
+                continue
             if type(buffer) is Tensor and buffer.layout == torch.strided and not buffer.is_meta:
                 found.setdefault(id(buffer), buffer)
     return list(found.values())
 
 
 @torch.no_grad()
-def spread_buffers(comm: Collectives, params: Sequence[Tensor]) -> None:
+def spread_buffers(comm: Collectives, params: Sequence[Tensor], shared: Sequence[Tensor]) -> None:
     """Copy the first rank's buffers to all ranks; called by all ranks.
+
+    Args:
+        comm: The ranks.
+        params: All parameters.
+        shared: As for `find_buffers`.
 
     Raises:
         ValueError: On all ranks: they have other buffers.
     """
     if comm.world_size == 1:
         return
-    buffers = find_buffers(params)
+    buffers = find_buffers(params, shared)
     kinds = [(tuple(each.shape), str(each.dtype)) for each in buffers]
     everyone = comm.exchange(kinds)
     for rank, theirs in enumerate(everyone):

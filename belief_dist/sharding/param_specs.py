@@ -12,12 +12,15 @@ from belief_dist.sharding.layout import ParamSpec
 
 
 def param_specs(
-    param_groups: Sequence[Mapping[str, Any]], known: Sequence[ParamSpec]
+    param_groups: Sequence[Mapping[str, Any]],
+    ranks_of_group: Sequence[int],
+    known: Sequence[ParamSpec],
 ) -> list[ParamSpec]:
     """Describe the parameters of all groups, in their order.
 
     Args:
         param_groups: Of the optimizer.
+        ranks_of_group: Of each group, which ranks share it: see `ParamSpec.ranks`.
         known: Descriptions of the first parameters, which are laid out already. They stay, although
             such a parameter may have been unfrozen since.
     """
@@ -36,18 +39,20 @@ def param_specs(
                     dtype=str(param.dtype).removeprefix("torch."),
                     itemsize=param.element_size(),
                     group=number,
-                    kind=_kind(group, param, len(known)),
+                    kind=_kind(group, param, ranks_of_group[number], len(known)),
+                    ranks=ranks_of_group[number],
                 )
             )
     return specs
 
 
-def _kind(group: Mapping[str, Any], param: Tensor, num_known: int) -> str:
+def _kind(group: Mapping[str, Any], param: Tensor, ranks: int, num_known: int) -> str:
     """Return what sets a parameter's bucket apart: all in which its parameters must be alike."""
     marks = {
         "frozen": not param.requires_grad,
         "amsgrad": group["amsgrad"],
         "unclipped": not group["clip"],
+        f"ranks {ranks}": ranks > 0,
         f"after {num_known}": num_known > 0,  # buckets that exist stay as they are
     }
     return describe(param) + " ".join(mark for mark, holds in marks.items() if holds)

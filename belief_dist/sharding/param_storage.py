@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.bucket import BucketBuffers, own_fragment
 from belief_dist.sharding.dtensor import local_part
 from belief_dist.sharding.layout import Layout
 
@@ -27,14 +27,12 @@ class ParamStorage:
         params: Sequence[Tensor],
         layout: Layout,
         buckets: Sequence[BucketBuffers],
-        shard_index: int,
         label: Callable[[int], str],
     ) -> None:
         """Remember where the parameters lie now: in their buckets."""
         self._local = [local_part(param) for param in params]
         self._layout = layout
         self._buckets = buckets
-        self._shard_index = shard_index
         self._label = label
         self._addresses = list(map(Tensor.data_ptr, self._local))
 
@@ -69,7 +67,7 @@ class ParamStorage:
             )
         place.copy_(param.detach())
         param.data = place
-        part = self._layout.fragment(index, self._shard_index)
+        part = own_fragment(self._layout, self._buckets, index)
         buffers.refresh_master(part.in_shard, part.in_shard + part.numel)
         if buffers.flat_grad is not None:
             # Modules convert gradients with their parameters, in the same way.

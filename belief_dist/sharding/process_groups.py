@@ -8,9 +8,10 @@ of their own.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +28,14 @@ from belief_dist.sharding.collectives import (
     Collectives,
     SingleRank,
 )
-from belief_dist.sharding.dtensor import find_mesh
+from belief_dist.sharding.dtensor import check_own_parts, find_mesh
 from belief_dist.sharding.hsdp import HybridShard
 from belief_dist.sharding.point_to_point import PointToPoint
 from belief_dist.sharding.rank_checks import raise_together
 from belief_dist.sharding.shared_memory import SharedMemory
+
+# Global ranks: those of a row share shards, and each row holds a copy of all.
+_Rows = tuple[tuple[int, ...], ...]
 
 
 def connect(
@@ -55,12 +59,7 @@ def connect(
         ValueError: This process is not among them, or the mesh has more dimensions.
         RuntimeError: torch.distributed is needed, but not initialized.
     """
-    if not (ranks is None or isinstance(ranks, (dist.ProcessGroup, DeviceMesh))):
-        raise TypeError(
-            f"process_group must be a ProcessGroup, a DeviceMesh or None, got a "
-            f"{type(ranks).__name__}; "
-            f"torch.distributed.new_group(ranks) makes one."
-        )
+    _check_type(ranks)
     if not (dist.is_available() and dist.is_initialized()):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks is not None or launched > 1:
@@ -70,7 +69,7 @@ def connect(
             )
         return SingleRank()
     rows = _rows(ranks)
-    everyone = [rank for row in rows for rank in row]
+    everyone = list(chain(*rows))
     if dist.get_rank() not in everyone:
         raise ValueError(
             f"rank {dist.get_rank()} is not in process_group, whose ranks are {everyone}."
@@ -109,6 +108,20 @@ def connect(
         )
 
 
+def _check_type(ranks: Any) -> None:
+    if ranks is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the process_group that it passes, which "
+            f"torch.distributed.new_group has made for others; each rank passes one that it is in."
+        )
+    if not (ranks is None or isinstance(ranks, (dist.ProcessGroup, DeviceMesh))):
+        raise TypeError(
+            f"process_group must be a ProcessGroup, a DeviceMesh or None, got a "
+            f"{type(ranks).__name__}; "
+            f"torch.distributed.new_group(ranks) makes one."
+        )
+
+
 def _may_share(options: EngineOptions, device: torch.device) -> bool:
     return options.shared_memory and options.reduction == "ordered" and device.type == "cpu"
 
@@ -124,16 +137,110 @@ def _meet(group: dist.ProcessGroup, may_share: bool) -> Team | None:
     return meet(dist.get_rank(group), exchange, may_share=may_share)
 
 
+class OwnRanks:
+    """The ranks of param groups that not all ranks of the optimizer share.
+
+    Attributes:
+        comms: Of each set of ranks.
+        of_group: Of each param group, 0 if all ranks share it, else 1 + the position in `comms`.
+    """
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self.comms: list[Collectives] = []
+        self.of_group: list[int] = []
+        self._numbers: dict[_Rows, int] = {}
+
+    def connect(
+        self,
+        wanted: Sequence[dist.ProcessGroup | DeviceMesh | None],
+        params: Sequence[Sequence[Tensor]],
+        comm: Collectives,
+        options: EngineOptions,
+        device: torch.device,
+        timeout: timedelta | None,
+        *,
+        may_reach_out: bool,
+    ) -> None:
+        """Connect what further param groups want; called by all ranks of the optimizer.
+
+        Args:
+            wanted: Of every param group, its process group, or None for all ranks.
+            params: Of every param group.
+            comm: All ranks.
+            options: As for `connect`.
+            device: As for `connect`.
+            timeout: As for `connect`.
+            may_reach_out: Ranks that hold other parts of the model may be among them.
+
+        Raises:
+            TypeError: As `connect`.
+            ValueError: On all ranks: some rank is not among its own, or sets of ranks overlap or
+                differ in size. Nothing has changed then.
+        """
+        problem: Exception | None = None
+        begin = len(self.of_group)
+        mine: list[_Rows | None] = []
+        try:
+            for group, members in zip(wanted[begin:], params[begin:], strict=True):
+                mine.append(None if group is None else _own_rows(group))
+                if mine[-1] is not None:
+                    check_own_parts(members, set(chain(*mine[-1])), comm.members)
+            if options.micro_batches is not None and any(mine):
+                raise ValueError(
+                    "micro_batches does not go together with param groups that have a "
+                    "process_group of their own: which samples reach an expert in one backward "
+                    "pass depends on where it is, and so would the result."
+                )
+        except (TypeError, ValueError) as error:
+            problem = error
+        raise_together(comm, problem)
+        everyone = comm.exchange(mine)
+        for rank, theirs in enumerate(everyone):
+            if [rows is None for rows in theirs] != [rows is None for rows in everyone[0]]:
+                raise ValueError(
+                    f"ranks disagree about which param groups have a process_group of their own: "
+                    f"rank {rank} and the first one of process_group."
+                )
+        for number, rows in enumerate(mine):
+            found = {theirs[number] for theirs in everyone}
+            if rows is not None and not _fit(found, None if may_reach_out else comm.members):
+                raise ValueError(
+                    f"the ranks {comm.members} pass sets {sorted(found)} as the process_group of "
+                    f"param group {begin + number}: these must be equally large, and "
+                    f"have each of the ranks once, as mesh['expert_dp'] does of a mesh "
+                    f"('expert_dp', 'expert')."
+                )
+            reaches_out = any(not set(chain(*rows)) <= set(comm.members) for rows in found if rows)
+            if rows is not None and reaches_out and (options.overlap or options.stage == 2):
+                raise ValueError(
+                    f"process_group of param group {begin + number} has ranks of other stages, "
+                    f"whose backward passes wait for this one's: with such a group, pass "
+                    f"overlap=False and stage=1, which sum gradients in step()."
+                )
+        for rows, group in zip(mine, wanted[begin:], strict=True):
+            if rows is not None and rows not in self._numbers:
+                self.comms.append(connect(group, options, device, timeout))
+                self._numbers[rows] = len(self.comms)
+            self.of_group.append(0 if rows is None else self._numbers[rows])
+
+    def forget(self, first: int) -> None:
+        """Forget the param groups from `first` on; their ranks stay connected."""
+        del self.of_group[first:]
+
+
 class ModelParallel(NamedTuple):
-    """The ranks that hold other parts of a tensor-parallel model.
+    """The ranks that hold other parts of a model: tensor-parallel parts, or stages of a pipeline.
 
     Attributes:
         mesh: Over which parameters are cut; None if none is.
-        comm: Its ranks, one for each part.
+        comm: The ranks, one for each part.
+        have_same_groups: Every part has the same param groups, with other shapes.
     """
 
     mesh: DeviceMesh | None
     comm: Collectives
+    have_same_groups: bool = True
 
 
 def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedelta:
@@ -154,38 +261,73 @@ def timeout_of(group: dist.ProcessGroup | None, device: torch.device) -> timedel
 def connect_model_parallel(
     params: Sequence[Tensor] | None,
     comm: Collectives,
+    group: dist.ProcessGroup | DeviceMesh | None,
+    device: torch.device,
     timeout: timedelta | None,
     problem: Exception | None,
 ) -> ModelParallel:
-    """Connect all ranks of the mesh over which parameters are cut; called by all of them.
+    """Connect all ranks that hold other parts of the model; called by all of them.
 
     Args:
-        params: The parameters; None where there is a problem.
+        params: The parameters that all ranks of `comm` share; None where there is a problem.
         comm: From `connect`.
+        group: The ranks that hold other parts; None for those over which parameters are cut.
+        device: As for `connect`.
         timeout: After which a missing rank becomes an error.
         problem: What this rank alone has found wrong so far, which is raised now.
 
     Raises:
         Exception: `problem`.
-        ValueError: Parameters lie on different meshes, or another rank has a problem.
+        ValueError: Parameters lie on different meshes, or are cut over others than `group`, or
+            another rank has a problem.
     """
     mesh = None
     if params is not None:
         try:
+            _check_type(group)
             mesh = find_mesh(params, comm.members)
-        except ValueError as error:
-            problem = error
+            _check_parts(group, mesh, comm.members)
+        except (TypeError, ValueError) as error:
+            problem, group = error, None
     found = ModelParallel(mesh, SingleRank())
-    members = [] if mesh is None else mesh.mesh.flatten().tolist()
-    if mesh is not None and len(members) > 1:
-        with _in_equally_many_groups(_groups_of(mesh)):
-            row = mesh.get_group(0)
-            timeout = timeout or timeout_of(row, torch.device(mesh.device_type)) / 2
-            group = _new_group(members, str(dist.get_backend(row)), timeout)
-            found = ModelParallel(mesh, BackendReduceScatter(group))
+    parts = group if group is not None else mesh
+    members = [] if parts is None else _members(parts)
+    if parts is not None and len(members) > 1:
+        with _in_equally_many_groups(_groups_of(parts)):
+            row = parts.get_group(0) if isinstance(parts, DeviceMesh) else parts
+            timeout = timeout or timeout_of(row, device) / 2
+            own = _new_group(members, str(dist.get_backend(row)), timeout)
+            found = ModelParallel(mesh, BackendReduceScatter(own), group is None)
     raise_together(comm, problem)
     raise_together(found.comm, problem)
     return found
+
+
+def _check_parts(
+    group: dist.ProcessGroup | DeviceMesh | None, mesh: DeviceMesh | None, shared: Sequence[int]
+) -> None:
+    if group is None:
+        return
+    members = set(_members(group))
+    if dist.get_rank() not in members or len(members & set(shared)) > 1:
+        raise ValueError(
+            f"model_parallel_group has the ranks {sorted(members)}: it must have rank "
+            f"{dist.get_rank()}, and no other of process_group, which are {list(shared)}, as those "
+            f"hold the same part of the model."
+        )
+    cut = set() if mesh is None else set(_members(mesh))
+    if not cut <= members:
+        raise ValueError(
+            f"parameters are cut over the ranks {sorted(cut)}, and model_parallel_group has only "
+            f"{sorted(members)}: it must have all parts of the model."
+        )
+
+
+def _members(ranks: dist.ProcessGroup | DeviceMesh) -> list[int]:
+    if isinstance(ranks, DeviceMesh):
+        found: list[int] = ranks.mesh.flatten().tolist()
+        return found
+    return dist.get_process_group_ranks(ranks)
 
 
 def _groups_of(
@@ -226,6 +368,25 @@ def _new_group(members: Sequence[int], backend: str, timeout: timedelta) -> dist
         list(members), timeout=timeout, backend=backend, use_local_synchronization=True
     )
     return group
+
+
+def _fit(found: Collection[Any], everyone: Sequence[int] | None) -> bool:
+    """Return whether sets of ranks are equally large and disjoint, and are `everyone` together."""
+    ranks = [rank for rows in found for rank in chain(*rows)]
+    shapes = {(len(rows), len(rows[0])) for rows in found}
+    is_whole = everyone is None or sorted(ranks) == sorted(everyone)
+    return len(shapes) == 1 and len(ranks) == len(set(ranks)) and is_whole
+
+
+def _own_rows(ranks: Any) -> _Rows:
+    _check_type(ranks)
+    rows = tuple(map(tuple, _rows(ranks)))
+    if dist.get_rank() not in chain(*rows):
+        raise ValueError(
+            f"rank {dist.get_rank()} is not in the process_group of a param group, which is "
+            f"{list(map(list, rows))}; each rank passes one that it is in."
+        )
+    return rows
 
 
 def _rows(ranks: dist.ProcessGroup | DeviceMesh | None) -> list[list[int]]:

@@ -70,7 +70,12 @@ def compare_ranks(comm: Collectives, mine: dict[str, list[Any]]) -> None:
     raise ValueError("ranks disagree about how many param groups there are.")
 
 
-def compare_order(comm: Collectives, specs: Sequence[ParamSpec], params: Sequence[Tensor]) -> None:
+def compare_order(
+    comm: Collectives,
+    specs: Sequence[ParamSpec],
+    params: Sequence[Tensor],
+    compared: Sequence[int],
+) -> None:
     """Check that parameters without names come in one order; called by all ranks.
 
     Names and shapes have been compared. Where neither tells parameters apart, their values may:
@@ -80,6 +85,7 @@ def compare_order(comm: Collectives, specs: Sequence[ParamSpec], params: Sequenc
         comm: The process group.
         specs: Descriptions of all parameters.
         params: What this rank stores of each, before it gets the first rank's values.
+        compared: Which of them these ranks share.
 
     Raises:
         ValueError: On all ranks: one has the values of the first rank in another order.
@@ -87,7 +93,8 @@ def compare_order(comm: Collectives, specs: Sequence[ParamSpec], params: Sequenc
     if comm.world_size == 1:
         return
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, spec in enumerate(specs):
+    for index in compared:
+        spec = specs[index]
         if spec.name == str(index):
             alike.setdefault((spec.shape, spec.dtype, spec.group, spec.kind), []).append(index)
     doubtful = [each for each in alike.values() if len(each) > 1]
@@ -109,8 +116,18 @@ def compare_order(comm: Collectives, specs: Sequence[ParamSpec], params: Sequenc
                 )
 
 
+def are_apart(comm: Collectives, sums: Mapping[int, int]) -> bool:
+    """Return whether ranks have other checksums of their copies; called by all ranks.
+
+    Args:
+        comm: The ranks.
+        sums: Of each bucket, by its number.
+    """
+    return len({tuple(each.values()) for each in comm.exchange(sums)}) > 1
+
+
 def replica_fault(
-    comm: Collectives, sums: list[int], buckets: Sequence[Mapping[str, Tensor]]
+    comm: Collectives, sums: Mapping[int, int], buckets: Sequence[Mapping[str, Tensor]]
 ) -> str:
     """Return a sentence that tells which ranks' copies of which parameter differ.
 
@@ -118,10 +135,11 @@ def replica_fault(
 
     Args:
         comm: The process group.
-        sums: One checksum for each bucket.
-        buckets: Parameters by their label.
+        sums: One checksum for each bucket, by its number.
+        buckets: Parameters by their label, of all buckets.
     """
-    bucket, odd = _first_difference(comm.exchange(sums))
+    position, odd = _first_difference([list(each.values()) for each in comm.exchange(sums)])
+    bucket = list(sums)[position]
     where = f"of one of the parameters {', '.join(buckets[bucket])}"
     params = digests(list(buckets[bucket].values()))
     everyone = comm.exchange(params)

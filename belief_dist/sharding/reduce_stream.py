@@ -22,20 +22,19 @@ from belief_dist.sharding.collectives import Collectives, ReduceRequest
 class ReduceStream:
     """Starts reductions, on CUDA on a stream of its own."""
 
-    def __init__(self, device: torch.device, comm: Collectives) -> None:
+    def __init__(self, device: torch.device, world_size: int) -> None:
         """Serve `device`; a single rank waits for nobody, and needs no other stream."""
-        self._comm = comm
         self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda" and comm.world_size > 1:
+        if device.type == "cuda" and world_size > 1:
             self._stream = torch.cuda.Stream(device)
 
-    def start(self, request: ReduceRequest) -> Handle:
+    def start(self, comm: Collectives, request: ReduceRequest) -> Handle:
         """Start a reduction of what the current stream has written so far."""
         if self._stream is None:
-            return self._comm.start_reduce(request)
+            return comm.start_reduce(request)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
-            return _OnStream(self._comm.start_reduce(request), self._stream)
+            return _OnStream(comm.start_reduce(request), self._stream)
 
 
 class _OnStream:

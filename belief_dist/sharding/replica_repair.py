@@ -11,7 +11,8 @@ from torch import Tensor
 
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives
-from belief_dist.sharding.rank_checks import digests, replica_fault
+from belief_dist.sharding.rank_checks import are_apart, digests, replica_fault
+from belief_dist.sharding.rank_sets import RankSet
 from belief_dist.sharding.step_consensus import Verdict
 
 logger = logging.getLogger("belief_dist")
@@ -23,7 +24,8 @@ REPAIRED = (Verdict.REPLICAS_DIFFER, Verdict.PEER_REPAIRS)
 def repair_parts(
     comm: Collectives,
     parts: Collectives,
-    sums: list[int] | None,
+    rank_sets: Sequence[RankSet],
+    sums: Sequence[int] | None,
     buckets: Sequence[BucketBuffers],
     copies: Sequence[Mapping[str, Tensor]],
 ) -> None:
@@ -32,34 +34,40 @@ def repair_parts(
     Args:
         comm: The ranks of this part.
         parts: The ranks that hold other parts.
-        sums: As for `repair_replicas`; None if this part's copies are equal.
-        buckets: Likewise.
-        copies: Likewise.
+        rank_sets: As for `StepConsensus.decide`.
+        sums: One checksum for each bucket, as this rank has sent them; None if this part's copies
+            are equal.
+        buckets: Of the optimizer.
+        copies: The parameters of each bucket by their label.
 
     Raises:
         RuntimeError: On all ranks: some part could not be repaired.
     """
     problem: RuntimeError | None = None
-    if sums is not None:
+    for ranks in rank_sets if sums is not None else ():
+        assert sums is not None
+        mine = {number: sums[number] for number in ranks.buckets}
+        if not ranks.is_all and not are_apart(ranks.comm, mine):
+            continue
         try:
-            repaired = repair_replicas(comm, sums, buckets, copies)
+            repaired = repair_replicas(ranks.comm, mine, buckets, copies)
             logger.warning("copies of parameters differed between ranks, and were %s", repaired)
         except RuntimeError as error:
-            problem = error
-    failed = parts.exchange(problem is not None)
+            problem = problem or error
+    failed = parts.exchange(any(comm.exchange(problem is not None)))
     if problem is not None:
         raise problem
     if any(failed):
         raise RuntimeError(
-            "ranks that hold another part of the tensor-parallel model could not make their "
-            "copies equal again, see their error. Nothing was updated."
+            "ranks that hold another part of the model could not make their copies equal again, "
+            "see their error. Nothing was updated."
         )
 
 
 @torch.no_grad()
 def repair_replicas(
     comm: Collectives,
-    sums: list[int],
+    sums: Mapping[int, int],
     buckets: Sequence[BucketBuffers],
     copies: Sequence[Mapping[str, Tensor]],
 ) -> str:
@@ -69,8 +77,8 @@ def repair_replicas(
 
     Args:
         comm: The process group.
-        sums: One checksum for each bucket, as this rank has sent them.
-        buckets: Of the optimizer.
+        sums: One checksum for each bucket, by its number, as this rank has sent them.
+        buckets: Of the optimizer, all of them.
         copies: The parameters of each bucket by their label.
 
     Returns:
@@ -80,9 +88,8 @@ def repair_replicas(
         RuntimeError: On all ranks: a parameter has no copy that most ranks agree about, or none
             differs any more. Nothing was changed then.
     """
-    differ = [
-        n for n, each in enumerate(zip(*comm.exchange(sums), strict=True)) if len({*each}) > 1
-    ]
+    each = zip(*(theirs.values() for theirs in comm.exchange(sums)), strict=True)
+    differ = [number for number, values in zip(sums, each, strict=True) if len({*values}) > 1]
     params = [(n, label, param) for n in differ for label, param in copies[n].items()]
     everyone = comm.exchange(digests([param for _, _, param in params]))
     found: list[tuple[str, Tensor, int, list[int]]] = []

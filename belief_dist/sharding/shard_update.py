@@ -14,10 +14,10 @@ from belief_dist.device_scalars import DeviceScalars, device_scalars
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import WATCHED_NAMES, FixedOperands, Operands, cut
 from belief_dist.rule import StepScalars, step_scalars
-from belief_dist.sharding.bucket import BucketBuffers
+from belief_dist.sharding.bucket import BucketBuffers, own_fragment
 from belief_dist.sharding.cpu_offload import HostGradients
 from belief_dist.sharding.graph_counts import GraphCounts
-from belief_dist.sharding.layout import Layout
+from belief_dist.sharding.layout import Fragment, Layout
 from belief_dist.sharding.state_sums import Extent, StateSums
 from belief_dist.state_formats import is_stochastic, noise_key
 
@@ -53,13 +53,11 @@ class ShardUpdate:
         self,
         layout: Layout,
         buckets: Sequence[BucketBuffers],
-        shard_index: int,
         options: EngineOptions,
     ) -> None:
-        """Serve the shard number `shard_index` of `buckets`; `adopt` must follow."""
+        """Serve this rank's shards of `buckets`; `adopt` must follow."""
         self._layout = layout
         self._buckets = buckets
-        self._shard_index = shard_index
         self._is_stochastic = is_stochastic(options.state_dtype)
         self._seed = options.seed
         self._plans: dict[tuple[tuple[int, int], ...], _Plan] = {}
@@ -85,9 +83,13 @@ class ShardUpdate:
 
     # - What a parameter has of the buckets
 
+    def fragment(self, index: int) -> Fragment:
+        """Return where this rank's part of parameter number `index` lies."""
+        return own_fragment(self._layout, self._buckets, index)
+
     def own_part(self, index: int) -> Operands:
         """Return what this rank updates of one parameter, as views."""
-        part = self._layout.fragment(index, self._shard_index)
+        part = self.fragment(index)
         buffers = self._buckets[part.bucket]
         return cut(buffers.operands(buffers.grad_shard), part.in_shard, part.in_shard + part.numel)
 
@@ -277,7 +279,7 @@ class ShardUpdate:
             whole = whole._replace(sums=self.sums.row(number))
         parts = []
         for index in self._param_indices[number]:
-            part = self._layout.fragment(index, self._shard_index)
+            part = self.fragment(index)
             if part.numel:
                 own = cut(whole, part.in_shard, part.in_shard + part.numel)
                 key = noise_key(self._seed, index)

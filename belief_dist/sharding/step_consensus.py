@@ -39,6 +39,7 @@ from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives, naming
 from belief_dist.sharding.grad_reducer import GradReducer
 from belief_dist.sharding.process_groups import ModelParallel
+from belief_dist.sharding.rank_sets import RankSet, agree_inside, mixed, read_use, use_words
 
 
 class Verdict(IntEnum):
@@ -131,7 +132,7 @@ class StepConsensus:
         """
         self._comm = comm
         self._model_parallel = model_parallel
-        self._compares_replicas = compare and comm.world_size > 1
+        self._compares = compare
         self._repairs = repairs
         self._knows_order = comm.world_size == 1
         self.calls = 0
@@ -149,6 +150,7 @@ class StepConsensus:
         self,
         reducer: GradReducer,
         buckets: Sequence[BucketBuffers],
+        rank_sets: Sequence[RankSet],
         options: Any,
         late_options: Sequence[Tensor],
         loss_scale: Tensor | None,
@@ -162,6 +164,7 @@ class StepConsensus:
         Args:
             reducer: Of the gradients.
             buckets: Whose parameters are compared.
+            rank_sets: That of all ranks first; together they have every parameter once.
             options: What must be equal on all ranks, by its `repr`.
             late_options: Numbers on the device of which the same holds, by their value.
             loss_scale: Likewise; one element, or None.
@@ -170,35 +173,49 @@ class StepConsensus:
             corrupt: One element: whether this rank has read states that it had not written.
         """
         self.calls += 1
-        bins = reducer.norm_bins
-        if reducer.unclipped_norm_bins is not None:
+        bins, unclipped = reducer.norm_bins, reducer.unclipped_norm_bins
+        if unclipped is not None:
             # What is not finite counts, in groups that are not clipped as well.
             bins = bins.clone()
-            bins[-1:].add_(reducer.unclipped_norm_bins[-1:])  # `+=` would copy it once more
-        if self._compares_replicas:
+            bins[-1:].add_(unclipped[-1:])  # `+=` would copy it once more
+        compares = self._compares and any(each.comm.world_size > 1 for each in rank_sets)
+        if compares:
             flats = [bucket.flat_param for bucket in buckets]
             # Buckets are multiples of 128 bytes. Integers wrap around, and so add in any order.
             places = accumulate((flat.nbytes // 8 for flat in flats[:-1]), initial=0)
             self.replica_sums = checksums(flats, list(places))
         self.spoiled, self.dropped = reducer.spoiled, list(reducer.dropped)
         is_spoiled = self.spoiled is not None
+        used, dropped = list(reducer.used()), self.dropped
+        sums = self.replica_sums if compares else None
+        everyone, *own = rank_sets
+        inside = None
+        for ranks in own:
+            found = agree_inside(ranks, used, dropped, sums, bins.device)
+            if found is not None:
+                inside = found if inside is None else inside + found
         if self._comm.world_size == 1:
             verdict = decide_alone(
-                bins, spoiled=is_spoiled, gives_up=gives_up, edited=edited, corrupt=corrupt
+                bins,
+                spoiled=is_spoiled,
+                gives_up=gives_up,
+                edited=edited,
+                corrupt=corrupt,
+                inside=inside,
             )
-            decision = Decision(bins, verdict, list(reducer.used()), None)
+            decision = Decision(bins, verdict, used, None)
         else:
             completed = None if self._knows_order else reducer.schedule.completed
             self._knows_order = True
-            no_sum = bins.new_zeros(())
             late = [*([] if loss_scale is None else [loss_scale]), *late_options]
             decision = agree(
                 self._comm,
                 norm_bins=bins,
-                used=reducer.used(),
-                dropped=reducer.dropped,
+                used=everyone.of_params(used),
+                dropped=everyone.places_of(dropped),
                 step=fingerprint((self.calls, options), late, bins.device),
-                replica=self.replica_sums.sum() if self._compares_replicas else no_sum,
+                replica=everyone.checksum(sums, bins.device),
+                inside=inside,
                 spoiled=is_spoiled,
                 gives_up=gives_up,
                 edited=edited,
@@ -206,7 +223,9 @@ class StepConsensus:
                 completed=completed,
                 num_buckets=len(buckets),
             )
-        if self._model_parallel.mesh is not None:
+            everyone.write_back(used, decision.used)
+            decision = replace(decision, used=used)
+        if self._model_parallel.comm.world_size > 1:
             decision = agree_with_other_parts(
                 self._model_parallel.comm, decision, repairs=self._repairs
             )
@@ -220,13 +239,18 @@ def decide_alone(
     gives_up: bool,
     edited: Tensor | None,
     corrupt: Tensor | None = None,
+    inside: Tensor | None = None,
 ) -> Tensor:
     """Return the `Verdict` of a single rank, one element; the arguments are those of `agree`."""
     verdict = torch.where(nonfinite_count(norm_bins) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
     if spoiled:
         verdict.fill_(Verdict.GRADIENTS_SPOILED)
+    if inside is not None:
+        verdict = torch.where(inside[0] > 0, Verdict.GRADIENTS_SPOILED, verdict)
     if edited is not None:
         verdict = torch.where(edited, Verdict.PARAMS_EDITED, verdict)
+    if inside is not None:
+        verdict = torch.where(inside[1] > 0, Verdict.REPLICAS_DIFFER, verdict)
     if gives_up:
         verdict.fill_(Verdict.GIVEN_UP)
     if corrupt is not None:
@@ -241,6 +265,7 @@ def agree(
     used: Sequence[bool],
     step: Tensor,
     replica: Tensor,
+    inside: Tensor | None = None,
     dropped: Sequence[int] = (),
     spoiled: bool = False,
     gives_up: bool = False,
@@ -260,6 +285,7 @@ def agree(
         dropped: Which parameters, by index, had one when it was reduced.
         step: One element, int64: equal on ranks that are at the same step, see `fingerprint`.
         replica: One element, int64: the checksum of this rank's parameters, see `checksum`.
+        inside: (2,), int64, from `rank_sets.agree_inside`; None if there is none, on all ranks.
         spoiled: Whether this rank has a gradient that must not be taken.
         gives_up: Whether this rank gives the step up.
         edited: One element: whether parameters were changed without their masters on this rank.
@@ -270,8 +296,9 @@ def agree(
     """
     # A word alone could agree by accident in its sum (x + 1 and x - 1): each travels with a square.
     device, count = norm_bins.device, len(used)
-    own = torch.stack([step, _mixed(step), replica, _mixed(replica)])
-    faults = torch.zeros(4, dtype=torch.int64, device=device)
+    own = torch.stack([step, mixed(step), replica, mixed(replica)])
+    num_faults = 4 if inside is None else 6
+    faults = torch.zeros(num_faults, dtype=torch.int64, device=device)
     if spoiled:
         faults[0].fill_(1)
     if gives_up:
@@ -280,14 +307,9 @@ def agree(
         faults[2].copy_(edited)
     if corrupt is not None:
         faults[3].copy_(corrupt)
-    flags = torch.ones(count, dtype=torch.int64, device=device)
-    of_dropped = comm.world_size + 1
-    if not all(used):
-        each = list(map(int, used))
-        for index in dropped:
-            each[index] = of_dropped
-        flags = upload(each, torch.int64, device)
-    words = [norm_bins, own, faults, flags]
+    if inside is not None:
+        faults[4:].copy_(inside)
+    words = [norm_bins, own, faults, use_words(used, dropped, comm.world_size, device)]
     if completed is not None:
         turns = list(range(num_buckets, 2 * num_buckets))  # after all that were complete
         for turn, bucket in enumerate(completed):
@@ -298,23 +320,23 @@ def agree(
         comm.sum_(message)
 
     total, rest = message[:NUM_WORDS], message[NUM_WORDS + 4 :]
-    faults, flags, times = rest[:4], rest[4 : 4 + count], rest[4 + count :]
+    faults, flags, times = rest.split([num_faults, count, len(rest) - num_faults - count])
     same = (message[NUM_WORDS : NUM_WORDS + 4] == own * comm.world_size).view(2, 2).all(1)
     # The graver finding wins: ranks at other steps may well have other gradients. Computed on the
     # device, so that the host need not wait.
     verdict = torch.where(nonfinite_count(total) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
-    # Its gradient is in the sums of some ranks, and not of others.
-    torn = ((flags >= of_dropped) & (flags != of_dropped * comm.world_size)).any()
+    agreed_use, torn = read_use(flags, used, comm.world_size)
     verdict = torch.where(torn | (faults[0] > 0), Verdict.GRADIENTS_SPOILED, verdict)
+    if inside is not None:
+        verdict = torch.where(faults[4] > 0, Verdict.GRADIENTS_SPOILED, verdict)
     verdict = torch.where(faults[2] > 0, Verdict.PARAMS_EDITED, verdict)
-    verdict = torch.where(same[1], verdict, Verdict.REPLICAS_DIFFER)
+    is_same = same[1] if inside is None else same[1] & (faults[5] == 0)
+    verdict = torch.where(is_same, verdict, Verdict.REPLICAS_DIFFER)
     verdict = torch.where(same[0], verdict, Verdict.STEPS_DIFFER)
     # A rank that gives up knows nothing of the others' loss scale, and nothing is updated anyway.
     verdict = torch.where(faults[1] > 0, Verdict.GIVEN_UP, verdict)
     if corrupt is not None:  # on all ranks alike; whatever else is wrong, no step must use these
         verdict = torch.where(faults[3] > 0, Verdict.STATES_DIFFER, verdict)
-    # A rank that has used every parameter need not wait for the answer of the others.
-    agreed_use = list(used) if all(used) else (flags % of_dropped > 0).tolist()
     order = None
     if completed is not None:
         turns = times.tolist()
@@ -355,10 +377,6 @@ def agree_with_other_parts(
             (own >= Verdict.STEPS_DIFFER) & ~(is_repaired & has_failed), own, joint
         ),
     )
-
-
-def _mixed(word: Tensor) -> Tensor:
-    return (word ^ (word >> 32)).square()
 
 
 def fingerprint(facts: Any, late: Sequence[Tensor], device: torch.device) -> Tensor:

@@ -99,7 +99,7 @@ class Zero1Reducer(GradReducer):
     def _end_round(self) -> None:
         self._launch()
         # The next backward adds to what is sent now.
-        self._pool.drain()
+        self._drain()
         self.schedule.begin_round()
         self._reduced_version = list(self._sent_version)
         self._has_more = self._is_spent = False

@@ -45,7 +45,7 @@ class Zero2Reducer(GradReducer):
             return
         gone, zeroed = self._find_dropped()
         if not any(self._has_stand_in):  # as after `zero_grad`: nothing to add to
-            self._pool.drain()
+            self._drain()
             if not self._is_spent:
                 self.forget_errors()
             self._rounds = 0
@@ -103,7 +103,8 @@ class Zero2Reducer(GradReducer):
         flat = self._filling.get(bucket)
         if flat is None:
             like = buffers.flat_param
-            flat = self._filling[bucket] = self._pool.take(like.numel(), like.dtype, like.device)
+            pool = self._pools[self._comms[bucket]]
+            flat = self._filling[bucket] = pool.take(like.numel(), like.dtype, like.device)
         # The pool has a few buffers, which come back in turn.
         key = (bucket, flat.data_ptr())
         views = self._views.get(key)
@@ -133,7 +134,7 @@ class Zero2Reducer(GradReducer):
                 self._params[index].grad = self._stand_ins[index]
         self._send(bucket, flat, accumulate=self._rounds > 0, recycled=True)
         if not self._overlap:  # then one buffer serves all buckets in turn
-            self._pool.drain()
+            self._drain()
 
     def _end_round(self) -> None:
         self._launch()
@@ -151,14 +152,14 @@ class Zero2Reducer(GradReducer):
         """See `GradReducer.finish`."""
         if self.is_interrupted:  # no rank takes what this one has
             self.end_interrupted()
-            self._pool.drain()
+            self._drain()
             return
         if self._rounds:
             self._forget_dropped()
         # A rank that has no gradient takes part all the same.
         if self._take_assigned() or self._rounds == 0:
             self._end_round()
-        self._pool.drain()
+        self._drain()
 
     def _forget_dropped(self) -> None:
         gone, zeroed = self._find_dropped()
@@ -187,12 +188,12 @@ class Zero2Reducer(GradReducer):
         """See `GradReducer.zero_grad`."""
         if self.has_begun:
             self.forget_errors()
-        self._pool.drain()
+        self._drain()
         for stand_in in compress(self._stand_ins, self._has_stand_in):
             stand_in.take_added()  # of a pass that has raised
             stand_in.is_zeroed = False
-        for flat in self._filling.values():
-            self._pool.give_back(flat)
+        for bucket, flat in self._filling.items():
+            self._pools[self._comms[bucket]].give_back(flat)
         self._filling.clear()
         self._forget_arrivals()
         self.schedule.begin_round()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from belief_dist import ShardedAdaBelief
-from belief_dist.sharding import step_consensus
+from belief_dist.sharding import rank_sets
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import backward
@@ -191,6 +191,6 @@ word = st.integers(-(2**63), 2**63 - 1)
 def test_equal_words_are_told_from_others(words: list[int]) -> None:
     """Words whose sums agree by accident (x + 1 and x - 1) are told apart by their squares."""
     sent = torch.tensor(words)
-    rows = torch.stack([sent, step_consensus._mixed(sent)], dim=1)
+    rows = torch.stack([sent, rank_sets.mixed(sent)], dim=1)
     agrees = bool((rows.sum(0) == rows[0] * len(words)).all())
     assert agrees == (len(set(words)) == 1)
