@@ -124,6 +124,9 @@ class EngineOptions:
     """How `ShardedAdaBelief` shards, stores and communicates; its docstring tells each meaning."""
 
     stage: Literal[1, 2] = field(default=1, metadata={"check": _STAGE})
+    shard_over: Literal["row", "mesh"] = field(
+        default="row", metadata={"check": _one_of("row", "mesh")}
+    )
     micro_batches: int | None = field(default=None, metadata={"check": _count_or_none})
     reduction: Reduction = field(default="ordered", metadata={"check": _reduction})
     reduce_dtype: torch.dtype | None = field(

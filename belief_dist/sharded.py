@@ -77,6 +77,7 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         stage: 1 shards states and masters over the ranks. 2 shards the gradients too: `param.grad`
             has no values after backward, see `sharding.sharded_grad`. All ranks must run equally
             many backward passes outside of `no_sync`.
+        shard_over: On a mesh of two dimensions, "mesh" shards over both, and keeps no copies.
         micro_batches: A step is so many backward passes of all ranks together, number k that of
             rank k mod world size, and has the same bits on any number of ranks; losses are not
             divided. At both stages gradients then go as at stage 2. See docs/any-world-size.md.
@@ -147,6 +148,7 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         process_group: dist.ProcessGroup | DeviceMesh | None = None,
         model_parallel_group: dist.ProcessGroup | DeviceMesh | None = None,
         stage: Literal[1, 2] = 1,
+        shard_over: Literal["row", "mesh"] = "row",
         micro_batches: int | None = None,
         reduction: Reduction = "ordered",
         reduce_dtype: torch.dtype | str | None = None,

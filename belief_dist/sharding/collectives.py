@@ -247,6 +247,13 @@ class Collectives(ABC):
         mine = flat.view(self.num_shards, -1)[self.shard_index]
         return Works([_all_gather(flat, mine, group=self._group, async_op=True)])
 
+    def close_gathers(self) -> None:  # noqa: B027
+        """Notice that no gather is started any more, of those that were opened.
+
+        Whatever others need of this rank must be under way when it returns: its script may stand
+        behind a collective of its own before it waits for parameters.
+        """
+
     def sum_(self, message: Tensor) -> None:
         """Add a small integer tensor over the ranks, in place; integers add in any order."""
         # The one message of a step is small: what counts is its latency, and no order matters.

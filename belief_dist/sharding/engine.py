@@ -319,6 +319,8 @@ class ShardEngine:
             if comm.num_shards > 1:
                 gather = start_gather(comm, self.buckets[number].flat_param, number)
                 self.read_guard.expect(self._gathered_with[number], gather.wait, gather.has_ended)
+        for ranks in self._rank_sets:
+            ranks.comm.close_gathers()
         if self.options.overlap:
             self.read_guard.arm()
         else:

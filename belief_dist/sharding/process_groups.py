@@ -49,7 +49,7 @@ def connect(
     Args:
         ranks: The process group, or a mesh: of one dimension, or of two, of which the last is
             sharded over and the first holds copies. None means all ranks.
-        options: Of which `reduction`, `shared_memory` and `micro_batches` count.
+        options: Of which `reduction`, `shared_memory`, `shard_over` and `micro_batches` count.
         device: Where the parameters are.
         timeout: After which a missing rank becomes an error; None takes half of that of `ranks`:
             our error, which tells rank, bucket and phase, comes before the backend's.
@@ -105,6 +105,7 @@ def connect(
             over(mine),
             over(column, may_share=False),
             None if options.micro_batches is None else over(everyone),
+            keeps_copies=options.shard_over == "row",
         )
 
 

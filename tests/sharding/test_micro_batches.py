@@ -62,6 +62,7 @@ JOBS += [
     Job(6, {"shared_memory": False, "stage": 2, "max_grad_norm": 0.5}),
     Job(6, {"max_grad_norm": 0.5}, mesh=True),
     Job(6, {"shared_memory": False, "max_grad_norm": 0.5}, mesh=True),
+    Job(6, {"shard_over": "mesh"}, mesh=True),
 ]
 # Stopped and continued: at how many ranks, and until which step. Epochs have 5 steps.
 CONTINUED = replace(SCALED, options={"max_grad_norm": 0.5})

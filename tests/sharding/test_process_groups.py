@@ -11,13 +11,16 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from belief_dist import ShardedAdaBelief
+from belief_dist import ShardedAdaBelief, checkpoint
 from belief_dist.options import DEFAULTS
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import Reference, backward, compare
+
+KINDS = ("masters", "exp_avg", "exp_avg_sq")
 
 
 def trains_in_its_group(process_group: Any, ranks: list[int], stage: Literal[1, 2]) -> None:
@@ -76,7 +79,7 @@ def test_any_group(tmp_path: Path) -> None:
 def copies_of_shards(
     shape: tuple[int, int], stage: Literal[1, 2], micro_batches: int, **options: Any
 ) -> None:
-    """Shard inside rows, keep copies across: sums of rows are added row by row, in this order."""
+    """Shard inside rows or over both: sums of rows are added row by row, in this order."""
     rows, columns = shape
     rank = dist.get_rank()
     params = make_params(seed=rank)
@@ -85,7 +88,8 @@ def copies_of_shards(
     optimizer = ShardedAdaBelief(
         params, process_group=mesh, bucket_bytes=1500, stage=stage, **options, **HYPER
     )
-    assert optimizer.layout.num_shards == columns
+    is_whole = options.get("shard_over") == "mesh"
+    assert optimizer.layout.num_shards == (4 if is_whole else columns)
     for step in range(3):
         micros = [
             [[make_grad(s, step, of, i, micro) for i, s in enumerate(SHAPES)] for of in range(4)]
@@ -115,7 +119,9 @@ def copies_of_shards(
         assert optimizer.grad_norm.item() == reference.norm.item(), (shape, stage, step)
         for i, (param, value) in enumerate(zip(params, reference.low, strict=True)):
             assert torch.equal(param, value), (shape, stage, step, i)
-        window = optimizer.layout.fragment(7, rank % columns)
+        window = optimizer.fragment(7)
+        shard = rank % columns * rows + rank // columns if is_whole else rank % columns
+        assert window == optimizer.layout.fragment(7, shard)
         whole = reference.exp_avg_sq[7].view(-1)[window.in_param :][: window.numel]
         assert torch.equal(optimizer.state[params[7]]["exp_avg_sq"], whole)
         optimizer.zero_grad()
@@ -154,6 +160,74 @@ def test_mesh_of_two_dimensions(tmp_path: Path) -> None:
         partial(copies_of_shards, (1, 4), 1, 1),  # nothing but a row
         partial(copies_of_shards, (2, 2), 1, 1, max_grad_norm=0.5),
         copies_that_come_apart,
+    )
+
+
+def a_peer_does_not_wait_for_the_script() -> None:
+    """Gathers go on although some ranks stand behind a barrier, and read nothing before it."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    params = make_params()
+    optimizer = ShardedAdaBelief(
+        params, process_group=mesh, shard_over="mesh", bucket_bytes=1500, **HYPER
+    )
+    for step in range(3):
+        backward(params, [make_grad(s, step, dist.get_rank(), i) for i, s in enumerate(SHAPES)])
+        optimizer.step()
+        if dist.get_rank() in (0, 3):
+            optimizer.wait_pending()
+        dist.barrier()
+        optimizer.zero_grad()
+
+
+def whole_mesh_follows_others(folder: Path) -> None:
+    """Saved by shards over the whole mesh, loaded by those of a row, and the other way round."""
+    mesh = init_device_mesh("cpu", (2, 2))
+
+    def one(over: Literal["row", "mesh"], seed: int) -> tuple[list[nn.Parameter], ShardedAdaBelief]:
+        params = make_params(torch.bfloat16, seed)
+        named = [(f"p{i}", p) for i, p in enumerate(params)]
+        return params, ShardedAdaBelief(
+            named, process_group=mesh, shard_over=over, bucket_bytes=1500, stage=2, **HYPER
+        )
+
+    def step(params: list[nn.Parameter], optimizer: ShardedAdaBelief, number: int) -> None:
+        grads = [make_grad(s, number, dist.get_rank(), i) for i, s in enumerate(SHAPES)]
+        backward(params, [grad.bfloat16() for grad in grads])
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for first, second in (("row", "mesh"), ("mesh", "row")):
+        params, optimizer = one(first, 0)
+        step(params, optimizer, 1)
+        checkpoint.save(folder / first, 1, optimizer=optimizer)
+        others, other = one(second, 1)
+        checkpoint.load(folder / first, optimizer=other)
+        for each in (params, optimizer), (others, other):
+            step(*each, 2)
+        for ours, theirs in zip(params, others, strict=True):
+            assert torch.equal(ours, theirs), (first, second)
+        # Masters and states are those of a rank, or of a row's: 12 bytes for each element.
+        held = [sum(each.bytes_per_rank()[kind] for kind in KINDS) for each in (optimizer, other)]
+        small, large = sorted(held)
+        assert 1.9 < large / small <= 2
+
+
+def test_shards_over_a_whole_mesh(tmp_path: Path) -> None:
+    over: dict[str, Any] = {"shard_over": "mesh"}
+    run_ranks(
+        4,
+        tmp_path,
+        *(
+            partial(copies_of_shards, shape, stage, micro_batches, overlap=overlap, **over)
+            for shape in ((2, 2), (4, 1))
+            for stage, micro_batches in ((1, 1), (2, 3))
+            for overlap in (True, False)
+        ),
+        partial(copies_of_shards, (2, 2), 1, 1, max_grad_norm=0.5, **over),
+        partial(copies_of_shards, (2, 2), 1, 1, shared_memory=False, **over),
+        partial(copies_of_shards, (2, 2), 2, 3, offload="cpu", **over),
+        a_peer_does_not_wait_for_the_script,
+        partial(whole_mesh_follows_others, tmp_path),
     )
 
 
