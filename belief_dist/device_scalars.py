@@ -19,7 +19,7 @@ class DeviceScalars(NamedTuple):
     them where they are; other updates visit the host, see `on_host`.
     """
 
-    values: Tensor  # (11,), float64: StepScalars in its order
+    values: Tensor  # (12,), float64: StepScalars in its order
     coupled: bool  # whether coupled_decay is not zero
 
     def on_host(self) -> StepScalars:
@@ -33,12 +33,14 @@ class DeviceScalars(NamedTuple):
                 "a CUDA graph can capture this step only where Triton updates all tensors: see "
                 "belief_dist.backends(), and lay out gradients in memory as their parameters."
             )
-        *numbers, direction, sign, step = self.values.tolist()
-        return StepScalars._make((*numbers, Direction(int(direction)), sign, int(step)))
+        *numbers, direction, sign, step, ema_weight = self.values.tolist()
+        return StepScalars._make((*numbers, Direction(int(direction)), sign, int(step), ema_weight))
 
 
 @torch.no_grad()
-def device_scalars(options: Mapping[str, Any], step: Tensor, lr: Tensor | float) -> DeviceScalars:
+def device_scalars(
+    options: Mapping[str, Any], step: Tensor, lr: Tensor | float, *, ema_weight: float = 0.0
+) -> DeviceScalars:
     """Compute `step_scalars` where `step` is, without a visit to the host.
 
     The operations are the same in the same order, in float64. Powers may be rounded differently in
@@ -48,6 +50,7 @@ def device_scalars(options: Mapping[str, Any], step: Tensor, lr: Tensor | float)
         options: As for `step_scalars`, but for the learning rate.
         step: One element of any dtype, 1-based.
         lr: One element on the same device, or a float.
+        ema_weight: As for `step_scalars`.
     """
     t = step.detach().reshape(()).to(torch.float64)
     rate = lr.detach().reshape(()).to(t) if isinstance(lr, Tensor) else torch.full_like(t, lr)
@@ -93,6 +96,7 @@ def device_scalars(options: Mapping[str, Any], step: Tensor, lr: Tensor | float)
         "direction": direction,
         "sign": -1.0 if options["maximize"] else 1.0,
         "step": t,
+        "ema_weight": ema_weight,
     }
     # Constants are filled in, not copied: a captured graph may not read the host's memory.
     each = (scalars[name] for name in StepScalars._fields)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 # What is watched for flipped bits.
-WATCHED_NAMES = ("master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+WATCHED_NAMES = ("master", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "param_ema")
 WATCHED = len(WATCHED_NAMES)
 
 # Elements of one parameter that share a stored exponent, with uint8 states.
@@ -29,6 +29,7 @@ class Operands(NamedTuple):
     max_exp_avg_sq: Tensor | None = None  # amsgrad: largest s so far, in the dtype of m; in place
     param_out: Tensor | None = None  # 16 bits: receives the rounded new parameter
     remainder: Tensor | None = None  # int16: lower half of the masters, param is bfloat16; in place
+    param_ema: Tensor | None = None  # average of the parameter: as m, but never uint8; in place
     exp_avg_exponent: Tensor | None = None  # uint8, with uint8 states only; in place
     exp_avg_sq_exponent: Tensor | None = None  # likewise
     max_exp_avg_sq_exponent: Tensor | None = None  # likewise

@@ -7,7 +7,10 @@ For a gradient g at step t >= 1, elementwise::
     p_t = decay p_{t-1} - step_size * m_t / (sqrt(s_t) * denom_scale + eps)
 
 with ``decay = 1 - lr * weight_decay``, ``step_size = lr / (1 - b1^t)`` and
-``denom_scale = 1 / sqrt(1 - b2^t)``. Here ``exp_avg`` is m and ``exp_avg_sq`` is s.
+``denom_scale = 1 / sqrt(1 - b2^t)``. Here ``exp_avg`` is m and ``exp_avg_sq`` is s. An average
+of the parameter, where one is kept, follows::
+
+    a_t = a_{t-1} + ema_weight (p_t - a_{t-1})
 
 Every arithmetic operation of `update_reference_` is rounded on its own, in the order written
 there, in the dtype of the states. A fused multiply-add would round twice at once, so kernels must
@@ -52,6 +55,7 @@ class StepScalars(NamedTuple):
     direction: Direction
     sign: float  # -1 to maximize, else 1; multiplies the gradient
     step: int  # 1-based; keys the noise of states that are rounded stochastically
+    ema_weight: float = 0.0  # of the new parameter in its average: 1 - ema_decay
 
 
 # Below this length of the simple moving average the variance of s is intractable
@@ -59,7 +63,7 @@ class StepScalars(NamedTuple):
 RECTIFY_THRESHOLD = 5.0
 
 
-def step_scalars(options: Mapping[str, Any], step: int) -> StepScalars:
+def step_scalars(options: Mapping[str, Any], step: int, *, ema_weight: float = 0.0) -> StepScalars:
     """Return the host scalars of step number `step` (1-based) under a param group's options."""
     lr = float(options["lr"])
     beta1, beta2 = (float(beta) for beta in options["betas"])
@@ -102,6 +106,7 @@ def step_scalars(options: Mapping[str, Any], step: int) -> StepScalars:
         direction=direction,
         sign=-1.0 if options["maximize"] else 1.0,
         step=step,
+        ema_weight=ema_weight,
     )
 
 
@@ -137,6 +142,7 @@ def update_reference_(
     grad_scale: Tensor | float = 1.0,
     max_exp_avg_sq: Tensor | None = None,
     param_out: Tensor | None = None,
+    param_ema: Tensor | None = None,
 ) -> None:
     """Apply one step in place, in plain torch: the definition.
 
@@ -152,6 +158,8 @@ def update_reference_(
             `scalars.sign` and rounded to the compute dtype before it meets the gradient.
         max_exp_avg_sq: The running maximum of s (amsgrad), or None. Updated in place.
         param_out: A 16-bit tensor that receives the rounded new parameter, or None.
+        param_ema: The average of the parameter, in the dtype of `exp_avg`, or None. It follows the
+            new parameter before that is rounded. Updated in place.
     """
     compute = exp_avg.dtype
     if isinstance(grad_scale, Tensor):
@@ -197,3 +205,7 @@ def update_reference_(
         param.copy_(p)
     if param_out is not None:
         param_out.copy_(p)
+    if param_ema is not None:
+        way = p - param_ema
+        way *= scalars.ema_weight
+        param_ema += way

@@ -9,6 +9,7 @@ tensor             dtype                    meaning
 =================  =======================  =============================================
 exp_avg, *_sq      float32, float64         the numbers themselves
 exp_avg, *_sq      bfloat16                 rounded stochastically
+param_ema          as these, but no uint8   likewise, whatever form the others have
 exp_avg, *_sq      uint8, with *_exponent   8 bits each, and 8 for each block of 256
 param, remainder   bfloat16, int16          the upper and the lower half of a float32 master
 =================  =======================  =============================================
@@ -216,7 +217,7 @@ def word_sums(operands: Operands) -> Tensor:
     o = operands
     master = o.param if o.remainder is None else o.remainder
     total = torch.zeros(WATCHED, dtype=torch.int64, device=o.param.device)
-    for position, tensors in enumerate([(master, None), *_states(o)]):
+    for position, tensors in enumerate([(master, None), *_states(o), (o.param_ema, None)]):
         for tensor in tensors:
             if tensor is not None:
                 total[position] += _words(tensor).sum()
@@ -268,6 +269,7 @@ def _update_stored_(o: Operands, scalars: StepScalars, grad_scale: Tensor | floa
     )
     assert m is not None and s is not None
     param = o.param if o.remainder is None else join_master(o.param, o.remainder)
+    average = None if o.param_ema is None else _decode(o.param_ema, None, signed=True)
     update_reference_(
         param,
         o.grad,
@@ -277,13 +279,21 @@ def _update_stored_(o: Operands, scalars: StepScalars, grad_scale: Tensor | floa
         grad_scale=grad_scale,
         max_exp_avg_sq=largest,
         param_out=o.param_out,
+        param_ema=average,
     )
     if o.remainder is not None:
         for half, value in zip((o.param, o.remainder), split_master(param), strict=True):
             half.copy_(value)
-    if not is_stochastic(form):
+    rounds_average = o.param_ema is not None and is_stochastic(o.param_ema.dtype)
+    if not (is_stochastic(form) or rounds_average):
         return
     random = noise(o.key, scalars.step, o.first, m.numel(), m.device)
+    if rounds_average:
+        assert o.param_ema is not None and average is not None
+        # Nothing of the next step is computed from it, so it may share the noise of m.
+        o.param_ema.copy_(round_to_bfloat16(average, random & 0xFFFF))
+    if not is_stochastic(form):
+        return
     for position, (state, exponent) in enumerate(stored):
         new = (m, s, largest)[position]
         if state is None or new is None:

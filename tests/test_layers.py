@@ -16,7 +16,8 @@ CHAIN = """
 version deprecations rule operands options observers state_init_step async_device
 engine_options device_scalars norm params state_dict state_formats data
 
-kernels.build kernels.threads kernels.foreach kernels.triton_kernel kernels.triton_tables
+kernels.build kernels.threads kernels.foreach kernels.triton_formats kernels.triton_tables
+kernels.triton_kernel
 kernels.cpp kernels.signals kernels.eager
 kernels.triton_reduce kernels.triton_scales kernels.triton_codec
 kernels.triton_reduce_launch
@@ -111,7 +112,7 @@ OPTIONAL = {
     "hf": {"transformers"},
 }
 # The only modules that may name an optional dependency at their top: no other imports them there.
-LAZY = {"triton_kernel", "triton_codec", "triton_reduce", "triton_scales"}
+LAZY = {"triton_formats", "triton_kernel", "triton_codec", "triton_reduce", "triton_scales"}
 
 
 def module_of(path: Path) -> str:

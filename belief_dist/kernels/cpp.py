@@ -20,9 +20,9 @@ _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64
 _CODES = _NUMBERS | {torch.uint8: 4}
 
 # The fields of Operands that are tensors; the last three have one element for each block.
-_TENSORS = Operands._fields[:10]
+_TENSORS = Operands._fields[:11]
 _PER_BLOCK = 3
-_KEY, _FIRST, _SUMS = 10, 11, 12
+_KEY, _FIRST, _SUMS = 11, 12, 13
 _dtype_of, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 _Dtypes = tuple[torch.dtype | None, ...]
@@ -41,7 +41,7 @@ class CppKernel:
         library, origin = find_library()
         size, code, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
         signatures = {
-            "belief_update": [size, pointer, *[code] * 4, pointer, code, size, code],
+            "belief_update": [size, pointer, *[code] * 5, pointer, code, size, code],
             "belief_sum": [size, pointer, pointer, code, code, code, pointer, code],
             "belief_squares": [size, pointer, code, pointer, code],
             "belief_checksum": [size, pointer, size, code],
@@ -92,6 +92,7 @@ class CppKernel:
             scalars.decay,
             scalars.step_size,
             scalars.denom_scale,
+            scalars.ema_weight,
         )
         self._library.belief_update(
             len(work),
@@ -141,27 +142,29 @@ class CppKernel:
 
 
 @lru_cache(maxsize=256)
-def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int] | None:
-    """Return the codes of parameter, gradient, states and copy, or None if they are unsupported.
+def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int, int] | None:
+    """Return the codes of parameter, gradient, states, copy and average; None if unsupported.
 
     Args:
         dtypes: Dtypes of the tensors in `Operands`, None for those that are None.
     """
-    param, grad, m, s, largest, out, remainder, *exponents = dtypes
+    param, grad, m, s, largest, out, remainder, average, *exponents = dtypes
     if param == torch.float64:
-        served = grad == m == param and out is remainder is None
+        served = grad == m == param and out is remainder is None and average in (None, param)
     else:  # all computed in float32
         served = (
             {param, grad} <= {torch.float32, torch.bfloat16, torch.float16}
             and m in (torch.float32, torch.bfloat16, torch.uint8)
             and out in (None, torch.bfloat16, torch.float16)
             and (remainder is None or (param, remainder) == (torch.bfloat16, torch.int16))
+            and average in (None, torch.float32, torch.bfloat16)
         )
     blocks = [torch.uint8 if state == torch.uint8 else None for state in (m, s, largest)]
     if not served or s != m or largest not in (None, m) or exponents != blocks:
         return None
     assert param is not None and grad is not None and m is not None
-    return _CODES[param], _CODES[grad], _CODES[m], 0 if out is None else _CODES[out]
+    copy, mean = (0 if each is None else _CODES[each] for each in (out, average))
+    return _CODES[param], _CODES[grad], _CODES[m], copy, mean
 
 
 def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:

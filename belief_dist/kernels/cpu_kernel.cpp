@@ -346,11 +346,13 @@ struct Param {
 
 template <class T>
 struct Scalars {  // cpp.py passes them in this order, as doubles
-  T grad_scale, coupled_decay, weight1, beta2, weight2, eps, decay, step_size, denom_scale;
+  T grad_scale, coupled_decay, weight1, beta2, weight2, eps, decay, step_size, denom_scale,
+      ema_weight;
 
   explicit Scalars(const double* from)
       : grad_scale(from[0]), coupled_decay(from[1]), weight1(from[2]), beta2(from[3]),
-        weight2(from[4]), eps(from[5]), decay(from[6]), step_size(from[7]), denom_scale(from[8]) {}
+        weight2(from[4]), eps(from[5]), decay(from[6]), step_size(from[7]), denom_scale(from[8]),
+        ema_weight(from[9]) {}
 };
 
 // rule.update_reference_, operation by operation.
@@ -412,6 +414,32 @@ PORTABLE_SIMD void update(int64_t n, double* p, const double* g, double* m, doub
   choose_loop(n, p, g, m, s, largest, k, direction);
 }
 
+// What the rule does to an average: of a block whose new parameters are still in cache.
+template <class T>
+INLINE void average_loop(int n, const T* p, T* average, T weight) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) average[i] = average[i] + (p[i] - average[i]) * weight;
+}
+
+PORTABLE_SIMD void update_average(int n, const float* p, float* average, float weight) {
+  average_loop(n, p, average, weight);
+}
+
+PORTABLE_SIMD void update_average(int n, const double* p, double* average, double weight) {
+  average_loop(n, p, average, weight);
+}
+
+// Likewise, of one that is stored as bfloat16 and rounded stochastically.
+PORTABLE_SIMD void update_average(int n, const float* p, uint16_t* average, float weight,
+                                  uint32_t noise) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const float before = from_bfloat16(average[i]);
+    const uint32_t random = lowbias32(noise + static_cast<uint32_t>(i));
+    average[i] = round_to_bfloat16(before + (p[i] - before) * weight, lower(random));
+  }
+}
+
 // state_formats.word_sums: sums of words, which wrap around.
 PORTABLE_SIMD uint32_t word_sum(int64_t n, const uint32_t* words) {
   uint32_t total = 0;
@@ -454,17 +482,19 @@ uint32_t word_sum(const Array& from, int64_t i, int64_t n) {
   }
 }
 
-constexpr int kWatched = 4;  // operands.py: WATCHED
+constexpr int kWatched = 5;  // operands.py: WATCHED
 
 struct WordSums {  // of what is read, and of what is written
   uint32_t of[2 * kWatched] = {};
 
-  void add(int which, const Param& param, const States& states, int64_t i, int64_t n) {
+  void add(int which, const Param& param, const States& states, const Array& average, int64_t i,
+           int64_t n) {
     uint32_t* to = of + which * kWatched;
     const Array halves{param.remainder, kBFloat16};  // 16 bits
     to[0] += word_sum(param.remainder ? halves : param.numbers, i, n);
     const State* all[] = {&states.m, &states.s, &states.largest};
-    for (int j = 0; j < kWatched - 1; ++j) {
+    if (average.data) to[4] += word_sum(average, i, n);
+    for (int j = 0; j < 3; ++j) {
       if (!all[j]->numbers.data) continue;
       to[j + 1] += word_sum(all[j]->numbers, i, n);
       if (all[j]->exponents)
@@ -486,6 +516,7 @@ struct Segment {
   int64_t numel;
   void *param, *grad, *m, *s, *largest, *out;  // the last two may be null, in all segments
   int16_t* remainder;                          // likewise
+  void* average;                               // likewise
   uint8_t *m_exponents, *s_exponents, *largest_exponents;
   int64_t key, first;
   uint32_t* sums;  // null, or two times kWatched
@@ -493,10 +524,10 @@ struct Segment {
   // How much of the work this is: whole blocks, and so one at least, since a call costs time, too.
   int64_t extent() const { return (numel + kExponentBlock - 1) / kExponentBlock * kExponentBlock; }
 };
-static_assert(sizeof(Segment) == 14 * sizeof(int64_t), "cpp.py passes 64 bits each");
+static_assert(sizeof(Segment) == 15 * sizeof(int64_t), "cpp.py passes 64 bits each");
 
 struct Types {  // of all segments
-  int param, grad, state, out;
+  int param, grad, state, out, average;
 };
 
 // Updates elements [begin, end) of a segment; `begin` is a multiple of kExponentBlock.
@@ -504,7 +535,8 @@ template <class T>
 void update_part(const Segment& part, const Types& types, int64_t begin, int64_t end,
                  const Scalars<T>& k, int direction, uint32_t step) {
   const Param param{{part.param, types.param}, part.remainder};
-  const Array grad{part.grad, types.grad}, out{part.out, types.out};
+  const Array grad{part.grad, types.grad}, out{part.out, types.out},
+      average{part.average, types.average};
   const States states{{{part.m, types.state}, part.m_exponents},
                       {{part.s, types.state}, part.s_exponents},
                       {{part.largest, types.state}, part.largest_exponents}};
@@ -515,7 +547,7 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
     const uint64_t element = static_cast<uint64_t>(part.first + i);
     const int64_t until_carry = (int64_t{1} << 32) - static_cast<uint32_t>(element);
     n = static_cast<int>(std::min({kBlock, end - i, until_carry}));  // see noise_start
-    if (part.sums) words.add(0, param, states, i, n);
+    if (part.sums) words.add(0, param, states, average, i, n);
     T* p = param.read<T>(i, n, buffers[0]);
     T* m = states.m.read<T>(i, n, decode_signed, buffers[1]);
     T* s = states.s.read<T>(i, n, decode_positive, buffers[2]);
@@ -523,11 +555,18 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
     update(n, p, grad.read<T>(i, n, buffers[4]), m, s, largest, k, direction);
     param.write(i, n, p);
     out.write(i, n, p);
+    const uint32_t noise = noise_start(static_cast<uint32_t>(part.key), step, element);
     if constexpr (sizeof(T) == sizeof(float))
-      if (types.state != kFloat32)
-        encode(states, i, n, m, s, largest,
-               noise_start(static_cast<uint32_t>(part.key), step, element));
-    if (part.sums) words.add(1, param, states, i, n);
+      if (types.state != kFloat32) encode(states, i, n, m, s, largest, noise);
+    if (average.data) {
+      if (types.average == kBFloat16) {
+        if constexpr (sizeof(T) == sizeof(float))
+          update_average(n, p, average.at<uint16_t>(i), k.ema_weight, noise);
+      } else {
+        update_average(n, p, average.at<T>(i), k.ema_weight);
+      }
+    }
+    if (part.sums) words.add(1, param, states, average, i, n);
   }
   if (part.sums) words.add_to(part.sums);
 }
@@ -774,10 +813,10 @@ EXPORT const char* belief_isa() {
 EXPORT const char* belief_source_hash() { return BELIEF_SOURCE_HASH; }
 
 EXPORT void belief_update(int64_t count, const void* segments, int param_type, int grad_type,
-                          int state_type, int out_type, const double* scalars, int direction,
-                          int64_t step, int threads) {
+                          int state_type, int out_type, int average_type, const double* scalars,
+                          int direction, int64_t step, int threads) {
   const auto update = param_type == kFloat64 ? update_all<double> : update_all<float>;
-  const Types types{param_type, grad_type, state_type, out_type};
+  const Types types{param_type, grad_type, state_type, out_type, average_type};
   update(count, static_cast<const Segment*>(segments), types, scalars, direction,
          static_cast<uint32_t>(step), threads);
 }

@@ -53,7 +53,7 @@ def update_(
         if lean:
             if piece.sums is not None:
                 piece.sums[0, 0] += word_sums(piece)
-            _update_float32_(*piece[:4], scalars, float(grad_scale))
+            _update_float32_(*piece[:4], scalars, float(grad_scale), piece.param_ema)
             if piece.sums is not None:
                 piece.sums[0, 1] += word_sums(piece)
             continue
@@ -68,8 +68,10 @@ def update_(
 
 
 def _is_plain_float32(operands: Operands) -> bool:
-    """Return whether the operands are just four float32 tensors."""
-    needed, optional = operands[:4], operands[4:10]
+    """Return whether the operands are just four float32 tensors, and maybe an average."""
+    o = operands
+    needed = [*o[:4], *([] if o.param_ema is None else [o.param_ema])]
+    optional = [o.max_exp_avg_sq, o.param_out, o.remainder, o.exp_avg_exponent]
     return all(t.dtype == torch.float32 for t in needed) and all(t is None for t in optional)
 
 
@@ -88,7 +90,13 @@ def _scratch(thread: int) -> tuple[Tensor, ...]:
 
 @torch.no_grad()
 def _update_float32_(
-    p: Tensor, g: Tensor, m: Tensor, s: Tensor, scalars: StepScalars, grad_scale: float
+    p: Tensor,
+    g: Tensor,
+    m: Tensor,
+    s: Tensor,
+    scalars: StepScalars,
+    grad_scale: float,
+    average: Tensor | None,
 ) -> None:
     """The common case of `update_reference_`, the same operations without a new tensor."""
     grad, work, wide = (scratch[: p.numel()] for scratch in _scratch(get_ident()))
@@ -111,6 +119,8 @@ def _update_float32_(
         p -= torch.div(m, denom, out=work).mul_(scalars.step_size)
     elif scalars.direction == Direction.MOMENTUM:
         p -= torch.mul(m, scalars.step_size, out=work)
+    if average is not None:
+        average += torch.sub(p, average, out=work).mul_(scalars.ema_weight)
 
 
 def ordered_sum_(out: Tensor, pieces: Sequence[Tensor], *, accumulate: bool = False) -> None:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from belief_dist.kernels.eager import CODE_BLOCK, CODE_BYTES
-from belief_dist.kernels.triton_kernel import _bits, _divide, _float, _narrow, _widen
+from belief_dist.kernels.triton_formats import _bits, _divide, _float, _narrow, _widen
 
 ROWS = 8  # blocks per program: with as many warps on NVIDIA's GPUs, one warp reads each
 

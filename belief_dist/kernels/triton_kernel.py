@@ -5,8 +5,7 @@
 of tensors from a table on the device. Both give the bits of
 `state_formats.update_stored_reference_`: every floating-point operation is rounded on its own
 (division and root to nearest; the launcher disables fused multiply-adds), and narrower formats are
-encoded and decoded with integer operations. This includes bfloat16, because some devices lack
-instructions for it, and Triton's interpreter rounds ties away from zero.
+encoded and decoded as in `triton_formats`.
 
 Each thread handles four consecutive elements: 16 bytes of float32 in one instruction, 8 bytes of a
 16-bit format, 4 bytes of an 8-bit one. Eight elements would make the accesses to narrow formats
@@ -17,13 +16,30 @@ occupancy, which hides the latency.
 Only `triton_launch` imports this module, and only if Triton is usable.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
+from belief_dist.kernels.triton_formats import (
+    _BLOCK,
+    VERSION,
+    _bits,
+    _decode_m,
+    _decode_s,
+    _divide,
+    _encode_m,
+    _encode_s,
+    _float,
+    _narrow,
+    _noise,
+    _root,
+    _spread,
+    _upper_half,
+    _widen,
+)
 from belief_dist.operands import WATCHED
+
+__all__ = ["CHUNK_TILES", "DTYPES", "THREADS", "TILE", "VERSION", "update_flat", "update_many"]
 
 DTYPES = {
     torch.float32: tl.float32,
@@ -37,151 +53,13 @@ TILE = 1024  # elements per program
 THREADS = TILE // 4
 CHUNK_TILES = 8  # consecutive tiles that share an entry in the map of `update_many`
 
-_BLOCK = tl.constexpr(256)  # BLOCK of the 8-bit states
-_NAN = tl.constexpr(0x7FC00000)
-_M_BINADES = tl.constexpr(7)
-_S_BINADES = tl.constexpr(31)
-_M_ROOM = tl.constexpr((1 << 16) + (0xFFFF << 3))
-_S_ROOM = tl.constexpr(0xFFFF << 4)
 # Positions in what is watched.
 _MASTER = tl.constexpr(0)
 _M = tl.constexpr(1)
 _S = tl.constexpr(2)
 _MAX = tl.constexpr(3)
+_EMA = tl.constexpr(4)
 _WATCHED = tl.constexpr(WATCHED)
-
-VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
-# Before 3.6, Triton lets NVIDIA's library flush subnormal numbers: its division is div.rn.ftz.
-_FLUSHES = tl.constexpr(
-    VERSION < (3, 6)
-    and torch.version.hip is None
-    and os.environ.get("TRITON_INTERPRET", "0") != "1"
-)
-
-
-# - Bits of float32 numbers
-
-
-@triton.jit
-def _bits(x):
-    return tl.where(x == x, x.to(tl.uint32, bitcast=True), _NAN)
-
-
-@triton.jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _widen(x, compute: tl.constexpr):
-    if x.dtype == tl.bfloat16:
-        x = _float(x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16)
-    return x.to(compute)
-
-
-@triton.jit
-def _upper_half(bits):
-    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-
-
-@triton.jit
-def _narrow(x, dtype: tl.constexpr):
-    """Round to nearest even; float64 values go through float32 first, as in torch."""
-    if dtype.primitive_bitwidth == 16:
-        x = x.to(tl.float32)
-    if dtype == tl.bfloat16:
-        bits = _bits(x)
-        return _upper_half(bits + 0x7FFF + (bits >> 16 & 1))
-    else:
-        return x.to(dtype)
-
-
-# - Division and root of float32 numbers, rounded to nearest
-
-
-@triton.jit
-def _divide(x, y):
-    if _FLUSHES:
-        return tl.inline_asm_elementwise(
-            "div.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.div_rn(x, y)
-
-
-@triton.jit
-def _root(x):
-    if _FLUSHES:
-        return tl.inline_asm_elementwise(
-            "sqrt.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return tl.sqrt_rn(x)
-
-
-# - Noise
-
-
-@triton.jit
-def _lowbias32(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _noise(index, key, step):
-    """Return `state_formats.noise` of the elements with (int64) indices `index`."""
-    step_key = _lowbias32(key.to(tl.uint32) ^ _lowbias32(step.to(tl.uint32)))
-    high = (index >> 32).to(tl.uint32)
-    return _lowbias32(index.to(tl.uint32) + high * 0x9E3779B9 + step_key)
-
-
-# - 8 bits
-
-
-@triton.jit
-def _spread(per_block, TILE: tl.constexpr):
-    blocks: tl.constexpr = TILE // _BLOCK
-    return tl.reshape(tl.broadcast_to(per_block[:, None], [blocks, _BLOCK]), [TILE])
-
-
-@triton.jit
-def _largest_exponent(bits, room, TILE: tl.constexpr):
-    blocks: tl.constexpr = TILE // _BLOCK
-    return tl.max(tl.reshape(bits, [blocks, _BLOCK]), axis=1) + room >> 23
-
-
-@triton.jit
-def _encode_m(m, noise16, count, TILE: tl.constexpr):
-    bits = _bits(m)
-    magnitude = (bits & 0x7FFFFFFF).to(tl.int32)
-    counted = tl.where(tl.arange(0, TILE) < count, magnitude, 0)
-    exponent = tl.maximum(_largest_exponent(counted, _M_ROOM, TILE) - _M_BINADES, 1)
-    each = _spread(exponent, TILE)
-    moved = _bits(_float(magnitude) + _float(each << 23)).to(tl.int32)
-    code = (moved + (noise16 << 3) >> 19) - (each << 4)
-    return (bits >> 31 << 7).to(tl.int32) | code, exponent
-
-
-@triton.jit
-def _decode_m(code, each):
-    magnitude = _float((code & 127) + (each << 4) << 19) - _float(each << 23)
-    return _float(_bits(magnitude) | (code >> 7 << 31).to(tl.uint32))
-
-
-@triton.jit
-def _encode_s(s, noise16, count, TILE: tl.constexpr):
-    bits = _bits(s).to(tl.int32)
-    counted = tl.where(tl.arange(0, TILE) < count, bits, 0)
-    exponent = tl.maximum(_largest_exponent(counted, _S_ROOM, TILE) - _S_BINADES, 0)
-    code = (bits + (noise16 << 4) >> 20) - (_spread(exponent, TILE) << 3)
-    return tl.maximum(code, 0), exponent
-
-
-@triton.jit
-def _decode_s(code, each):
-    return _float(code + (each << 3) << 20)
 
 
 # - Memory; `count` elements of a tile exist
@@ -292,10 +170,10 @@ def _update_tile(
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Decode, apply `rule.update_reference_` operation by operation, encode."""
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder = operands[0:7]
-    m_exponent, s_exponent, max_exponent = operands[7:10]
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder, ema = operands[0:8]
+    m_exponent, s_exponent, max_exponent = operands[8:11]
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale = scalars[0:8]
-    direction, grad_scale, step = scalars[8:11]
+    direction, grad_scale, step, ema_weight = scalars[8:12]
 
     written = None if sums is None else sums + _WATCHED
 
@@ -352,6 +230,10 @@ def _update_tile(
         _store_state(
             max_exp_avg_sq, max_exponent, second, random >> 16, count, written, _MAX, TILE, MASKED
         )
+    if ema is not None:
+        average = _load_state(ema, None, count, sums, _EMA, TILE, MASKED)
+        average += (p - average) * ema_weight
+        _store_state(ema, None, average, random & 0xFFFF, count, written, _EMA, TILE, MASKED)
 
 
 @triton.jit
@@ -364,7 +246,7 @@ def _update(
         sums += (tl.program_id(0) % SLOTS) * (2 * _WATCHED)
     compute: tl.constexpr = tl.float64 if operands[2].dtype.element_ty == tl.float64 else tl.float32
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale = scalars[0:8]
-    direction, grad_scale, step = scalars[8:11]
+    direction, grad_scale, step, ema_weight = scalars[8:12]
     if scalars_at is not None:  # in the order of rule.StepScalars
         weight1 = tl.load(scalars_at).to(compute)
         beta2 = tl.load(scalars_at + 1).to(compute)
@@ -377,6 +259,7 @@ def _update(
         direction = tl.load(scalars_at + 8).to(tl.int32)
         grad_scale = grad_scale * tl.load(scalars_at + 9).to(compute)
         step = tl.load(scalars_at + 10).to(tl.int64)
+        ema_weight = tl.load(scalars_at + 11).to(compute)
     if grad_scale_at is not None:  # what is multiplied is -1 or 1, so that one rounding remains
         grad_scale = grad_scale * tl.load(grad_scale_at).to(compute)
     if skip_at is not None:
@@ -391,13 +274,14 @@ def _update(
         operands[4] if operands[4] is None else operands[4] + start,
         operands[5] if operands[5] is None else operands[5] + start,
         operands[6] if operands[6] is None else operands[6] + start,
-        operands[7] if operands[7] is None else operands[7] + block,
+        operands[7] if operands[7] is None else operands[7] + start,
         operands[8] if operands[8] is None else operands[8] + block,
         operands[9] if operands[9] is None else operands[9] + block,
+        operands[10] if operands[10] is None else operands[10] + block,
     )
     known = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
-        direction, grad_scale, step,
+        direction, grad_scale, step, ema_weight,
     )  # fmt: skip
     # Full tiles without masks, so that loads and stores are vectorized for any segment length.
     if start + TILE <= numel:
@@ -413,15 +297,15 @@ _PLAIN = ["numel", "key", "first", "direction", "step"]
 
 @triton.jit(do_not_specialize=_PLAIN)
 def update_flat(
-    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder,
+    param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder, param_ema,
     exp_avg_exponent, exp_avg_sq_exponent, max_exp_avg_sq_exponent,  # as in Operands
     numel, key, first,
     sums,  # as in Operands
     skip_at,  # one number: if it is not zero, nothing is changed; or None
     grad_scale_at,  # one number that multiplies `grad_scale`; or None
-    scalars_at,  # (11,) float64, rule.StepScalars; or None, which leaves the following
+    scalars_at,  # (12,) float64, rule.StepScalars; or None, which leaves the following
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
-    direction, grad_scale, step,
+    direction, grad_scale, step, ema_weight,
     SLOTS: tl.constexpr,  # of `sums`
     COUPLED: tl.constexpr,  # whether coupled_decay is not zero
     TILE: tl.constexpr,
@@ -429,12 +313,12 @@ def update_flat(
     """Update one segment."""
     start = tl.program_id(0).to(tl.int64) * TILE
     operands = (
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder,
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, param_out, remainder, param_ema,
         exp_avg_exponent, exp_avg_sq_exponent, max_exp_avg_sq_exponent,
     )  # fmt: skip
     scalars = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
-        direction, grad_scale, step,
+        direction, grad_scale, step, ema_weight,
     )  # fmt: skip
     _update(
         operands, numel.to(tl.int64), key, first, start, sums, skip_at, grad_scale_at, scalars_at,
@@ -452,15 +336,15 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["direction", "step"])
 def update_many(
-    segments,  # (segments, 13) int64: addresses as in Operands but grad's, numel, key, first, sums
+    segments,  # (segments, 14) int64: addresses as in Operands but grad's, numel, key, first, sums
     grads,  # (segments,) int64: addresses of gradients, which alone change from step to step
     chunks,  # (chunks,) int64: segment << 32 | number of the chunk in its segment
     skip_at, grad_scale_at, scalars_at,  # these and the scalars as for `update_flat`
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
-    direction, grad_scale, step,
+    direction, grad_scale, step, ema_weight,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr,  # dtypes
     MAX: tl.constexpr, OUT: tl.constexpr, REMAINDER: tl.constexpr,  # dtypes or None
-    EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr,  # likewise
+    EMA: tl.constexpr, EXPONENT: tl.constexpr, MAX_EXPONENT: tl.constexpr,  # likewise
     SLOTS: tl.constexpr,  # of each segment's sums, or None without
     ALIGNED: tl.constexpr,  # whether all addresses are multiples of 16
     COUPLED: tl.constexpr,
@@ -471,7 +355,7 @@ def update_many(
     program = tl.program_id(0)
     entry = tl.load(chunks + program // CHUNK_TILES)
     start = ((entry & 0xFFFFFFFF) * CHUNK_TILES + program % CHUNK_TILES) * TILE
-    row = segments + (entry >> 32) * 13
+    row = segments + (entry >> 32) * 14
     operands = (
         _pointer(row, PARAM, ALIGNED),
         _pointer(grads + (entry >> 32), GRAD, ALIGNED),
@@ -480,16 +364,17 @@ def update_many(
         MAX if MAX is None else _pointer(row + 3, MAX, ALIGNED),
         OUT if OUT is None else _pointer(row + 4, OUT, ALIGNED),
         REMAINDER if REMAINDER is None else _pointer(row + 5, REMAINDER, ALIGNED),
-        EXPONENT if EXPONENT is None else _pointer(row + 6, EXPONENT, False),
+        EMA if EMA is None else _pointer(row + 6, EMA, ALIGNED),
         EXPONENT if EXPONENT is None else _pointer(row + 7, EXPONENT, False),
-        MAX_EXPONENT if MAX_EXPONENT is None else _pointer(row + 8, MAX_EXPONENT, False),
+        EXPONENT if EXPONENT is None else _pointer(row + 8, EXPONENT, False),
+        MAX_EXPONENT if MAX_EXPONENT is None else _pointer(row + 9, MAX_EXPONENT, False),
     )
     scalars = (
         weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
-        direction, grad_scale, step,
+        direction, grad_scale, step, ema_weight,
     )  # fmt: skip
-    sums = SLOTS if SLOTS is None else _pointer(row + 12, tl.int32, False)
+    sums = SLOTS if SLOTS is None else _pointer(row + 13, tl.int32, False)
     _update(
-        operands, tl.load(row + 9), tl.load(row + 10), tl.load(row + 11), start, sums, skip_at,
+        operands, tl.load(row + 10), tl.load(row + 11), tl.load(row + 12), start, sums, skip_at,
         grad_scale_at, scalars_at, scalars, SLOTS, COUPLED, TILE,
     )  # fmt: skip

@@ -28,14 +28,15 @@ from belief_dist.state_formats import update_stored_reference_
 OLDEST = (3, 4)  # of Triton; 3.3 refuses a tuple in which a pointer is None
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _STATES = (torch.float32, torch.float64, torch.bfloat16, torch.uint8)
-_TENSORS = 10  # the leading fields of Operands
+_TENSORS = 11  # the leading fields of Operands
 _TABLES = 64  # number of tables kept on the device, one for each list of tensors
 _VALUES = (
-    "weight1", "beta2", "weight2", "eps", "decay", "coupled_decay", "step_size", "denom_scale"
+    "weight1", "beta2", "weight2", "eps", "decay", "coupled_decay", "step_size", "denom_scale",
+    "ema_weight",
 )  # fmt: skip
 
 # Placeholders for the scalars that the kernel reads from the device; the sign is a factor there.
-_UNKNOWN = StepScalars._make([0.0] * 8 + [Direction.ADAPTIVE, 1.0, 0])
+_UNKNOWN = StepScalars._make([0.0] * 8 + [Direction.ADAPTIVE, 1.0, 0, 0.0])
 
 
 class Again:
@@ -57,6 +58,7 @@ class Again:
             "MAX": kernel.dtype(first.max_exp_avg_sq),
             "OUT": kernel.dtype(first.param_out),
             "REMAINDER": kernel.dtype(first.remainder),
+            "EMA": kernel.dtype(first.param_ema),
             "EXPONENT": kernel.dtype(first.exp_avg_exponent),
             "MAX_EXPONENT": kernel.dtype(first.max_exp_avg_sq_exponent),
             "SLOTS": _slots(first),
@@ -162,6 +164,7 @@ class TritonKernel:
             and first.grad.dtype in _FLOATS
             and state in _STATES
             and (first.param_out is None or first.param_out.dtype in _FLOATS)
+            and (first.param_ema is None or first.param_ema.dtype in _averages(state))
             and (state == torch.uint8) == (first.exp_avg_exponent is not None)
             and (state != torch.uint8 or all(each.first % BLOCK == 0 for each in work))
         )
@@ -319,6 +322,11 @@ def _row(operands: Operands) -> Row:
     addresses = (t.data_ptr() if isinstance(t, Tensor) else 0 for t in tensors)
     sums = 0 if operands.sums is None else operands.sums.data_ptr()
     return (*addresses, operands.param.numel(), operands.key, operands.first, sums)
+
+
+def _averages(state: torch.dtype) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of averages that go together with that of m."""
+    return (state,) if state == torch.float64 else (torch.float32, torch.bfloat16)
 
 
 def _slots(operands: Operands) -> int | None:

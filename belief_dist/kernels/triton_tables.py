@@ -18,10 +18,10 @@ from torch import Tensor
 
 from belief_dist.async_device import is_capturing
 
-# Nine addresses as in Operands without its gradient, numel, key, first, address of the sums or 0.
+# Ten addresses as in Operands without its gradient, numel, key, first, address of the sums or 0.
 Row = tuple[int, ...]
-ADDRESSES = 9
-_ALIGNED = 6  # the leading ones; exponents are read one by one and need no alignment
+ADDRESSES = 10
+_ALIGNED = 7  # the leading ones; exponents are read one by one and need no alignment
 
 # What captured graphs read, which keep addresses and no references.
 _held: list[Tensor] = []
@@ -47,7 +47,7 @@ def chunks_of(lengths: Sequence[int], size: int) -> Tensor:
 class Uploaded:
     """The arguments of `update_many` on the device, and whether all addresses are aligned."""
 
-    segments: Tensor  # (segments, 13), int64
+    segments: Tensor  # (segments, 14), int64
     chunks: Tensor  # (chunks,), int64
     grads: Tensor  # (segments,), int64
     addresses: Sequence[int]  # the same

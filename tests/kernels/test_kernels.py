@@ -59,6 +59,7 @@ class Form(NamedTuple):
     out: torch.dtype | None = None  # of the low-precision copy of the parameter
     state: torch.dtype | None = None  # None: as the rule computes
     split: bool = False  # the parameter is the upper half of its master
+    average: torch.dtype | None = None  # of the parameter
 
 
 PLAIN = [
@@ -81,6 +82,13 @@ FORMS = [
     Form(BF16, BF16, split=True),
     Form(BF16, F32, F16, state=BF16, split=True),
     Form(BF16, BF16, state=U8, split=True),
+    Form(average=F32),
+    Form(average=BF16),
+    Form(F16, F16, average=F32),
+    Form(F64, F64, average=F64),
+    Form(F32, BF16, BF16, state=BF16, average=BF16),
+    Form(BF16, BF16, state=U8, split=True, average=BF16),
+    Form(BF16, BF16, split=True, average=F32),
 ]
 LENGTHS = [0, 1, 7, 8, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025]
 
@@ -124,6 +132,9 @@ def make(
         made[name] = moved(made[name], offset)
     if form.out is not None:
         made["param_out"] = torch.zeros(n, dtype=form.out)
+    if form.average is not None:
+        average = values(n, offset, F64 if form.average == F64 else F32, generator)
+        made["param_ema"] = moved(average.to(form.average), offset)
     made["sums"] = torch.zeros(slots, 2, WATCHED, dtype=torch.int32) if slots else None
     return Operands(**made)
 
@@ -174,6 +185,7 @@ def check(
     step: int = 3,
     seed: int = 0,
     slots: int = 0,
+    ema_weight: float = 0.3,
 ) -> None:
     """Apply one step by one `update` and by the reference to equal tensors; compare all bits."""
     options = {**OPTIONS, **(switches or {})}
@@ -192,7 +204,7 @@ def check(
             for n in ([lengths] if isinstance(lengths, int) else lengths)
         ]
         expected = [copied(operands) for operands in work]
-    scalars = step_scalars(options, step)
+    scalars = step_scalars(options, step, ema_weight=ema_weight)
     update(work, scalars, grad_scale=0.37)
     with on_one_thread():
         for ours, theirs in zip(work, expected, strict=True):
@@ -251,13 +263,14 @@ def test_threads_share_segments_of_any_length(form: Form, threads: int, kernel: 
 def test_numbers_of_elements_beyond_32_bits(state: torch.dtype, kernel: CppKernel) -> None:
     """The noise of the elements before and after the carry."""
     for first in ((1 << 32) - 256, (1 << 32) - 1024, 1 << 32, (5 << 32) - 512):
-        check(cpp, [2000, 300, 100], {"amsgrad": True}, Form(state=state), first=first)
+        form = Form(state=state, average=BF16)
+        check(cpp, [2000, 300, 100], {"amsgrad": True}, form, first=first)
     if state == BF16:  # no blocks, and so any number
         check(cpp, 2000, {}, Form(state=state), first=(1 << 32) - 777)
 
 
 def test_the_fallback_works_through_many_pieces() -> None:
-    for form in (Form(), Form(F32, BF16, BF16), Form(state=U8)):
+    for form in (Form(), Form(average=F32), Form(F32, BF16, BF16), Form(state=U8)):
         check(chunked, 3 * eager._LEAN_PIECE + 7, {}, form)
 
 
@@ -266,7 +279,9 @@ def test_any_mixture_of_dtypes(param_dtype: torch.dtype) -> None:
     """The kernel knows one arithmetic at a time; what mixes two is left to plain torch."""
     for grad_dtype, out_dtype in itertools.product((F32, F64, BF16, F16), (None, F32, BF16, F16)):
         for state in (None, U8):
-            check(kernels.update_, 100, {}, Form(param_dtype, grad_dtype, out_dtype, state))
+            form = Form(param_dtype, grad_dtype, out_dtype, state, average=BF16)
+            check(kernels.update_, 100, {}, form._replace(average=None))
+            check(kernels.update_, 100, {}, form)
 
 
 @given(
@@ -288,6 +303,8 @@ def test_any_mixture_of_dtypes(param_dtype: torch.dtype) -> None:
     out=st.sampled_from([None, BF16, F16]),
     state=st.sampled_from([None, BF16, U8]),
     split=st.booleans(),
+    average=st.sampled_from([None, F32, BF16]),
+    ema_weight=st.sampled_from([1e-7, 0.001, 0.1, 0.5, 1 - 1e-9]),
     first=st.integers(0, 1 << 34),
 )
 @settings(max_examples=200, deadline=None)
@@ -303,18 +320,21 @@ def test_any_form_length_and_hyperparameters(
     out: torch.dtype | None,
     state: torch.dtype | None,
     split: bool,
+    average: torch.dtype | None,
+    ema_weight: float,
     first: int,
 ) -> None:
-    form = Form(BF16 if split else param, grad, out, state, split)
+    form = Form(BF16 if split else param, grad, out, state, split, average)
     first = first // BLOCK * BLOCK if state == U8 else first
     options = {**hyperparameters, **switches}
-    check(cpp, lengths, options, form, offset=offset, first=first, step=step, seed=seed)
+    about: dict[str, Any] = {"offset": offset, "first": first, "step": step, "seed": seed}
+    check(cpp, lengths, options, form, ema_weight=ema_weight, **about)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppKernel) -> None:
     """Cut between blocks, as ranks cut it: the noise is anchored in the parameter."""
-    scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7)
+    scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7, ema_weight=0.3)
     for at in (256, 1024, 1280, 4864):
         generator = torch.Generator().manual_seed(at)
         whole = make(5000, form, amsgrad=True, generator=generator)
@@ -324,9 +344,9 @@ def test_parts_of_a_parameter_get_the_bits_of_the_whole(form: Form, kernel: CppK
         assert_same(parts, whole)
 
 
-@pytest.mark.parametrize("form", [Form(), Form(state=BF16), FORMS[-1]], ids=str)
+@pytest.mark.parametrize("form", [Form(), Form(state=BF16), *FORMS[-2:]], ids=str)
 def test_thousands_of_tensors_as_one_by_one(form: Form, threads: int, kernel: CppKernel) -> None:
-    scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7)
+    scalars = step_scalars({**OPTIONS, "amsgrad": True}, 7, ema_weight=0.3)
     generator = torch.Generator().manual_seed(0)
     made = [make(n, form, amsgrad=True, generator=generator) for n in range(50)]
     together = [copied(operands) for _ in range(100) for operands in made]

@@ -221,6 +221,7 @@ class Form(NamedTuple):
     # and a root that are rounded to nearest. It would not help: 1,024 threads with 32 bytes each
     # on their way are twice of what an H100's memory needs to be busy.
     registers: int = 40
+    average: str | None = None
 
 
 FORMS = {
@@ -231,6 +232,10 @@ FORMS = {
     "remainder, bfloat16 states": Form("bf16", "bf16", "bf16", remainder="i16", registers=48),
     "8 bits": Form("fp32", "bf16", "u8", out="bf16", exponent="u8", registers=64),
     "remainder, 8 bits": Form("bf16", "bf16", "u8", None, "i16", "u8", registers=64),
+    "average": Form("fp32", "fp32", "fp32", average="fp32"),
+    "remainder, bfloat16 average": Form(
+        "bf16", "bf16", "fp32", remainder="i16", average="bf16", registers=48
+    ),
 }
 OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
 SIZES = {"fp32": 4, "bf16": 2, "i16": 2, "u8": 1}
@@ -253,6 +258,7 @@ def compile_ahead(
         "max_exp_avg_sq": None,
         "param_out": form.out,
         "remainder": form.remainder,
+        "param_ema": form.average,
         "exp_avg_exponent": form.exponent,
         "exp_avg_sq_exponent": form.exponent,
         "max_exp_avg_sq_exponent": None,
@@ -273,6 +279,7 @@ def compile_ahead(
         "MAX": None,
         "OUT": dtypes[form.out],
         "REMAINDER": dtypes[form.remainder],
+        "EMA": dtypes[form.average],
         "EXPONENT": dtypes[form.exponent],
         "MAX_EXPONENT": None,
         "SLOTS": slots,
@@ -306,7 +313,7 @@ def expected_accesses(form: Form) -> tuple[Counter[int], Counter[int]]:
     masks, and one access for each element. Exponents are one byte each.
     """
     states = [SIZES[form.state]] * 2
-    masters = [SIZES[t] for t in (form.param, form.remainder) if t is not None]
+    masters = [SIZES[t] for t in (form.param, form.remainder, form.average) if t is not None]
     loads = [*states, *masters, SIZES[form.grad]]
     stores = [*states, *masters, *([] if form.out is None else [SIZES[form.out]])]
     counts = []
@@ -325,9 +332,10 @@ STORE = r"\bst\.global(?:\.v(\d))?\.b(\d+)"
 def table_reads(form: Form) -> int:
     """Return how many numbers `update_many` reads of its table; unused ones are not read."""
     exponents = 0 if form.exponent is None else 2
-    pointers = 4 + (form.out is not None) + (form.remainder is not None) + exponents
+    pointers = 4 + sum(t is not None for t in (form.out, form.remainder, form.average)) + exponents
     place = 2  # the chunk, and the number of elements
-    return pointers + place + (0 if form.state == "fp32" else 2)  # what keys the noise
+    is_noisy = form.state != "fp32" or form.average == "bf16"
+    return pointers + place + 2 * is_noisy  # what keys the noise
 
 
 def resources(compiled: Any, folder: Path) -> dict[str, int]:
@@ -386,7 +394,7 @@ def test_sums_on_nvidia(name: str, tmp_path: Path) -> None:
     compiled = compile_ahead("update_many", form, GPUTarget("cuda", 90, 32), 8, slots=256)
     ptx = compiled.asm["ptx"]
     assert not re.search(r"\bfma\b|\.ftz|\.approx|div\.full", ptx)
-    watched = 3 + (0 if form.exponent is None else 2)
+    watched = 3 + (0 if form.exponent is None else 2) + (form.average is not None)
     # Of each what is read and what is written, in the path of full tiles and in that of the last.
     assert len(re.findall(r"\b(?:red|atom)\.global\.gpu\.relaxed\.add\.u32", ptx)) == 4 * watched
     stores = Counter(int(v or 1) * int(n) // 8 for v, n in re.findall(STORE, ptx))

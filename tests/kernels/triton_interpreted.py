@@ -7,19 +7,20 @@ TRITON_INTERPRET=1 and BELIEF_DIST_BACKEND=triton from the start.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from belief_dist import AdaBelief, kernels
-from belief_dist.device_scalars import device_scalars
+from belief_dist import AdaBelief, kernels, rule
+from belief_dist import device_scalars as on_device
 from belief_dist.kernels import eager, triton_kernel
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.kernels.triton_tables import Table
 from belief_dist.operands import BLOCK, WATCHED, Operands
-from belief_dist.rule import StepScalars, compute_dtype, step_scalars
+from belief_dist.rule import StepScalars, compute_dtype
 from belief_dist.state_formats import (
     encode_m,
     encode_s,
@@ -37,6 +38,8 @@ from test_kernels import BF16, F16, F32, F64, OPTIONS, SWITCHES, bits, values
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 U8 = torch.uint8
+step_scalars = partial(rule.step_scalars, ema_weight=0.3)
+device_scalars = partial(on_device.device_scalars, ema_weight=0.3)
 LENGTHS = [1, 7, 255, 256, 257, 1023, 1024, 1025, 3000]
 
 
@@ -54,6 +57,7 @@ class Form(NamedTuple):
     state: torch.dtype
     out: torch.dtype | None = None
     remainder: bool = False
+    average: torch.dtype | None = None
 
 
 FORMS = [
@@ -73,6 +77,11 @@ FORMS = [
     Form(F32, BF16, U8, BF16),
     Form(F32, F16, U8, F16),
     Form(BF16, BF16, U8, remainder=True),
+    Form(F32, F32, F32, average=F32),
+    Form(F64, F64, F64, average=F64),
+    Form(F32, BF16, BF16, BF16, average=BF16),
+    Form(BF16, BF16, F32, remainder=True, average=BF16),
+    Form(BF16, BF16, U8, remainder=True, average=F32),
 ]
 
 
@@ -87,6 +96,9 @@ def make(
         param, optional["remainder"] = split_master(values(n, 0, F32, generator))
     if form.out is not None:
         optional["param_out"] = torch.zeros(n, dtype=form.out)
+    if form.average is not None:
+        average = values(n, 0, F64 if form.average == F64 else F32, generator)
+        optional["param_ema"] = average.to(form.average)
     names = ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad
     states: dict[str, Tensor] = {}
     for name in names:
@@ -178,7 +190,7 @@ def test_any_mixture_of_dtypes(param: torch.dtype) -> None:
         check(work, step_scalars({**OPTIONS, "amsgrad": True}, 3), grad_scale=0.1)
 
 
-@pytest.mark.parametrize("form", [FORMS[i] for i in (0, 6, 10, 13)], ids=str)
+@pytest.mark.parametrize("form", [FORMS[i] for i in (0, 6, 10, 13, 16, 17)], ids=str)
 def test_what_the_device_alone_knows(form: Form) -> None:
     """A factor, a verdict, a step and a learning rate that the host never reads."""
     scale = torch.tensor([0.1234567890123456789], dtype=F64)
@@ -205,7 +217,7 @@ def test_what_the_device_alone_knows(form: Form) -> None:
 
 def test_noise_goes_on_beyond_four_billion_elements() -> None:
     """`first` is 64 bits wide, and an index may cross 2**32 in the middle of a tile."""
-    for form in (FORMS[9], FORMS[13]):
+    for form in (FORMS[9], FORMS[13], FORMS[19]):
         for first in ((1 << 32) - 512, 1 << 32, 5 << 32):
             check([make(form, 1500, False, 1, first)], step_scalars(OPTIONS, 7))
 
@@ -239,7 +251,7 @@ def test_a_table_is_uploaded_once_for_the_same_tensors(uploads: list[int]) -> No
     work = [make(FORMS[0], n, False, n) for n in (10, 20, 30)]
     for step in (1, 2, 3):
         check(work, step_scalars(OPTIONS, step))
-    once = [3, 3 * 13, 3]  # gradients, rows, chunks
+    once = [3, 3 * 14, 3]  # gradients, rows, chunks
     assert uploads == once
     for step in (4, 5):  # new gradients in the same places' stead
         for other, _ in enumerate(work):
