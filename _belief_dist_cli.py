@@ -72,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("--trust", action="store_true", help="run code in DeepSpeed's pickles")
     made.add_argument("--to", choices=TARGETS, required=True)
     made.add_argument("--template", type=Path, help="a universal checkpoint of the same job")
+    made.add_argument(
+        "--averages", action="store_true", help="averaged weights; with --to safetensors"
+    )
     made.add_argument("--from_adam", action="store_true", help="estimate s from Adam's v")
     made.add_argument("--eps", type=float, default=1e-16, help="AdaBelief's, with --from_adam")
     made = commands.add_parser(
@@ -98,6 +101,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--ranks", type=int, required=True, help="devices of the job")
     made.add_argument("--memory", type=float, help="GiB of each that these may take")
+    made.add_argument(
+        "--averages",
+        choices=("float32", "bfloat16"),
+        help="of the weights, which our ways shall keep in this dtype",
+    )
     made.add_argument("--json", action="store_true", help="print everything as JSON")
     made = commands.add_parser(
         "check",

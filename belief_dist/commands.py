@@ -77,7 +77,8 @@ def _plan(args: argparse.Namespace) -> int:
             raise ValueError(f"a model has 1 to 1e15 parameters, got {args.model}.")
         shapes = shapes_of_count(int(count))
     memory = None if args.memory is None else args.memory * 2**30
-    rows = plan(shapes, args.ranks, memory)
+    keeps = None if args.averages is None else {"ema_decay": 0.999, "ema_dtype": args.averages}
+    rows = plan(shapes, args.ranks, memory, keeps)
     best = suggestion(rows, memory)
     if args.json:
         content = [
@@ -202,7 +203,9 @@ def _diff(args: argparse.Namespace) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     full = _read(args, args.source, from_adam=args.from_adam, eps=args.eps)
-    written = convert.write(full, args.target, args.to, template=args.template)
+    written = convert.write(
+        full, args.target, args.to, template=args.template, averages=args.averages
+    )
     print(f"{written}: {len(full.names)} optimized parameters, step {full.step}")
     return 0
 

@@ -114,6 +114,15 @@ def check_timeout(timeout: Any) -> None:
         raise ValueError(f"timeout must be > 0 or None, got {timeout}.")
 
 
+def _decay_or_none(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    decay = as_float(name, value)
+    if not 0.0 < decay < 1.0:
+        raise ValueError(f"{name} must be > 0 and < 1, or None, got {decay}.")
+    return decay
+
+
 _STAGE = _one_of(
     1, 2, hint="; for sharded parameters (stage 3) use AdaBelief with FSDP2 or DeepSpeed"
 )
@@ -140,6 +149,10 @@ class EngineOptions:
         metadata={"check": _dtype(torch.float32, torch.bfloat16, torch.uint8)},
     )
     seed: int = field(default=0, metadata={"check": _integer})
+    ema_decay: float | None = field(default=None, metadata={"check": _decay_or_none})
+    ema_dtype: torch.dtype = field(
+        default=torch.float32, metadata={"check": _dtype(torch.float32, torch.bfloat16)}
+    )
     bucket_bytes: int = field(default=32 << 20, metadata={"check": _positive_integer})
     max_grad_norm: float | None = field(default=None, metadata={"check": _positive_or_none})
     max_grad_value: float | None = field(default=None, metadata={"check": _positive_or_none})
@@ -192,6 +205,11 @@ class EngineOptions:
         """Whether a rank keeps all of its own gradient until the step: ZeRO-1 by the book."""
         return self.stage == 1 and self.micro_batches is None
 
+    @property
+    def keeps_averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self.ema_decay is not None
+
     def check_param(self, dtype: torch.dtype, label: str) -> None:
         """Refuse a parameter whose dtype does not go together with an option.
 
@@ -210,6 +228,11 @@ class EngineOptions:
         if dtype == torch.float64 and self.state_dtype != torch.float32:
             raise ValueError(
                 f"state_dtype={self.state_dtype} would narrow the states of float64 parameter "
+                f"{label}; leave it out, or use float32 parameters."
+            )
+        if dtype == torch.float64 and self.keeps_averages and self.ema_dtype != torch.float32:
+            raise ValueError(
+                f"ema_dtype={self.ema_dtype} would narrow the average of float64 parameter "
                 f"{label}; leave it out, or use float32 parameters."
             )
         if dtype == torch.float16 and self.master == "remainder":

@@ -20,6 +20,8 @@ from belief_dist.sharding.bucket import block_of
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.layout import Layout, ParamSpec, plan_layout
 
+# What offload moves to the host.
+_ON_HOST = ("masters", "exp_avg", "exp_avg_sq", "averages")
 # Of the tensors that stand for a number of parameters: elements of one, and how many at most.
 _PART, _MOST_PARTS = 1 << 24, 4096
 
@@ -169,18 +171,27 @@ def bytes_held(layout: Layout, ranks: int, options: EngineOptions) -> dict[str, 
         per_state = own * stored.itemsize + (own // BLOCK if stored == torch.uint8 else 0)
         held["exp_avg"] += per_state
         held["exp_avg_sq"] += per_state
+        if options.keeps_averages:
+            form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
+            held["averages"] = held.get("averages", 0) + own * form.itemsize
         if codec.keeps_error:
             held["wire errors"] = held.get("wire errors", 0) + numel * dtype.itemsize
     return held
 
 
-def plan(shapes: Sequence[tuple[int, ...]], ranks: int, memory: float | None) -> list[Row]:
+def plan(
+    shapes: Sequence[tuple[int, ...]],
+    ranks: int,
+    memory: float | None,
+    more: Mapping[str, Any] | None = None,
+) -> list[Row]:
     """Return what each way to train takes of every rank.
 
     Args:
         shapes: Of the parameters.
         ranks: How many there are, >= 1.
         memory: Bytes of a device that parameters, gradients and states may take, or None.
+        more: Options that all of our ways shall have.
     """
     count = sum(map(math.prod, shapes))
     rows = []
@@ -189,11 +200,12 @@ def plan(shapes: Sequence[tuple[int, ...]], ranks: int, memory: float | None) ->
         if way.options is None:
             held = int(way.per_param(ranks) * count)
         else:
-            options = options_from(way.options)
+            way = way._replace(options={**way.options, **(more or {})})
+            options = options_from(way.options or {})
             layout = plan_for(specs_of_shapes(shapes, way.dtype), ranks, options)
             kinds = bytes_held(layout, ranks, options)
             if options.offload is not None:
-                on_host = sum(kinds[name] for name in ("masters", "exp_avg", "exp_avg_sq"))
+                on_host = sum(kinds.get(name, 0) for name in _ON_HOST)
             held = sum(kinds.values()) - on_host
         largest = int(count * memory / held) if memory else 0
         rows.append(Row(way, held, on_host, largest))

@@ -30,6 +30,7 @@ from belief_dist.params import (
     refuse_edits,
     split_by_decay,
 )
+from belief_dist.sharding.averages import AverageAccess
 from belief_dist.sharding.checkpoint_access import CheckpointAccess
 from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.driver import Driven
@@ -47,7 +48,7 @@ from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_
 from belief_dist.state_init_step import TORCH_STATE_DICT, is_called_by
 
 
-class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
+class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
     """AdaBelief whose states and master weights are sharded over the ranks of a process group.
 
     Use it on a bare module, without DistributedDataParallel: it gives all ranks the parameters of
@@ -95,6 +96,9 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
             for each element of exp_avg and exp_avg_sq, rounded stochastically, see `state_formats`.
             The bits then are still the same for any number of ranks and any bucket size.
         seed: Of the noise that rounds them.
+        ema_decay: Keep an exponential moving average of the weights with this decay, in the pass of
+            the update; see `averaged_parameters` and docs/averages.md. None keeps none.
+        ema_dtype: Of the average: torch.float32, or torch.bfloat16, rounded as `state_dtype`.
         bucket_bytes: Size of a communication bucket in bytes.
         max_grad_norm: Clip the mean gradient to this global L2 norm inside `step`, or None.
         max_grad_value: Clip every element of the mean gradient to [-value, value] before its norm
@@ -114,7 +118,8 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
     Shapes: for every bucket of n padded elements, flat parameters and gradients are (n,) in the
         parameters' dtype (no flat gradients at stage 2); master, exp_avg and exp_avg_sq are
         (n / world_size,), float32 (float64 for float64 parameters) or what `master` and
-        `state_dtype` say; wire errors are (n,) in the parameters' dtype, with int8 only.
+        `state_dtype` say, param_ema likewise; wire errors are (n,) in the parameters' dtype, with
+        int8 only.
 
     Raises:
         TypeError: An argument has the wrong type, or an option is unknown.
@@ -155,6 +160,8 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         master: Literal["fp32", "remainder"] = "fp32",
         state_dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
+        ema_decay: float | None = None,
+        ema_dtype: torch.dtype | str = torch.float32,
         bucket_bytes: int = 32 << 20,
         max_grad_norm: float | None = None,
         max_grad_value: float | None = None,
@@ -294,6 +301,7 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         For engines that cast, broadcast or regroup parameters after the optimizer was built. Called
         by all ranks.
         """
+        self._engine.masters.storage.check_not_lent()
         self._engine.read_guard.wait_all()
         self.state.clear()
         self._check_params()
@@ -304,7 +312,8 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
     # - Step
 
     def _wait(self) -> None:
-        """Wait for the verdict and the gathers of the last step."""
+        """Wait for the verdict and the gathers of the last step; for what needs the weights."""
+        self._engine.masters.storage.check_not_lent()
         self._engine.read_verdict(self.param_groups)
         self._engine.read_guard.wait_all()
 
@@ -470,7 +479,8 @@ class ShardedAdaBelief(Driven, CheckpointAccess, Optimizer):
         own = self.param_groups, states, self._sharding(), self._label
         check_together(self.comm, lambda: check_shard(state_dict, *own))
         self._wait()
-        copy_shard_(state_dict, self.param_groups, states)
+        without_average = copy_shard_(state_dict, self.param_groups, states)
         self._engine.keep_loaded_masters()
+        self._engine.update.start_averages(without_average)
         sharding = state_dict["sharding"]
         self._continue_from(sharding["skipped_steps"], sharding.get("seed", self._options.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,8 @@ from torch.optim import Optimizer
 
 from belief_dist.options import DEFAULTS, OPTION_NAMES, as_float, shown, validate_options
 
+logger = logging.getLogger("belief_dist")
+
 SHARD_FORMAT = 1  # of what ShardedAdaBelief.state_dict returns
 
 # Without these a saved group is another optimizer's; what else it lacks came later.
@@ -23,8 +26,10 @@ _FIRST_OPTIONS = (
 # Further keys of a parameter's state are those of wrappers (Lookahead's slow weights).
 _OWN_KEYS = {
     *["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "wire_error"],
+    "param_ema",
     *["exp_avg_exponent", "exp_avg_sq_exponent", "max_exp_avg_sq_exponent", "exp_avg_var"],
 }
+_AVERAGE = "param_ema"
 # More than any run takes, and no more than every float64 counts to.
 _MOST_STEPS = 2**53
 # What the values of a state must be: at least, at most, and in words. Of 8 bits, the exponents of
@@ -310,7 +315,10 @@ def check_shard(
             f"the shard is damaged."
         )
     for index, own in enumerate(states):
-        check_state_entry(label(index), state_dict["state"].get(index) or {}, own)
+        entry = state_dict["state"].get(index) or {}
+        if (_AVERAGE in entry) != (_AVERAGE in own):  # it starts anew, or is left out
+            entry, own = ({k: v for k, v in e.items() if k != _AVERAGE} for e in (entry, own))
+        check_state_entry(label(index), entry, own)
     check_values((label(index), state_dict["state"][index]) for index in range(len(states)))
 
 
@@ -318,20 +326,29 @@ def copy_shard_(
     state_dict: Mapping[str, Any],
     param_groups: list[dict[str, Any]],
     states: Sequence[dict[str, Any]],
-) -> None:
-    """Copy a shard that passed `check_shard` into states, in place, and into group options."""
+) -> list[int]:
+    """Copy a shard that passed `check_shard` into states, in place, and into group options.
+
+    Returns:
+        Of which parameters it holds no average, though one is kept here.
+    """
     entries = [state_dict["state"][index] for index in range(len(states))]
     others = [
         {key: deepcopy(entry[key]) for key in entry if key not in _OWN_KEYS} for entry in entries
     ]
     for own, entry, other in zip(states, entries, others, strict=True):
         for key, value in own.items():
-            if isinstance(value, Tensor) and key in _OWN_KEYS:
+            if isinstance(value, Tensor) and key in _OWN_KEYS & entry.keys():
                 value.copy_(entry[key])
         own["step"] = int(entry["step"])
         own.update(other)
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
+    pairs = enumerate(zip(states, entries, strict=True))
+    without = [i for i, (own, entry) in pairs if _AVERAGE in own and _AVERAGE not in entry]
+    if without:
+        logger.info("the shard holds no averages: they start from the weights")
+    return without
 
 
 @contextmanager

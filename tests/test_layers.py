@@ -46,7 +46,7 @@ sharding.graph_counts sharding.disagreements sharding.replica_repair
 sharding.state_sums
 sharding.shard_update
 sharding.engine sharding.loss_scale
-sharding.checkpoint_access
+sharding.checkpoint_access sharding.averages
 
 step_plan
 optimizer sharded

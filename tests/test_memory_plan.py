@@ -34,6 +34,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"reduce_dtype": "bfloat16", "max_grad_value": 1.0},
     {"offload": "cpu", "bucket_bytes": 3000},
     {"micro_batches": 4},
+    {"ema_decay": 0.9, "offload": "cpu"},
+    {"ema_decay": 0.9, "ema_dtype": "bfloat16", "state_dtype": "uint8"},
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -44,7 +46,7 @@ def build_model() -> nn.Module:
 
 def is_what_is_held(options: dict[str, Any]) -> None:
     for dtype in DTYPES:
-        if dtype == torch.float64 and options.keys() & {"reduce_dtype", "state_dtype"}:
+        if dtype == torch.float64 and options.keys() & {"reduce_dtype", "state_dtype", "ema_dtype"}:
             continue
         model = build_model().to(dtype)
         optimizer = ShardedAdaBelief(model.parameters(), **options)

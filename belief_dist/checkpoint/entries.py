@@ -6,6 +6,7 @@ key                                     tensor
 ``model.<name>``                        a weight as it is trained: the float32 master, if there is
                                         one; a buffer or frozen weight as the model has it
 ``optim.state.<name>.exp_avg``          m; also exp_avg_sq (s) and max_exp_avg_sq
+``optim.state.<name>.param_ema``        average of the weight, with ema_decay
 ``optim.state.<name>.exp_avg_exponent`` exponents of the blocks of an 8-bit state, 1-D; also others
 ``optim.wire_error.<rank>.<name>``      error feedback of a rank with reduce_dtype=torch.int8
 ``belief_dist``                         plain values: see the module `metadata`
@@ -20,6 +21,7 @@ read.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +42,8 @@ from belief_dist.state_formats import (
 
 METADATA_KEY = "belief_dist"
 EXTRA_KEY = "extra"
-STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+AVERAGE = "param_ema"
+STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", AVERAGE)
 # Elements converted at a time, so that temporary memory stays small; a multiple of BLOCK.
 _WINDOW = 1 << 18
 # The encoders add 16 bits of noise and truncate: with half of the range they round to nearest.
@@ -138,13 +141,19 @@ class ShardLoadPlan:
         Raises:
             ValueError: The checkpoint has no such parameter, or one of another shape.
         """
-        self._add_weight(shard)
+        weight = self._add_weight(shard)
         tensors = shard.tensors
         has_state = shard.name in self._metadata.get("steps", {})
         for key in STATES:
+            is_saved = state_key(shard.name, key) in self._saved
             if key not in tensors:
+                if key == AVERAGE and is_saved:
+                    self.changes.add("averages of the weights are left out: none are kept here")
                 continue
-            if has_state:
+            if key == AVERAGE and not is_saved:
+                self.changes.add("averages were not saved and start from the weights that are read")
+                self.finish.append(partial(tensors[key].copy_, weight))
+            elif has_state:
                 self._add_state(shard, key)
             else:
                 # Saved before this parameter's first step: start from zero states again.
@@ -164,7 +173,8 @@ class ShardLoadPlan:
             )
         return entry.properties.dtype
 
-    def _add_weight(self, shard: LocalShard) -> None:
+    def _add_weight(self, shard: LocalShard) -> Tensor:
+        """Plan to read the weight; return where it will be when DCP has filled the entries."""
         key = weight_key(shard.name)
         saved = self._saved_dtype(shard, key)
         param, remainder = shard.tensors["param"], shard.tensors.get("remainder")
@@ -172,11 +182,12 @@ class ShardLoadPlan:
         self.note_dtype_change("weights", saved, own)
         if remainder is None:
             self.entries[key] = shard.dcp_tensor(param, own)
-            return
+            return param
         lower = remainder
         joined = torch.empty(param.numel(), dtype=torch.float32, device=param.device)
         self.entries[key] = shard.dcp_tensor(joined, own)
         self.finish.append(lambda: split_masters(joined, param, lower))
+        return joined
 
     def _add_state(self, shard: LocalShard, key: str) -> None:
         own = shard.tensors[key]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.checkpoint.dcp_tensor import DcpTensor
-from belief_dist.checkpoint.entries import STATES, join_masters, split_masters
+from belief_dist.checkpoint.entries import AVERAGE, STATES, join_masters, split_masters
 from belief_dist.checkpoint.local_shards import LocalShard, local_shards
 from belief_dist.checkpoint.metadata import apply_options
 from belief_dist.sharded import ShardedAdaBelief
@@ -31,8 +31,8 @@ def logical_states(optimizer: ShardedAdaBelief) -> Iterator[None]:
     ``get_optimizer_state_dict`` then returns tensors of the parameters' shapes, which
     `torch.distributed.checkpoint` saves and loads in place; ``set_optimizer_state_dict`` takes
     these, or plain tensors of the same shapes. They are, for each parameter, step, exp_avg,
-    exp_avg_sq and, if it is separate from the parameter, the float32 master; and the options of the
-    groups.
+    exp_avg_sq, its average, if one is kept, and, if it is separate from the parameter, the float32
+    master; and the options of the groups.
 
     Raises:
         ValueError: States have 8 bits, whose block exponents do not fit into a tensor of the
@@ -101,6 +101,7 @@ class _LogicalForm:
         optimizer.wait_pending()
         params = [p for group in optimizer.param_groups for p in group["params"]]
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        without_average = []
         for index, (shard, targets, masters) in enumerate(self._targets()):
             entry = state_dict["state"].get(saved[index])
             if entry is None:
@@ -108,6 +109,8 @@ class _LogicalForm:
             for key, target in targets.items():
                 if key in entry:
                     _copy(entry[key], target)
+                elif key == AVERAGE:
+                    without_average.append(index)
             if MASTER in entry and masters is not None:
                 param, remainder = shard.tensors["param"], shard.tensors.get("remainder")
                 if remainder is None:
@@ -123,6 +126,7 @@ class _LogicalForm:
         optimizer.sync_params_from_masters(
             skipped_steps=optimizer.skipped_steps, seed=optimizer.options.seed
         )
+        optimizer._engine.update.start_averages(without_average)
 
 
 def _copy(source: Tensor, target: DcpTensor) -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from belief_dist.kernels.eager import CODE_BLOCK, CODE_BYTES
-from belief_dist.kernels.triton_kernel import _widen
+from belief_dist.kernels.triton_formats import _widen
 from belief_dist.norm import HIGH_BIN, LOW_BIN, NUM_BINS
 
 _LOW = tl.constexpr(LOW_BIN)

@@ -16,6 +16,10 @@ from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.layout import Bucket, Fragment, Layout
+from belief_dist.state_formats import join_master
+
+# Elements whose masters are joined at a time, so that temporary memory stays small.
+_WINDOW = 1 << 18
 
 
 def _dense_stride(tensor: Tensor) -> tuple[int, ...]:
@@ -65,7 +69,8 @@ class BucketBuffers:
             remainders, the bfloat16 parameters whose other half is in `remainder`.
         remainder: (bucket.shard_numel,), int16: the lower halves of the masters, or None.
         states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each (bucket.shard_numel,),
-            in the compute dtype or `state_dtype`; with uint8 also the exponents of each.
+            in the compute dtype or `state_dtype`; with uint8 also the exponents of each. With
+            `ema_decay` also param_ema, likewise, in the compute dtype or `ema_dtype`.
         low_param: (bucket.shard_numel,): where the update writes 16-bit parameters, else None.
         wire_error: (bucket.numel,) in the parameters' dtype: what the codec keeps, or None.
         on_host: Whether `master`, states and `low_param` are in the host's memory, which is pinned
@@ -152,6 +157,9 @@ class BucketBuffers:
             self.states[name] = self._zeros(stored)
             if stored == torch.uint8:
                 self.states[f"{name}_exponent"] = self._zeros(torch.uint8, BLOCK)
+        if options.keeps_averages:
+            form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
+            self.states["param_ema"] = self._zeros(form)
 
     def _zeros(self, dtype: torch.dtype, per: int = 1) -> Tensor:
         """Return a zero for every `per` elements of the shard, where the masters are."""
@@ -219,6 +227,16 @@ class BucketBuffers:
         if self.on_host and self.low_param is not None:
             self.low_param[window].copy_(self.param_shard[window])
 
+    def start_average(self, start: int = 0, stop: int | None = None) -> None:
+        """Let the averages of weights [start, stop) of the shard start from these weights."""
+        end = self.master.numel() if stop is None else stop
+        for first in range(start, end, _WINDOW):
+            window = slice(first, min(first + _WINDOW, end))
+            weights = self.master[window]
+            if self.remainder is not None:
+                weights = join_master(weights, self.remainder[window])
+            self.states["param_ema"][window].copy_(weights)
+
     def operands(self, grads: Tensor) -> Operands:
         """Return what a step with the reduced gradients `grads` works on: the whole shard."""
         states: dict[str, Any] = self.states
@@ -251,7 +269,9 @@ class BucketBuffers:
             "exp_avg_sq": 0,
         }
         for name, state in self.states.items():
-            held["exp_avg_sq" if "exp_avg_sq" in name else "exp_avg"] += state.nbytes
+            kind = "exp_avg_sq" if "exp_avg_sq" in name else "exp_avg"
+            kind = "averages" if name == "param_ema" else kind
+            held[kind] = held.get(kind, 0) + state.nbytes
         if self.wire_error is not None:
             held["wire errors"] = self.wire_error.nbytes
         return held

@@ -242,6 +242,8 @@ class ShardEngine:
         )
         comm.broadcast_(bucket.flat_param)  # masters were made from this rank's own
         bucket.refresh_master()
+        if self.options.keeps_averages:
+            bucket.start_average()
         return bucket
 
     def _counts_in_norm(self, plan: Bucket, param_groups: ParamGroups) -> bool:

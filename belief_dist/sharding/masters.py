@@ -50,8 +50,12 @@ class Masters:
 
     def note(self) -> None:
         """Take the parameters as they are now for those of the masters."""
-        self._versions = [param._version for param in self._params]
+        self.note_versions()
         self._data_edits.note()
+
+    def note_versions(self) -> None:
+        """Take in-place changes since the last look for none; the values are what they were."""
+        self._versions = [param._version for param in self._params]
 
     def note_update(self) -> None:
         """Likewise, after an update, which writes to the flat buffers: they have other versions."""

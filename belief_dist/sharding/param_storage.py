@@ -20,6 +20,9 @@ class ParamStorage:
 
     Looking costs a call into torch for each parameter, so it is done once for a backward pass and
     once for a step, not where a parameter is used.
+
+    Attributes:
+        is_lent: Whether parameters have other values for a while, which no master may take.
     """
 
     def __init__(
@@ -35,6 +38,19 @@ class ParamStorage:
         self._buckets = buckets
         self._label = label
         self._addresses = list(map(Tensor.data_ptr, self._local))
+        self.is_lent = False
+
+    def check_not_lent(self) -> None:
+        """Refuse what must see the weights themselves.
+
+        Raises:
+            RuntimeError: Parameters have other values at present.
+        """
+        if self.is_lent:
+            raise RuntimeError(
+                "the parameters are their averages inside `with optimizer.averaged_parameters():`; "
+                "leave it before backward, step, saving, loading, or entering it again."
+            )
 
     def take_over(self) -> bool:
         """Move what lies elsewhere now back to its place, with its values, masters included.
@@ -44,19 +60,37 @@ class ParamStorage:
 
         Raises:
             ValueError: A parameter has another dtype, device or shape than its place.
+            RuntimeError: See `check_not_lent`.
         """
+        self.check_not_lent()
+        moved = self._moved()
+        for index in moved:
+            self._take_over(index)
+        return bool(moved)
+
+    def put_back(self) -> None:
+        """Move what lies elsewhere now back to its place, which keeps the values that it has."""
+        for index in self._moved():
+            buffers, position = self._place(index)
+            self._local[index].data = buffers.view(buffers.flat_param, position)
+            if buffers.flat_grad is not None:
+                buffers.grad_views[position].data = buffers.view(buffers.flat_grad, position)
+
+    def _moved(self) -> list[int]:
         addresses = list(map(Tensor.data_ptr, self._local))
         if addresses == self._addresses:
-            return False
+            return []
         pairs = enumerate(zip(self._addresses, addresses, strict=True))
-        for index in [index for index, (old, new) in pairs if old != new]:
-            self._take_over(index)
-        return True
+        return [index for index, (old, new) in pairs if old != new]
+
+    def _place(self, index: int) -> tuple[BucketBuffers, int]:
+        """Return a parameter's bucket, and its position in it."""
+        number, slot = self._layout.place(index)
+        buffers = self._buckets[number]
+        return buffers, buffers.bucket.slots.index(slot)
 
     def _take_over(self, index: int) -> None:
-        param, (number, slot) = self._local[index], self._layout.place(index)
-        buffers = self._buckets[number]
-        position = buffers.bucket.slots.index(slot)
+        param, (buffers, position) = self._local[index], self._place(index)
         place = buffers.view(buffers.flat_param, position)
         if (param.dtype, param.device, param.shape) != (place.dtype, place.device, place.shape):
             raise ValueError(

@@ -58,7 +58,10 @@ class ShardUpdate:
         """Serve this rank's shards of `buckets`; `adopt` must follow."""
         self._layout = layout
         self._buckets = buckets
-        self._is_stochastic = is_stochastic(options.state_dtype)
+        self._is_stochastic = is_stochastic(options.state_dtype) or (
+            options.keeps_averages and is_stochastic(options.ema_dtype)
+        )
+        self._ema_weight = 0.0 if options.ema_decay is None else 1.0 - options.ema_decay
         self._seed = options.seed
         self._plans: dict[tuple[tuple[int, int], ...], _Plan] = {}
         self._param_indices = [[slot.param for slot in plan.slots] for plan in layout.buckets]
@@ -107,6 +110,19 @@ class ShardUpdate:
             state["wire_error"] = buffers.wire_error[slot.start : slot.stop]
         return state
 
+    # - Averages
+
+    def start_averages(self, indices: Iterable[int]) -> None:
+        """Let the averages of some parameters start from these, if any are kept."""
+        for index in indices if self._ema_weight else ():
+            part = self._layout.fragment(index, self._shard_index)
+            stop = part.in_shard + part.numel
+            self._buckets[part.bucket].start_average(part.in_shard, stop)
+
+    def start_new_averages(self) -> None:
+        """Let those start anew whose parameters have taken no step yet: weights may be loaded."""
+        self.start_averages(i for i, state in enumerate(self.states) if not state["step"])
+
     # - Flipped bits
 
     def has_faults(self, device: torch.device) -> Tensor | None:
@@ -134,6 +150,8 @@ class ShardUpdate:
     def count_steps(self, used: Sequence[bool]) -> list[int]:
         """Count one more step of the parameters that are `used`, and return which these are."""
         indices = list(compress(range(len(used)), used))
+        if self._ema_weight:
+            self.start_averages(index for index in indices if not self.states[index]["step"])
         for index in indices:
             self.states[index]["step"] += 1
         return indices
@@ -195,7 +213,7 @@ class ShardUpdate:
                 extents |= {number: self._extent(number, used, is_even) for number in numbers}
             for group, step, work in calls:
                 options = param_groups[group]
-                scalars = _scalars(options, step, graph)
+                scalars = _scalars(options, step, graph, self._ema_weight)
                 kernels.update_(work, scalars, grad_scale=scales[options["clip"]], skip=skip)
             for number in numbers:
                 self._buckets[number].send_back()
@@ -288,13 +306,14 @@ class ShardUpdate:
 
 
 def _scalars(
-    options: Mapping[str, Any], step: int, graph: GraphCounts | None
+    options: Mapping[str, Any], step: int, graph: GraphCounts | None, ema_weight: float
 ) -> StepScalars | DeviceScalars:
     """Return the scalars of step number `step`, or of what will be replayed in its place."""
     lr = options["lr"]
     if graph is not None:
-        return device_scalars(options, graph.step_number(step), lr)
+        return device_scalars(options, graph.step_number(step), lr, ema_weight=ema_weight)
     # The host does not read what it would wait for.
     if isinstance(lr, Tensor) and async_device.runs_behind(lr.device):
-        return device_scalars(options, torch.full((), step, device=lr.device), lr)
-    return step_scalars(options, step)
+        number = torch.full((), step, device=lr.device)
+        return device_scalars(options, number, lr, ema_weight=ema_weight)
+    return step_scalars(options, step, ema_weight=ema_weight)

@@ -54,7 +54,9 @@ class StateSums:
         self._buckets = buckets
         self._rows = torch.zeros(len(buckets), slots, 2, WATCHED, dtype=torch.int32, device=device)
         # Where a parameter is its own master, its copies are compared, and code may change it.
-        counts = [[b.has_master or b.remainder is not None] + [True] * 3 for b in buckets]
+        counts = [
+            [b.has_master or b.remainder is not None] + [True] * (WATCHED - 1) for b in buckets
+        ]
         self._counts = torch.tensor(counts, device=device)
         self._expected = torch.zeros(shape, dtype=torch.int32, device=device)
         self._padding = torch.stack(list(map(_sum_of_padding, buckets)))

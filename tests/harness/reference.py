@@ -27,6 +27,8 @@ class Reference:
         remainders: bool = False,
         state_dtype: torch.dtype = torch.float32,
         seed: int = 0,
+        ema_decay: float | None = None,
+        ema_dtype: torch.dtype = torch.float32,
     ) -> None:
         self.options = options  # one for each parameter
         self.low = [p.detach().clone(memory_format=torch.contiguous_format) for p in params]
@@ -43,11 +45,15 @@ class Reference:
                 state[name] = torch.zeros(count, dtype=form)
                 if form == torch.uint8:
                     state[f"{name}_exponent"] = torch.zeros(-(-count // BLOCK), dtype=form)
+            if ema_decay is not None:
+                form = master.dtype if ema_dtype == torch.float32 else ema_dtype
+                state["param_ema"] = master.reshape(-1).to(form, copy=True)
             self.states.append(state)
         self.remainder = [
             torch.zeros(p.numel(), dtype=torch.int16) if remainders else None for p in params
         ]
         self.steps = [0] * len(params)
+        self.ema_weight = 0.0 if ema_decay is None else 1.0 - ema_decay
         self.norm = torch.tensor(0.0)
 
     @property
@@ -95,7 +101,7 @@ class Reference:
             )
             update_stored_reference_(
                 operands,
-                step_scalars(self.options[i], self.steps[i]),
+                step_scalars(self.options[i], self.steps[i], ema_weight=self.ema_weight),
                 grad_scale=scale if self.options[i].get("clip", True) else mean,
             )
 

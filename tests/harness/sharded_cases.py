@@ -36,6 +36,7 @@ def equals_reference(
     state_dtype: torch.dtype = torch.float32,
     process_group: dist.ProcessGroup | None = None,
     shared_memory: bool = True,
+    **averages: Any,
 ) -> None:
     """Train a few steps on all ranks and compare everything after each."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
@@ -45,7 +46,7 @@ def equals_reference(
     groups = [{"params": first}, {"params": second, "lr": 0.02, "weight_decay": 0.0}]
     own = [{**DEFAULTS, **hyper}] * len(first)
     own += [{**DEFAULTS, **hyper, "lr": 0.02, "weight_decay": 0.0}] * len(second)
-    small = {"state_dtype": state_dtype, "seed": 3}
+    small = {"state_dtype": state_dtype, "seed": 3, **averages}
     reference = Reference(
         make_params(dtype, seed=0), own, remainders=master == "remainder", **small
     )

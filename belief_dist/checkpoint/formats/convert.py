@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.checkpoint.atomic_file import atomic_file
+from belief_dist.checkpoint.entries import STATES
 from belief_dist.checkpoint.formats.deepspeed import read_universal, read_zero, write_universal
 from belief_dist.checkpoint.formats.full_state import FullState, read_full_state, write_full_state
 from belief_dist.checkpoint.formats.safetensors import read_safetensors, write_safetensors
@@ -104,7 +105,12 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 def write(
-    full: FullState, target: str | Path, to: str, *, template: str | Path | None = None
+    full: FullState,
+    target: str | Path,
+    to: str,
+    *,
+    template: str | Path | None = None,
+    averages: bool = False,
 ) -> Path:
     """Write a training state.
 
@@ -114,15 +120,18 @@ def write(
         to: One of `TARGETS`. "torch" and "official" write the optimizer's state_dict only;
             "safetensors" writes weights only, in the model's dtypes.
         template: For "universal": a universal checkpoint of the same job.
+        averages: For "safetensors": the averages of the weights in their stead.
 
     Returns:
         The path that was written.
 
     Raises:
-        ValueError: `to` is unknown, the template is missing, or a file would replace something
-            else.
+        ValueError: `to` is unknown, the template is missing, there are no averages, or a file would
+            replace something else.
     """
     target = Path(target)
+    if averages and to != "safetensors":
+        raise ValueError(f"averages alone are weights to use: to 'safetensors', not {to!r}.")
     if not full.groups and to in ("torch", "official", "universal"):
         raise ValueError("the source holds weights alone, and no optimizer's states to convert.")
     if to == "belief_dist":
@@ -131,7 +140,7 @@ def write(
         with atomic_file(target) as temporary:
             torch.save(to_state_dict(full) if to == "torch" else to_official(full), temporary)
     elif to == "safetensors":
-        write_safetensors(full.model_weights(), target)
+        write_safetensors(full.model_weights(averaged=averages), target)
     elif to == "universal":
         if template is None:
             raise ValueError("a universal checkpoint needs a template: one of the same job.")
@@ -185,7 +194,7 @@ def _pairs(
         ("step", one.steps, other.steps),
         ("options", options(one), options(other)),
     ]
-    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+    for key in STATES:
         ours = {name: states[key] for name, states in one.states.items() if key in states}
         theirs = {name: states[key] for name, states in other.states.items() if key in states}
         pairs.append((key, ours, theirs))

@@ -13,7 +13,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from belief_dist.checkpoint.checksummed_files import check_files, read_manifest
 from belief_dist.checkpoint.chunks import inverse
-from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, STATES, state_key, weight_key
+from belief_dist.checkpoint.entries import (
+    AVERAGE,
+    EXTRA_KEY,
+    METADATA_KEY,
+    STATES,
+    state_key,
+    weight_key,
+)
 from belief_dist.checkpoint.loading import SafePlanner, read_metadata
 from belief_dist.checkpoint.metadata import FORMAT
 from belief_dist.checkpoint.names import dtype_name
@@ -31,7 +38,8 @@ class FullState:
 
     Attributes:
         weights: Weights as they are trained (the float32 master, if there is one), and buffers.
-        states: exp_avg, exp_avg_sq and maybe max_exp_avg_sq of each optimized parameter.
+        states: exp_avg, exp_avg_sq and maybe max_exp_avg_sq and param_ema of each optimized
+            parameter.
         steps: Number of steps of each optimized parameter.
         groups: ``{"params": names, "options": hyperparameters}`` for each param group.
         dtypes: Dtypes of the model's parameters, where they differ from those of `weights`.
@@ -52,11 +60,27 @@ class FullState:
         """Names of the optimized parameters, in the order of the groups."""
         return [name for group in self.groups for name in group["params"]]
 
-    def model_weights(self) -> dict[str, Tensor]:
-        """Return the weights in the model's dtypes, tied ones under each of their names."""
+    def model_weights(self, *, averaged: bool = False) -> dict[str, Tensor]:
+        """Return the weights in the model's dtypes, tied ones under each of their names.
+
+        Args:
+            averaged: Take the average of each weight that was trained.
+
+        Raises:
+            ValueError: There are no averages.
+        """
+        weights = dict(self.weights)
+        if averaged:
+            lacking = [name for name in self.names if AVERAGE not in self.states.get(name, {})]
+            if lacking or not self.names:
+                raise ValueError(
+                    "it holds no averages of the weights, which ShardedAdaBelief keeps with "
+                    "ema_decay."
+                )
+            weights |= {name: self.states[name][AVERAGE] for name in self.names}
         found = {
             name: value.to(getattr(torch, self.dtypes[name])) if name in self.dtypes else value
-            for name, value in self.weights.items()
+            for name, value in weights.items()
         }
         return found | {alias: found[name] for alias, name in self.aliases.items()}
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from belief_dist.checkpoint.entries import AVERAGE
 from belief_dist.checkpoint.formats.full_state import FullState
 from belief_dist.options import DEFAULTS, OPTION_NAMES
 from belief_dist.state_dict import check_form, count_steps
@@ -121,7 +122,10 @@ def _names(
 
 
 def to_state_dict(full: FullState) -> dict[str, Any]:
-    """Return a state_dict for `AdaBelief`; ZeroRedundancyOptimizer loads it too."""
+    """Return a state_dict for `AdaBelief`; ZeroRedundancyOptimizer loads it too.
+
+    Averages of the weights, which these do not keep, are left out.
+    """
     groups: list[dict[str, Any]] = []
     numbers: dict[str, int] = {}
     for group in full.groups:
@@ -130,7 +134,11 @@ def to_state_dict(full: FullState) -> dict[str, Any]:
         options = {k: v for k, v in group["options"].items() if k != "clip"}
         groups.append({**options, "params": members, "param_names": list(group["params"])})
     state = {
-        numbers[name]: {"step": full.steps[name], **states} for name, states in full.states.items()
+        numbers[name]: {
+            "step": full.steps[name],
+            **{key: value for key, value in states.items() if key != AVERAGE},
+        }
+        for name, states in full.states.items()
     }
     return {"state": state, "param_groups": groups}
 
