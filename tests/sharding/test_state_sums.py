@@ -33,6 +33,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "amsgrad": {"amsgrad": True},
     "offload": {"dtype": torch.bfloat16, "offload": "cpu"},
     "float64": {"dtype": torch.float64},
+    "average": {"ema_decay": 0.9},
+    "bfloat16 average": {"dtype": torch.bfloat16, "ema_decay": 0.9, "ema_dtype": torch.bfloat16},
 }
 
 
@@ -190,6 +192,8 @@ def test_flipped_bits(tmp_path: Path) -> None:
         "amsgrad": ["max_exp_avg_sq"],
         "offload": ["master", "exp_avg"],
         "float64": ["exp_avg_sq"],
+        "average": ["param_ema"],
+        "bfloat16 average": ["param_ema"],
     }
     cases = [
         partial(flipped_state, form, 7, kind, culprit % 2, saves, tmp_path / f"{form}{kind}{saves}")

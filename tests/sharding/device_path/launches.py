@@ -103,6 +103,8 @@ CHOICES: list[dict[str, Any]] = [
     {"groups": 2, "clip_all": False},
     {"max_grad_value": 1.0},
     {"reduce_dtype": torch.bfloat16},
+    {"ema_decay": 0.9},
+    {"ema_decay": 0.9, "ema_dtype": torch.bfloat16, "dtype": torch.bfloat16},
 ]
 
 
