@@ -52,6 +52,7 @@ class Form:
     state: torch.dtype = torch.float32
     remainder: bool = False
     param_out: bool = False  # bfloat16 copies beside float32 masters
+    average: torch.dtype | None = None  # of the parameters
 
     def operands(self, numel: int) -> Operands:
         """Return tensors as after some training."""
@@ -64,6 +65,8 @@ class Form:
                 )
             else:
                 states[name] = torch.full((numel,), 1e-3, dtype=self.state)
+        if self.average is not None:
+            states["param_ema"] = torch.randn(numel).to(self.average)
         return Operands(
             param=torch.randn(numel).to(self.param),
             grad=(1e-2 * torch.randn(numel)).to(self.grad),
@@ -81,6 +84,8 @@ FORMS = [
     Form("float32, bfloat16 states", state=_BF16),
     Form("float32, 8-bit states", state=torch.uint8),
     Form("bfloat16, remainders, 8-bit states", _BF16, _BF16, torch.uint8, remainder=True),
+    Form("float32, average", average=torch.float32),
+    Form("float32, bfloat16 average", average=_BF16),
 ]
 
 
@@ -177,7 +182,7 @@ def _contenders(elements: int) -> tuple[list[Contender], list[str]]:
     """Return what can run here, and one sentence for each contender that cannot."""
     found: list[Contender] = []
     notes: list[str] = []
-    scalars = step_scalars({**DEFAULTS, **_OPTIONS}, 100)
+    scalars = step_scalars({**DEFAULTS, **_OPTIONS}, 100, ema_weight=1e-3)
     for form in FORMS if elements <= _LARGE else FORMS[:1]:
         operands = form.operands(elements)
         nbytes, floor = bytes_moved(operands), f"plain pass: {form.name}"

@@ -28,6 +28,7 @@ class Form(NamedTuple):
     out: torch.dtype | None = None
     remainder: bool = False
     amsgrad: bool = False
+    average: torch.dtype | None = None
 
 
 FORMS = {
@@ -43,6 +44,8 @@ FORMS = {
     "masters, 8-bit states": Form(F32, BF16, U8, BF16),
     "remainder, 8-bit states": Form(BF16, BF16, U8, None, True),
     "remainder, 8-bit states, amsgrad": Form(BF16, BF16, U8, None, True, True),
+    "float32, average": Form(F32, F32, F32, average=F32),
+    "remainder, bfloat16 average": Form(BF16, BF16, F32, None, True, average=BF16),
 }
 
 
@@ -53,6 +56,8 @@ def make(form: Form, n: int, device: str) -> Operands:
         param, optional["remainder"] = split_master(param)
     if form.out is not None:
         optional["param_out"] = torch.empty(n, dtype=form.out, device=device)
+    if form.average is not None:
+        optional["param_ema"] = torch.randn(n, device=device).to(form.average)
     states: list[Tensor] = []
     for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * form.amsgrad:
         if form.state == U8:
@@ -86,7 +91,7 @@ def has_same_bits(form: Form, device: str, n: int) -> bool:
     here = [make(form, size, "cpu") for size in (n, 1, n // 3)]
     there = [moved(operands, device) for operands in here]
     for step in (1, 2, 1000):
-        scalars = step_scalars(OPTIONS, step)
+        scalars = step_scalars(OPTIONS, step, ema_weight=1e-3)
         for operands in here:
             update_stored_reference_(operands, scalars, grad_scale=0.37)
         work = [there] if step == 2 else [[each] for each in there]

@@ -170,19 +170,25 @@ def trains(model: nn.Module, optimizer: ShardedAdaBelief, numbers: range) -> Non
 
 def checkpoints_reshard(folder: Path) -> None:
     """Saved by 2 x 2 ranks; 1 x 4, uneven parts, and 4 x 1 have every logical tensor's bits."""
+    keeps = {**HYPER, "ema_decay": 0.9}
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = cut_model(mesh["tp"])
     optimizer = ShardedAdaBelief(
-        model.named_parameters(), process_group=mesh["dp"], bucket_bytes=200, **HYPER
+        model.named_parameters(), process_group=mesh["dp"], bucket_bytes=200, **keeps
     )
     trains(model, optimizer, range(3))
+    before = [local_part(param).clone() for param in model.parameters()]
+    with optimizer.averaged_parameters():
+        lent = [local_part(param).clone() for param in model.parameters()]
+    assert not any(map(torch.equal, before, lent))
+    assert all(map(torch.equal, before, map(local_part, model.parameters())))
     saved = checkpoint.save(folder / "first", 3, model=model, optimizer=optimizer)
     assert saved.nbytes > 0
     for dp, tp in ((1, 4), (4, 1), (2, 2)):
         other_mesh = init_device_mesh("cpu", (dp, tp), mesh_dim_names=("dp", "tp"))
         other = cut_model(other_mesh["tp"])
         other_optimizer = ShardedAdaBelief(
-            other.named_parameters(), process_group=other_mesh["dp"], stage=2, **HYPER
+            other.named_parameters(), process_group=other_mesh["dp"], stage=2, **keeps
         )
         for param in other.parameters():
             local_part(param.data).fill_(7.0)
@@ -193,12 +199,15 @@ def checkpoints_reshard(folder: Path) -> None:
             one, two = read_full_state(folder / "first"), read_full_state(again)
             assert differences(one, two) == [], (dp, tp)
             assert one.states["1.weight"]["exp_avg_sq"].shape == (10, 6)
-            assert one.steps["3.bias"] == 3
+            assert one.steps["3.bias"] == 3 and "param_ema" in one.states["3.bias"]
     # On the mesh of then, training goes on as if it had never stopped.
     for each in (model, optimizer), (other, other_optimizer):
         trains(*each, range(3, 5))
     for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(local_part(ours), local_part(theirs))
+    with optimizer.averaged_parameters(), other_optimizer.averaged_parameters():
+        for ours, theirs in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(local_part(ours), local_part(theirs))
 
 
 def copies_are_repaired_in_one_part(copies: int) -> None:

@@ -22,7 +22,8 @@ FORMS: list[dict[str, Any]] = [
     {"stage": 2, "max_grad_norm": 1.0},
     {"dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
-    {"rectify": True},
+    {"rectify": True, "ema_decay": 0.9},
+    {"ema_decay": 0.9, "ema_dtype": torch.bfloat16},
 ]
 CASES = [*((1, form) for form in FORMS), *((8, form) for form in FORMS[:2])]
 
