@@ -530,6 +530,13 @@ struct Types {  // of all segments
   int param, grad, state, out, average;
 };
 
+// Has the memory of n values come into cache while others are computed.
+INLINE void prefetch(const Array& from, int64_t i, int64_t n) {
+  const int64_t size = from.type == kFloat64 ? 8 : from.type == kFloat32 ? 4 : 2;
+  const char* data = static_cast<const char*>(from.data) + i * size;
+  for (int64_t j = 0; j < n * size; j += 64) __builtin_prefetch(data + j, 1);
+}
+
 // Updates elements [begin, end) of a segment; `begin` is a multiple of kExponentBlock.
 template <class T>
 void update_part(const Segment& part, const Types& types, int64_t begin, int64_t end,
@@ -548,6 +555,7 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
     const int64_t until_carry = (int64_t{1} << 32) - static_cast<uint32_t>(element);
     n = static_cast<int>(std::min({kBlock, end - i, until_carry}));  // see noise_start
     if (part.sums) words.add(0, param, states, average, i, n);
+    if (average.data) prefetch(average, i, n);
     T* p = param.read<T>(i, n, buffers[0]);
     T* m = states.m.read<T>(i, n, decode_signed, buffers[1]);
     T* s = states.s.read<T>(i, n, decode_positive, buffers[2]);
