@@ -149,6 +149,9 @@ class Training:
         if not self.job.mesh:  # else the rows hold copies
             for name, parts in zip(STATES, collect(optimizer, STATES), strict=True):
                 found[name] = torch.cat(parts)
+        if optimizer.options.keeps_averages:
+            with optimizer.averaged_parameters():
+                found["averages"] = torch.cat([param.detach().flatten() for param in params])
         return found
 
 

@@ -456,7 +456,8 @@ def test_a_skip_is_not_read_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(eager, "_on_cpu", lambda tensor: False)
     for with_maximum in (False, True):
         tensors = [torch.rand(100) for _ in range(4)]
-        more = {"max_exp_avg_sq": torch.rand(100)} if with_maximum else {}
+        names = ["max_exp_avg_sq", "param_ema"] if with_maximum else []
+        more = {name: torch.rand(100) for name in names}
         before = [t.clone() for t in (*tensors, *more.values())]
         operands = Operands(*tensors, **more)
         eager.update_(operands, step_scalars(OPTIONS, 1), skip=torch.tensor(True))

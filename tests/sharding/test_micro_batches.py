@@ -51,21 +51,22 @@ PLANS: list[tuple[dict[str, Any], torch.dtype]] = [
     ({"stage": 1, "max_grad_norm": 0.5}, bf16),
     ({"stage": 2, "max_grad_norm": 0.5}, torch.float32),
 ]
-SCALED = Job(6, {"stage": 2, "max_grad_norm": 0.5}, scaled=True)
+SCALED = Job(6, {"stage": 2, "max_grad_norm": 0.5, "ema_decay": 0.9}, scaled=True)
 JOBS = [Job(v, options, dtype) for v in (4, 6) for options, dtype in PLANS]
 JOBS += [Job(v, *PLANS[i]) for v, i in ((1, 0), (1, 1), (8, 2), (8, 3), (12, 0), (12, 1))]
 JOBS += [
     SCALED,
     Job(6, {"state_dtype": torch.uint8, "master": "remainder"}, bf16),
+    Job(6, {"ema_decay": 0.9, "ema_dtype": bf16, "master": "remainder"}, bf16),
     Job(6, {"state_dtype": bf16, "overlap": False}),
     Job(6, {"offload": "cpu", "reduce_dtype": bf16}),
     Job(6, {"shared_memory": False, "stage": 2, "max_grad_norm": 0.5}),
-    Job(6, {"max_grad_norm": 0.5}, mesh=True),
+    Job(6, {"max_grad_norm": 0.5, "ema_decay": 0.9}, mesh=True),
     Job(6, {"shared_memory": False, "max_grad_norm": 0.5}, mesh=True),
     Job(6, {"shard_over": "mesh"}, mesh=True),
 ]
 # Stopped and continued: at how many ranks, and until which step. Epochs have 5 steps.
-CONTINUED = replace(SCALED, options={"max_grad_norm": 0.5})
+CONTINUED = replace(SCALED, options={"max_grad_norm": 0.5, "ema_decay": 0.9})
 PARTS = {4: (0, 7), 3: (7, 13), 5: (13, 17), 2: (17, STEPS)}
 
 
