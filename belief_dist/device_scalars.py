@@ -19,7 +19,7 @@ class DeviceScalars(NamedTuple):
     them where they are; other updates visit the host, see `on_host`.
     """
 
-    values: Tensor  # (12,), float64: StepScalars in its order
+    values: Tensor  # (12,), float64: StepScalars in its order; (11,) without ema_weight
     coupled: bool  # whether coupled_decay is not zero
 
     def on_host(self) -> StepScalars:
@@ -33,8 +33,10 @@ class DeviceScalars(NamedTuple):
                 "a CUDA graph can capture this step only where Triton updates all tensors: see "
                 "belief_dist.backends(), and lay out gradients in memory as their parameters."
             )
-        *numbers, direction, sign, step, ema_weight = self.values.tolist()
-        return StepScalars._make((*numbers, Direction(int(direction)), sign, int(step), ema_weight))
+        values = self.values.tolist()
+        numbers, (direction, sign, step), ema_weight = values[:8], values[8:11], values[11:]
+        known = (*numbers, Direction(int(direction)), sign, int(step))
+        return StepScalars._make((*known, *(ema_weight or [0.0])))
 
 
 @torch.no_grad()
@@ -99,6 +101,6 @@ def device_scalars(
         "ema_weight": ema_weight,
     }
     # Constants are filled in, not copied: a captured graph may not read the host's memory.
-    each = (scalars[name] for name in StepScalars._fields)
+    each = [scalars[name] for name in StepScalars._fields if ema_weight or name != "ema_weight"]
     values = [x if isinstance(x, Tensor) else torch.full_like(t, x) for x in each]
     return DeviceScalars(torch.stack(values), coupled_decay != 0.0)

@@ -194,6 +194,10 @@ class EngineOptions:
                 "errors stay on a rank and would make the result depend on how many there are; "
                 "torch.bfloat16 halves the bytes."
             )
+        if options.ema_dtype != torch.float32 and not options.keeps_averages:
+            raise ValueError(
+                f"ema_dtype={options.ema_dtype} needs ema_decay, without which no average is kept."
+            )
         if options.on_desync == "repair" and not options.check_replicas:
             raise ValueError(
                 "on_desync='repair' needs check_replicas=True, which finds what differs."

@@ -259,7 +259,8 @@ def _update(
         direction = tl.load(scalars_at + 8).to(tl.int32)
         grad_scale = grad_scale * tl.load(scalars_at + 9).to(compute)
         step = tl.load(scalars_at + 10).to(tl.int64)
-        ema_weight = tl.load(scalars_at + 11).to(compute)
+        if operands[7] is not None:
+            ema_weight = tl.load(scalars_at + 11).to(compute)
     if grad_scale_at is not None:  # what is multiplied is -1 or 1, so that one rounding remains
         grad_scale = grad_scale * tl.load(grad_scale_at).to(compute)
     if skip_at is not None:
@@ -303,7 +304,7 @@ def update_flat(
     sums,  # as in Operands
     skip_at,  # one number: if it is not zero, nothing is changed; or None
     grad_scale_at,  # one number that multiplies `grad_scale`; or None
-    scalars_at,  # (12,) float64, rule.StepScalars; or None, which leaves the following
+    scalars_at,  # (12,) or (11,) float64, see DeviceScalars; or None, which leaves the following
     weight1, beta2, weight2, eps, decay, coupled_decay, step_size, denom_scale,
     direction, grad_scale, step, ema_weight,
     SLOTS: tl.constexpr,  # of `sums`

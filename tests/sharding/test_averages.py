@@ -237,7 +237,8 @@ def test_without_the_option() -> None:
         ({"ema_decay": 1.0}, "ema_decay must be > 0 and < 1, or None, got 1.0."),
         ({"ema_decay": 0}, "ema_decay must be > 0 and < 1"),
         ({"ema_decay": float("nan")}, "ema_decay must be"),
-        ({"ema_dtype": torch.uint8}, "ema_dtype must be torch.float32 or torch.bfloat16"),
+        ({"ema_dtype": "bfloat16"}, "ema_dtype=torch.bfloat16 needs ema_decay"),
+        ({**KEEP, "ema_dtype": torch.uint8}, "ema_dtype must be torch.float32 or torch.bfloat16"),
         ({"dtype": torch.float64, **NARROW}, "would narrow the average of float64 parameter"),
     ],
 )
