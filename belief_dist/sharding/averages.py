@@ -81,8 +81,9 @@ class AverageAccess:
     @torch.no_grad()
     def _write(self, shards: Sequence[Tensor]) -> None:
         """Write this rank's shard of every bucket to the parameters, and gather them."""
-        comm = self._engine.comm
-        for number, (bucket, shard) in enumerate(zip(self._engine.buckets, shards, strict=True)):
+        engine = self._engine
+        for number, (bucket, shard) in enumerate(zip(engine.buckets, shards, strict=True)):
+            comm = engine.comms[number]
             bucket.param_shard.copy_(shard)
             if comm.num_shards > 1:
                 start_gather(comm, bucket.flat_param, number).wait()

@@ -74,6 +74,7 @@ class ShardEngine:
         comm: The ranks that share the states, or keep copies of them.
         driver: Knows which backward pass is a step's last, and which norm to clip to.
         params: All parameters, in the order of the param groups.
+        comms: Of each bucket, the ranks that share it.
         layout: Which shard has which elements of which parameter.
         buckets: The tensors of every bucket of the layout.
         masters: Follow parameters that something else has changed, and the other way round.
@@ -88,6 +89,7 @@ class ShardEngine:
 
     # Made anew by `build`, whenever parameters are added or replaced.
     layout: Layout
+    comms: list[Collectives]
     buckets: list[BucketBuffers]
     masters: Masters
     update: ShardUpdate
@@ -186,7 +188,7 @@ class ShardEngine:
         # in the broadcasts below, and the old layout is still whole if this raises.
         compare_models(comm, self._model_parallel, sets, layout, params, param_groups, options)
         self.params, self.layout, self._rank_sets = params, layout, sets
-        self._comms = [sets[plan.ranks].comm for plan in layout.buckets]
+        self.comms = [sets[plan.ranks].comm for plan in layout.buckets]
         kept = {each.bucket: each for each in self.buckets} if keep_buckets else {}
         self.buckets = [
             kept.get(plan) or self._new_bucket(plan, param_groups) for plan in layout.buckets
@@ -208,7 +210,7 @@ class ShardEngine:
             params,
             layout,
             self.buckets,
-            self._comms,
+            self.comms,
             defers=self.consensus.defers,
             label=self._label,
         )
@@ -221,7 +223,7 @@ class ShardEngine:
             params,
             self.buckets,
             comm,
-            self._comms,
+            self.comms,
             options,
             self.driver,
             self.masters.storage,
@@ -304,9 +306,9 @@ class ShardEngine:
         self._clip_values(scales[False])
         # Forward needs first what backward has reached last.
         order = self.update.changed(reversed(reducer.schedule.order), decision.used)
-        is_sharded = any(comm.num_shards > 1 for comm in self._comms)
+        is_sharded = any(comm.num_shards > 1 for comm in self.comms)
         for ranks in self._rank_sets:
-            own = [number for number in order if self._comms[number] is ranks.comm]
+            own = [number for number in order if self.comms[number] is ranks.comm]
             ranks.comm.open_gathers([self.buckets[number].flat_param for number in own])
         for number in self.update.run(
             order,
@@ -317,7 +319,7 @@ class ShardEngine:
             turn_numel=(_TURN if is_sharded else math.inf) if consensus.defers else 0,
             graph=graph,
         ):
-            comm = self._comms[number]
+            comm = self.comms[number]
             if comm.num_shards > 1:
                 gather = start_gather(comm, self.buckets[number].flat_param, number)
                 self.read_guard.expect(self._gathered_with[number], gather.wait, gather.has_ended)

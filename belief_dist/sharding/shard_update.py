@@ -115,7 +115,7 @@ class ShardUpdate:
     def start_averages(self, indices: Iterable[int]) -> None:
         """Let the averages of some parameters start from these, if any are kept."""
         for index in indices if self._ema_weight else ():
-            part = self._layout.fragment(index, self._shard_index)
+            part = self.fragment(index)
             stop = part.in_shard + part.numel
             self._buckets[part.bucket].start_average(part.in_shard, stop)
 
