@@ -7,6 +7,7 @@ and the sentences of both are derived from the fields, so that a new option is a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -98,6 +99,15 @@ def _positive_or_none(name: str, value: Any) -> Any:
     return limit
 
 
+def _factor_or_none(name: str, value: Any) -> Any:
+    if value is None:
+        return None
+    factor = as_float(name, value)
+    if not 1.0 < factor < math.inf:
+        raise ValueError(f"{name} must be > 1 and finite, or None, got {factor}.")
+    return factor
+
+
 def check_timeout(timeout: Any) -> None:
     """Check the argument `timeout`, which is no option: ranks may have different ones.
 
@@ -161,6 +171,7 @@ class EngineOptions:
     shared_memory: bool = field(default=True, metadata={"check": _true_or_false})
     check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
     check_states: bool = field(default=False, metadata={"check": _true_or_false})
+    spike_guard: float | None = field(default=None, metadata={"check": _factor_or_none})
     on_desync: Literal["raise", "repair"] = field(
         default="raise", metadata={"check": _one_of("raise", "repair")}
     )

@@ -111,6 +111,8 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
         check_replicas: In every step, compare a checksum of the ranks' parameters.
         check_states: In every step, compare what the update reads of masters and states with what
             the last one has written: see `sharding.state_sums`.
+        spike_guard: Skip a step, on all ranks, if the norm of its mean gradient is more than so
+            many times the median of the last 128 that were taken: see `sharding.spike_guard`.
         on_desync: If replicas differ, "raise", or "repair": give ranks what most have, and skip.
         sync_buffers: Once, give all ranks the first rank's buffers of modules that hold parameters.
         timeout: After which a rank that does not answer is an error; None: half that of the group.
@@ -170,6 +172,7 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
         shared_memory: bool = True,
         check_replicas: bool = True,
         check_states: bool = False,
+        spike_guard: float | None = None,
         on_desync: Literal["raise", "repair"] = "raise",
         sync_buffers: bool = True,
         timeout: timedelta | None = None,
@@ -387,7 +390,7 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
 
     @property
     def skipped_steps(self) -> int:
-        """How many steps were skipped: a gradient was not finite, or backward raised on a rank."""
+        """How many steps were skipped: a gradient not finite, a spike, an exception in backward."""
         self._engine.read_verdict(self.param_groups)
         return self._engine.skipped_steps
 
@@ -458,6 +461,7 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
             "part": list(coordinate_of(self._model_parallel.mesh)),
             "skipped_steps": self._engine.skipped_steps,
             "seed": self._options.seed,
+            "spike_history": self.spike_history,
         }
 
     @torch.no_grad()
@@ -483,4 +487,8 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
         self._engine.keep_loaded_masters()
         self._engine.update.start_averages(without_average)
         sharding = state_dict["sharding"]
-        self._continue_from(sharding["skipped_steps"], sharding.get("seed", self._options.seed))
+        self._continue_from(
+            sharding["skipped_steps"],
+            sharding.get("seed", self._options.seed),
+            sharding.get("spike_history", ()),
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from belief_dist.options import DEFAULTS, OPTION_NAMES, as_float, shown, validat
 logger = logging.getLogger("belief_dist")
 
 SHARD_FORMAT = 1  # of what ShardedAdaBelief.state_dict returns
+# What shards of older versions lack of their description.
+_CAME_LATER = ("seed", "spike_history")
 
 # Without these a saved group is another optimizer's; what else it lacks came later.
 _FIRST_OPTIONS = (
@@ -249,8 +252,10 @@ def check_sharding(saved: Any, own: Mapping[str, Any]) -> None:
             f"{SHARD_FORMAT}, got {shown(saved)}."
         )
     for key, value in own.items():
-        loaded = saved.get(key, value if key == "seed" else None)  # which came later
+        loaded = saved.get(key, value if key in _CAME_LATER else None)
         fits = type(loaded) is type(value) and (key != "skipped_steps" or loaded >= 0)
+        if fits and key == "spike_history":
+            fits = all(type(each) is float and 0 <= each < math.inf for each in loaded)
         if not fits or (key == "part" and any(type(each) is not int for each in loaded)):
             raise ValueError(
                 f"ShardedAdaBelief.load_state_dict: the shard is damaged, its {key} is "

@@ -368,7 +368,7 @@ def test_what_is_left_of_adam_is_told_only_where_it_matters() -> None:
 
 
 def test_the_engines_options_are_known() -> None:
-    sharded = {"type": "ShardedAdaBelief", "params": {"check_states": True, "no_decay": "1d"}}
+    sharded = {"type": "ShardedAdaBelief", "params": {"spike_guard": 5, "no_decay": "1d"}}
     config = changed(optimizer=sharded, zero_optimization={"stage": 0})
     assert check_config(config).findings == []
 

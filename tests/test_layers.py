@@ -42,7 +42,7 @@ sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.masters sharding.process_groups sharding.rank_sets sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus
 sharding.micro_batches sharding.model_checks
-sharding.graph_counts sharding.disagreements sharding.replica_repair
+sharding.graph_counts sharding.disagreements sharding.replica_repair sharding.spike_guard
 sharding.state_sums
 sharding.shard_update
 sharding.engine sharding.loss_scale

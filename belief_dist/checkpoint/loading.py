@@ -396,6 +396,7 @@ class _LoadPlan:
             optimizer.sync_params_from_masters(
                 skipped_steps=metadata.get("skipped_steps", 0),
                 seed=metadata.get("seed", optimizer.options.seed),
+                spike_history=metadata.get("spike_history", ()),
             )
 
 

@@ -61,6 +61,7 @@ def make_metadata(
             "seed": optimizer.options.seed,
             "micro_batches": optimizer.options.micro_batches,
             "skipped_steps": optimizer.skipped_steps,
+            "spike_history": optimizer.spike_history,
         }
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -64,15 +64,18 @@ class CheckpointAccess:
         return {**held, "param": self._engine.update.own_part(index).param}
 
     @torch.no_grad()
-    def sync_params_from_masters(self, *, skipped_steps: int, seed: int) -> None:
+    def sync_params_from_masters(
+        self, *, skipped_steps: int, seed: int, spike_history: Sequence[float] = ()
+    ) -> None:
         """Make all parameters those of the masters, which have been written; called by all ranks.
 
         Args:
             skipped_steps: What `skipped_steps` shall be.
             seed: What the seed of the rounding noise shall be.
+            spike_history: What `spike_history` shall be; empty, it begins anew.
         """
         self._engine.sync_params_from_masters()
-        self._continue_from(skipped_steps, seed)
+        self._continue_from(skipped_steps, seed, spike_history)
 
     @torch.no_grad()
     def refresh_masters(self) -> None:
@@ -80,8 +83,14 @@ class CheckpointAccess:
         self._wait()
         self._engine.refresh_masters()
 
-    def _continue_from(self, skipped_steps: int, seed: int) -> None:
+    @property
+    def spike_history(self) -> list[float]:
+        """What `spike_guard` knows of the steps before, see `SpikeGuard.history`; else empty."""
+        return self._engine.spikes.history()
+
+    def _continue_from(self, skipped_steps: int, seed: int, spike_history: Sequence[float]) -> None:
         self._options = replace(self._options, seed=seed)
         self._engine.options = self._options
         self._engine.update.use_seed(seed)
         self._engine.skipped_steps = skipped_steps
+        self._engine.spikes.restore(spike_history)

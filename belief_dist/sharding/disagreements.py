@@ -21,7 +21,7 @@ def raise_if_apart(
     consensus: StepConsensus,
     rank_sets: Sequence[RankSet],
     *,
-    options: Callable[[], list[Any]],
+    facts: Callable[[], dict[str, list[Any]]],
     label: Callable[[int], str],
     copies: Callable[[], Sequence[Mapping[str, Tensor]]],
     corrupt: Callable[[], str],
@@ -33,7 +33,7 @@ def raise_if_apart(
         comm: The ranks.
         consensus: Which has decided.
         rank_sets: As for `StepConsensus.decide`.
-        options: Returns those of this rank's param groups.
+        facts: Returns what else must be equal on all ranks, by what it is.
         label: Names a parameter.
         copies: Returns the parameters of each bucket by their label, when all have arrived.
         corrupt: Returns which states of this rank have flipped bits, or nothing.
@@ -44,8 +44,7 @@ def raise_if_apart(
         ValueError: Ranks are at different steps, or have different options or loss scales.
     """
     if verdict == Verdict.STEPS_DIFFER:
-        mine = {"number of the step": [consensus.calls], "options of group": options()}
-        compare_ranks(comm, mine)
+        compare_ranks(comm, {"number of the step": [consensus.calls], **facts()})
         _raise_spoiled(comm.exchange(consensus.spoiled))  # who joins by zero_grad knows no scale
         raise ValueError("ranks disagree about the loss scale; use equal GradScalers.")
     if verdict == Verdict.MODEL_PARALLEL_PEER_FAILED:

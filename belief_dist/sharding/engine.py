@@ -52,6 +52,7 @@ from belief_dist.sharding.rank_sets import rank_sets
 from belief_dist.sharding.read_guard import ReadGuard
 from belief_dist.sharding.replica_repair import REPAIRED, repair_parts
 from belief_dist.sharding.shard_update import ShardUpdate
+from belief_dist.sharding.spike_guard import SpikeGuard
 from belief_dist.sharding.step_consensus import (
     NO_STEP,
     RAISED,
@@ -81,6 +82,7 @@ class ShardEngine:
         update: The fused update of this rank's shards.
         reducer: The way of the gradients.
         consensus: What all ranks decide about each step.
+        spikes: Skips steps whose gradients are far larger than those before.
         read_guard: Waits for parameters that travel.
         grad_norm: One element, float64: the L2 norm of the last step's mean gradient, unclipped.
         skipped_steps: How many steps were skipped, among those whose verdict has been read.
@@ -141,6 +143,7 @@ class ShardEngine:
             defers=async_device.runs_behind(device) and options.offload is None,
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.spikes = SpikeGuard(options.spike_guard, device)
         self.skipped_steps = 0
         self.last_step = NO_STEP
         self._graph = GraphCounts(device)
@@ -284,11 +287,13 @@ class ShardEngine:
         if reducer.is_interrupted and not gives_up:
             reducer.spoiled = INTERRUPTED
         reducer.finish()
+        known, late = known_options_of(param_groups)
         decision = consensus.decide(
             reducer,
             self.buckets,
             self._rank_sets,
-            *known_options_of(param_groups),
+            known,
+            [*late, *self.spikes.words()],
             loss_scale,
             gives_up=gives_up,
             edited=edited,
@@ -303,6 +308,7 @@ class ShardEngine:
         graph = self._graph if self._graph.captures(decision.used) else None
         counted = [] if graph is not None else self.update.count_steps(decision.used)
         scales = self._grad_scales(decision.norm_bins, loss_scale)
+        verdict = self.spikes.judge(self.grad_norm, decision.verdict)
         self._clip_values(scales[False])
         # Forward needs first what backward has reached last.
         order = self.update.changed(reversed(reducer.schedule.order), decision.used)
@@ -315,7 +321,7 @@ class ShardEngine:
             decision.used,
             param_groups,
             scales,
-            decision.verdict,
+            verdict,
             turn_numel=(_TURN if is_sharded else math.inf) if consensus.defers else 0,
             graph=graph,
         ):
@@ -335,13 +341,13 @@ class ShardEngine:
         if decision.order is not None:
             reducer.schedule.set_order(decision.order)
         if graph is not None:
-            graph.count(decision.verdict)
-            return decision.verdict
-        self._graph.count_outside(decision.verdict)
-        consensus.unread = (LateRead(decision.verdict), counted)
+            graph.count(verdict)
+            return verdict
+        self._graph.count_outside(verdict)
+        consensus.unread = (LateRead(verdict), counted)
         if not consensus.defers:
             self.read_verdict(param_groups)
-        return decision.verdict
+        return verdict
 
     def zero_grad(self, param_groups: ParamGroups, *, set_to_none: bool) -> None:
         """Forget all gradients; if other ranks wait for them in a step, end it with them first.
@@ -411,14 +417,14 @@ class ShardEngine:
             return
         self.update.uncount_steps(counted)
         self._graph.take_back()
-        self.last_step = self.last_step._replace(was_taken=False, why_not=why_skipped(verdict))
+        why = self.spikes.describe() if verdict == Verdict.SPIKE else why_skipped(verdict)
+        self.last_step = self.last_step._replace(was_taken=False, why_not=why)
         if self.consensus.defers:  # else it was raised before anything was updated
             self._raise_if_apart(verdict, param_groups)
         self.skipped_steps += 1
         self.reducer.forget_errors()
         if self.comm.shard_index == 0:
-            why, count = self.last_step.why_not, self.skipped_steps
-            logger.warning("%s: step skipped on all ranks (%d so far)", why, count)
+            logger.warning("%s: step skipped on all ranks (%d so far)", why, self.skipped_steps)
 
     def _raise_if_apart(self, verdict: Verdict, param_groups: ParamGroups) -> None:
         if self.options.on_desync == "repair" and verdict in REPAIRED:
@@ -433,7 +439,10 @@ class ShardEngine:
             self.comm,
             self.consensus,
             self._rank_sets,
-            options=lambda: options_of(param_groups),
+            facts=lambda: {
+                "options of group": options_of(param_groups),
+                "spikes in a row, and norms of the steps before": [self.spikes.history()],
+            },
             label=self._label,
             copies=self._copies,
             corrupt=lambda: self.update.describe_faults(self._label),

@@ -48,13 +48,14 @@ class Verdict(IntEnum):
     UPDATE = 0
     NOT_FINITE = 1
     GIVEN_UP = 2  # after an exception in backward, on some rank
-    STEPS_DIFFER = 3
-    REPLICAS_DIFFER = 4
-    MODEL_PARALLEL_PEER_FAILED = 5  # another part of a tensor-parallel model has one of these
-    GRADIENTS_SPOILED = 6  # changed after their reduction, on some rank
-    PARAMS_EDITED = 7  # without their masters, on some rank
-    STATES_DIFFER = 8  # from those that some rank has written
-    PEER_REPAIRS = 9  # another part of a tensor-parallel model makes its copies equal again
+    SPIKE = 3  # the gradient is far larger than those before, see `spike_guard`
+    STEPS_DIFFER = 4  # this and what follows is an error, or repaired
+    REPLICAS_DIFFER = 5
+    MODEL_PARALLEL_PEER_FAILED = 6  # another part of a tensor-parallel model has one of these
+    GRADIENTS_SPOILED = 7  # changed after their reduction, on some rank
+    PARAMS_EDITED = 8  # without their masters, on some rank
+    STATES_DIFFER = 9  # from those that some rank has written
+    PEER_REPAIRS = 10  # another part of a tensor-parallel model makes its copies equal again
 
 
 class LastStep(NamedTuple):

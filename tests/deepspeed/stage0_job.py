@@ -196,6 +196,34 @@ def skipped_steps(folder: Path) -> None:
         torch.distributed.barrier()
 
 
+def spikes(folder: Path) -> None:
+    """A gradient far larger than those of 32 steps: skipped, counted, and the scale stays."""
+    autocast = {"enabled": True, "dtype": "float16"}
+    config = config_of(torch.float32, 2, 0.5, torch_autocast=autocast)
+    engine = initialize(config, spike_guard=4.0)
+    train(engine, 0)
+    engine.optimizer.driver.scaler._scale.fill_(16.0)  # that a spike does not overflow
+    step = 1
+    while len(engine.optimizer.spike_history) < 33:
+        train(engine, step)
+        step += 1
+    skipped, scale = engine.skipped_steps, engine.optimizer.cur_scale
+    before, history = states_of(engine.optimizer), engine.optimizer.spike_history
+    train(engine, step, size=300.0)
+    assert not engine.was_step_applied()
+    assert "spike_guard=4" in engine.optimizer.last_step.why_not, engine.optimizer.last_step
+    assert engine.skipped_steps == skipped + 1 == engine.optimizer.skipped_steps
+    assert engine.optimizer.cur_scale == scale
+    for ours, old in zip(states_of(engine.optimizer), before, strict=True):
+        assert all(torch.equal(torch.as_tensor(old[k]), torch.as_tensor(ours[k])) for k in old)
+    engine.save_checkpoint(str(folder / "spikes"))
+    again = initialize(config, spike_guard=4.0)
+    again.load_checkpoint(str(folder / "spikes"))
+    assert again.optimizer.spike_history == [1.0, *history[1:]]
+    train(again, step, size=300.0)
+    assert again.optimizer.spike_history == [2.0, *history[1:]]
+
+
 def loss_scale(folder: Path) -> None:
     """float16 by torch_autocast: scaled, clipped at its true norm, halved after an overflow."""
     autocast = {"enabled": True, "dtype": "float16"}
@@ -372,6 +400,7 @@ PARTS: dict[str, list[Callable[[Path], None]]] = {
         reductions_overlap,
         caller_owns_the_boundary,
         skipped_steps,
+        spikes,
         loss_scale,
         float16,
         schedulers,

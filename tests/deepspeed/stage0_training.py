@@ -28,11 +28,11 @@ def make_model() -> nn.Sequential:
 
 
 def batches(
-    step: int, micro_batches: int, dtype: torch.dtype, spoil: bool = False
+    step: int, micro_batches: int, dtype: torch.dtype, spoil: bool = False, size: float = 10
 ) -> list[tuple[Tensor, Tensor]]:
-    """Return this rank's micro-batches; `spoil` makes the last one's targets infinite."""
+    """Return this rank's micro-batches; the targets are infinite for `spoil`, on the last rank."""
     generator = torch.Generator().manual_seed(1000 * step + rank())
-    size = float("inf") if spoil and rank() == torch.distributed.get_world_size() - 1 else 10
+    size = float("inf") if spoil and rank() == torch.distributed.get_world_size() - 1 else size
     return [
         (
             torch.randn(ROWS, 7, generator=generator).to(dtype),
@@ -107,10 +107,10 @@ def initialize(config: dict[str, Any], way: str = "type", **options: Any) -> Any
     return engine
 
 
-def train(engine: Any, step: int, spoil: bool = False) -> None:
-    """Make a step; `spoil` makes a gradient of the last rank infinite."""
+def train(engine: Any, step: int, spoil: bool = False, size: float = 10) -> None:
+    """Make a step; `spoil` makes a gradient of the last rank infinite, `size` all of them large."""
     dtype = next(engine.module.parameters()).dtype
-    for inputs, targets in batches(step, engine.gradient_accumulation_steps(), dtype, spoil):
+    for inputs, targets in batches(step, engine.gradient_accumulation_steps(), dtype, spoil, size):
         engine.backward(loss_of(engine(inputs), targets))
         engine.step()
 

@@ -6,7 +6,7 @@ import copy
 import re
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -25,10 +25,11 @@ from belief_dist import ShardedAdaBelief, checkpoint
 from belief_dist.checkpoint.formats.convert import differences
 from belief_dist.checkpoint.formats.full_state import read_full_state
 from belief_dist.kernels import squared_norm_bins_
-from belief_dist.norm import NUM_WORDS, norm_from_bins
+from belief_dist.norm import NUM_WORDS, add_squares_, norm_from_bins
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars, update_reference_
 from belief_dist.sharding.dtensor import local_part
+from belief_dist.sharding.spike_guard import FEWEST
 from tests.harness.late import Slow
 from tests.harness.models import HYPER, rank_order_sum
 from tests.harness.ranks import run_ranks
@@ -125,6 +126,38 @@ def parts_are_never_read_too_early() -> None:
         optimizer._engine.read_guard.wait_all()
     for early in results[1:]:
         assert all(map(torch.equal, early, results[0]))
+
+
+def a_spike_of_one_part_skips_in_all() -> None:
+    """They have one norm together, which says so on the ranks of every part."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    model = cut_model(mesh["tp"])
+    optimizer = ShardedAdaBelief(
+        model.parameters(), process_group=mesh["dp"], spike_guard=3.0, **{**HYPER, "lr": 1e-4}
+    )
+    torch.manual_seed(1)
+    inputs = torch.randn(5, 6)
+    for step in range(FEWEST + 2):
+        is_spike = step == FEWEST
+        before = [local_part(p).clone() for p in model.parameters()]
+        model(inputs).sum().backward()
+        if is_spike and dist.get_rank() == 1:
+            add_squares_(optimizer._engine.reducer.norm_bins, torch.tensor([1e4]))
+        optimizer.step()
+        assert optimizer.last_step.was_taken != is_spike
+        optimizer.zero_grad()
+        if is_spike:
+            now = [local_part(p) for p in model.parameters()]
+            assert all(map(torch.equal, before, now))
+    assert optimizer.skipped_steps == 1
+    history = optimizer.spike_history
+    assert len(history) == 2 + FEWEST and len(set(map(tuple, exchanged(history)))) == 1
+
+
+def exchanged(value: Any) -> list[Any]:
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def skips_in_all_parts() -> None:
@@ -275,6 +308,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         *(partial(equals_the_uncut_rule, s, o) for s in (1, 2) for o in (True, False)),
         parts_are_never_read_too_early,
         skips_in_all_parts,
+        a_spike_of_one_part_skips_in_all,
         partial(checkpoints_reshard, tmp_path / "checkpoints"),
         refusals,
         partial(copies_are_repaired_in_one_part, 2),

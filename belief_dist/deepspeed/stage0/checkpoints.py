@@ -116,7 +116,9 @@ def load_checkpoint(
         )
     if path is not None and wants_states:
         optimizer.sync_params_from_masters(
-            skipped_steps=optimizer.skipped_steps, seed=optimizer.options.seed
+            skipped_steps=optimizer.skipped_steps,
+            seed=optimizer.options.seed,
+            spike_history=optimizer.spike_history,
         )
     elif path is not None:
         optimizer.refresh_masters()

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from verdicts import CASES, FORMS, assert_same, build, held, params_of
+from verdicts import CASES, FORMS, SPIKE, assert_same, build, held, params_of
 
 from belief_dist import ShardedAdaBelief
+from belief_dist.sharding.spike_guard import FEWEST, MOST_IN_A_ROW
 from tests.harness.replay import recording
 
 EXACT: dict[str, Any] = {"betas": (0.5, 0.75), "lr": 0.0625}
@@ -30,12 +31,14 @@ class Training:
         self._input = [torch.zeros_like(param) for param in self._params]
 
     def fill(self, seed: int | None) -> None:
-        """Put in what the next iteration takes; None is not finite."""
+        """Put in what the next iteration takes; None is not finite, from SPIKE on it is large."""
         generator = torch.Generator().manual_seed(seed or 0)
         for place in self._input:
             place.copy_(torch.randn(place.shape, generator=generator))
         if seed is None:
             self._input[1].fill_(torch.nan)
+        elif seed >= SPIKE:
+            self._input[1].mul_(1e4)
 
     def iterate(self) -> None:
         self.optimizer.zero_grad()
@@ -91,6 +94,28 @@ def test_skips_and_steps_outside_between_replays(form: dict[str, Any]) -> None:
     plain.run(1, 2, 3, 4, 5, 6, 7, 8)
     assert_same(captured.result(), plain.result())
     assert (captured.optimizer.skipped_steps, plain.optimizer.skipped_steps) == (3, 0)
+
+
+def test_spikes_in_replays_and_between_them() -> None:
+    """The history is that of replays and of steps outside, and of nothing that was skipped."""
+    captured, plain = Training(spike_guard=3.0), Training(spike_guard=3.0)
+    captured.run(1)
+    captured.capture(2)
+    captured.replay(*range(3, FEWEST), SPIKE)  # which is taken: too few steps before
+    captured.replay(SPIKE, 40, None, SPIKE)
+    captured.run(41, SPIKE)
+    captured.replay(42)
+    plain.run(*range(1, FEWEST), SPIKE, 40, 41, 42)
+    assert captured.optimizer.spike_history == plain.optimizer.spike_history
+    assert_same(captured.result(), plain.result())
+    assert (captured.optimizer.skipped_steps, plain.optimizer.skipped_steps) == (4, 0)
+    captured.replay(*[SPIKE] * MOST_IN_A_ROW)
+    assert captured.optimizer.skipped_steps == 4 + MOST_IN_A_ROW
+    captured.replay(SPIKE, SPIKE)
+    plain.run(*[SPIKE] * (MOST_IN_A_ROW + 2))
+    assert captured.optimizer.spike_history == plain.optimizer.spike_history
+    assert len(plain.optimizer.spike_history) == 1 + 2
+    assert_same(captured.result(), plain.result())
 
 
 @pytest.mark.parametrize("ranks", [1, 8])

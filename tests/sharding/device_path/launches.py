@@ -23,6 +23,7 @@ def formula(
     stage: int = 1,
     check_replicas: bool = True,
     check_states: bool = False,
+    spike_guard: float | None = None,
     max_grad_value: float | None = None,
     reduce_dtype: torch.dtype | None = None,
     turns: int = 1,
@@ -44,6 +45,8 @@ def formula(
     total += 3 if several and check_replicas else 0
     if check_states:
         total += 46 if several else 44
+    if spike_guard is not None:
+        total += 29 if several else 27
     total += 3 if not all(clips) else 0
     if any(each.has_master for each in buckets):
         total += 8 if several else 9
@@ -95,6 +98,7 @@ CHOICES: list[dict[str, Any]] = [
     {"check_replicas": False},
     {"check_states": True},
     {"check_states": True, "dtype": torch.bfloat16},
+    {"spike_guard": 2.0},
     {"overlap": False},
     {"dtype": torch.bfloat16},
     {"dtype": torch.bfloat16, "master": "remainder"},

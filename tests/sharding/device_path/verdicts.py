@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from belief_dist import ShardedAdaBelief, checkpoint
+from belief_dist.sharding.spike_guard import FEWEST
 from benchmarks.gpu.one_of_eight import alone
 from tests.harness.models import HYPER
 
@@ -25,6 +26,7 @@ FORMS: list[dict[str, Any]] = [
     {"rectify": True, "ema_decay": 0.9},
     {"ema_decay": 0.9, "ema_dtype": torch.bfloat16},
 ]
+SPIKE = 1000
 CASES = [*((1, form) for form in FORMS), *((8, form) for form in FORMS[:2])]
 
 
@@ -49,13 +51,15 @@ def model_of(optimizer: ShardedAdaBelief) -> nn.Module:
 
 
 def train(optimizer: ShardedAdaBelief, seeds: Sequence[int | None]) -> None:
-    """Take a step for each seed; None is a step whose gradient is not finite."""
+    """Take a step for each seed; None is one whose gradient is not finite, from SPIKE on large."""
     params = params_of(optimizer)
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed or 0)
         grads = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in params]
         if seed is None:
             grads[1].fill_(torch.nan)
+        elif seed >= SPIKE:
+            grads[1].mul_(1e4)
         torch.autograd.backward(params, grads)
         optimizer.step()
         optimizer.zero_grad()
@@ -97,6 +101,23 @@ def test_later_steps_are_those_of_a_run_without_it(ranks: int, form: dict[str, A
     plain.wait_pending()
     assert_same(held(spoiled), held(plain))
     assert (spoiled.skipped_steps, plain.skipped_steps) == (3, 0)
+
+
+@pytest.mark.parametrize(("ranks", "form"), [CASES[0], CASES[-1]], ids=str)
+def test_a_spike_is_skipped(ranks: int, form: dict[str, Any]) -> None:
+    form = {"spike_guard": 3.0, **form}
+    spoiled, plain = build(ranks, **form), build(ranks, **form)
+    begin = list(range(1, FEWEST + 1))
+    train(spoiled, [SPIKE, *begin, SPIKE, None, SPIKE, 500])
+    assert spoiled._engine.skipped_steps == 3
+    train(plain, [SPIKE, *begin, 500])
+    spoiled.wait_pending()
+    assert_same(held(spoiled), held(plain))
+    assert spoiled.spike_history == plain.spike_history
+    train(spoiled, [SPIKE])
+    assert "more than" in spoiled.last_step.why_not
+    assert f"{spoiled.grad_norm.item():.4g}" in spoiled.last_step.why_not
+    assert (spoiled.skipped_steps, plain.skipped_steps) == (4, 0)
 
 
 def test_the_next_step_reads_it_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

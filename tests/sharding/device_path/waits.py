@@ -86,6 +86,7 @@ BOTH = pytest.mark.parametrize("ranks", [1, 8])
         {"max_grad_norm": 1.0},
         {"max_grad_value": 0.5},
         {"clip": False, "max_grad_norm": 1.0},
+        {"spike_guard": 2.0},
         {"overlap": False},
         {"dtype": torch.bfloat16},
         {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
