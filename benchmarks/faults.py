@@ -3,6 +3,9 @@
 Each case is a job of three ranks on a small model, of which rank 1 is killed, stopped, raises or
 leaves. The others write down when they noticed and what they were told; a job in which one of them
 has noticed nothing long after its deadline is a hang. Peers train the same model.
+
+A phase is a call of a function that a step makes, or a save, a load or a copy to another host: the
+victim ends before it, or right after it, at one of many such calls.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -30,10 +34,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from belief_dist import AdaBelief, ShardedAdaBelief, kernels
-from belief_dist.sharding import shared_memory
+from belief_dist import AdaBelief, ShardedAdaBelief, checkpoint, kernels
+from belief_dist.checkpoint import run_directory, saving, standby
+from belief_dist.checkpoint.checksummed_files import check_files, read_manifest
 from belief_dist.sharding.collectives import Collectives
-from belief_dist.sharding.point_to_point import PointToPoint
+from belief_dist.sharding.grad_reducer import GradReducer
+from belief_dist.sharding.read_guard import ReadGuard
+from belief_dist.sharding.zero1 import Zero1Reducer
+from belief_dist.sharding.zero2 import Zero2Reducer
 
 RANKS, VICTIM = 3, 1
 WAYS = ("killed", "stopped", "raises", "leaves")
@@ -41,22 +49,49 @@ _TIMEOUT = 4.0  # of the process group in seconds; the optimizer's own is half
 _HANGS = 15.0  # seconds after which a rank that has noticed nothing hangs
 _STEPS = 200
 
-# Where the victim ends: before a function is called, by the module or class that has it.
-_OURS = {
-    "forward": (nn.Linear, "forward"),
-    "sum": (None, "start_reduce"),
-    "agreement": (None, "sum_"),
-    "update": (kernels, "update_"),
-    "gather": (None, "start_gather"),
-    "zero_grad": (ShardedAdaBelief, "zero_grad"),
+# What ranks import, but once for all; none of it starts a thread, which a fork would lose.
+PRELOADED = [
+    "torch._dynamo",  # by the first optimizer of a process
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.optim",
+    "benchmarks.faults",
+]
+
+
+class Point(NamedTuple):
+    """A moment of a rank: a call of a function, by the module or class that has it."""
+
+    owner: Any  # None: the class of the optimizer's `Collectives`
+    name: str
+    after: bool = False  # the call, and not before it
+
+
+OURS = {
+    "forward": Point(nn.Linear, "forward"),
+    "hook": Point(GradReducer, "on_gradient"),
+    "sum": Point(None, "start_reduce"),
+    "sums waited for": Point(Zero1Reducer, "finish"),
+    "agreement": Point(None, "sum_"),
+    "committed": Point(None, "sum_", after=True),
+    "update": Point(kernels, "update_"),
+    "updated": Point(kernels, "update_", after=True),
+    "gather": Point(None, "start_gather"),
+    "gathers waited for": Point(ReadGuard, "wait_all"),
+    "zero_grad": Point(ShardedAdaBelief, "zero_grad"),
+    "save": Point(None, "exchange"),
+    "save, files written": Point(saving, "write_files", after=True),
+    "load": Point(None, "exchange"),
+    "standby, copies": Point(standby, "transfer"),
 }
-_PEERS = {
-    "forward": (nn.Linear, "forward"),
-    "backward": (nn.functional, "mse_loss"),
-    "step": (torch.optim.Optimizer, "zero_grad"),
+PEERS = {
+    "forward": Point(nn.Linear, "forward"),
+    "backward": Point(nn.functional, "mse_loss"),
+    "step": Point(torch.optim.Optimizer, "zero_grad"),
 }
 # Nothing may have changed if the victim ends here.
-_BEFORE_COMMIT = ("forward", "sum", "agreement")
+_BEFORE_COMMIT = ("forward", "hook", "sum", "sums waited for", "agreement")
+_EVERY = 3  # steps between two saves, loads or copies
 
 
 def _sharded(model: nn.Module, **options: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -110,7 +145,7 @@ class Outcome:
 
     seconds: float | None
     names_victim: bool
-    kept: bool | None
+    kept: bool | None  # or that a whole checkpoint is there, where one was saved or loaded
 
 
 def cases(seeds: int, only: Sequence[str] = ()) -> list[Case]:
@@ -120,10 +155,18 @@ def cases(seeds: int, only: Sequence[str] = ()) -> list[Case]:
     for engine in ENGINES:
         if only and not any(word in engine for word in only):
             continue
-        phases = _OURS if "Sharded" in engine else _PEERS
+        phases = phases_of(engine)
         for phase, way, _ in itertools.product(phases, WAYS, range(seeds)):
             found.append(Case(engine, phase, way, draw.randrange(2, 40)))
     return found
+
+
+def phases_of(engine: str) -> dict[str, Point]:
+    """Return the phases that a step of an engine has, by name."""
+    if "Sharded" not in engine:
+        return PEERS
+    finish = Zero2Reducer if "ZeRO-2" in engine else Zero1Reducer
+    return OURS | {"sums waited for": Point(finish, "finish")}
 
 
 def run_case(case: Case) -> Outcome:
@@ -142,21 +185,57 @@ def run_case(case: Case) -> Outcome:
             process.kill()
             process.join()
         told = [json.loads(path.read_text()) for path in Path(folder).glob("told*")]
+        kept = None
+        if case.phase in _BEFORE_COMMIT and "Sharded" in case.engine:
+            kept = all(each["kept"] for each in told)
+        elif case.phase.startswith("standby"):
+            kept = _others_hold_a_step(Path(folder))
+        elif case.phase.startswith(("save", "load")):
+            kept = _is_whole(Path(folder, "run"))
     noticed = [each["after"] for each in told if each["said"]]
     return Outcome(
         seconds=None if hangs or len(noticed) < len(survivors) else max(noticed),
         names_victim=any(f"rank {VICTIM}" in each["said"] for each in told),
-        kept=all(each["kept"] for each in told) if case.phase in _BEFORE_COMMIT else None,
+        kept=kept,
     )
 
 
-def run_faults(seeds: int, only: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Run all cases; return a row for each engine and way."""
-    multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.fsdp"])
+def _is_whole(run: Path) -> bool:
+    try:
+        checkpoint.verify(run)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _others_hold_a_step(folder: Path) -> bool:
+    """Return whether the hosts that are left have every file of a step, as it was written."""
+    hosts = [folder / f"host{rank}" for rank in range(RANKS) if rank != VICTIM]
+    for path in run_directory.complete(hosts[0]):
+        _, checksums = read_manifest(path)
+        places = [host / path.name for host in hosts]
+        holders = {name: [p for p in places if (p / name).exists()] for name in checksums}
+        with suppress(ValueError):
+            for name, holding in holders.items():
+                for place in holding:
+                    check_files(place, checksums, [name])
+            if all(holders.values()):
+                return True
+    return False
+
+
+def run_faults(
+    seeds: int, only: Sequence[str] = ()
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run all cases; return a row for each engine and way, and one for each case."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
     groups: dict[tuple[str, str], list[Outcome]] = {}
+    single = []
     for case in tqdm(cases(seeds, only), unit="job"):
-        groups.setdefault((case.engine, case.way), []).append(run_case(case))
-    return [_row(engine, way, outcomes) for (engine, way), outcomes in groups.items()]
+        outcome = run_case(case)
+        groups.setdefault((case.engine, case.way), []).append(outcome)
+        single.append(asdict(case) | asdict(outcome))
+    return [_row(engine, way, outcomes) for (engine, way), outcomes in groups.items()], single
 
 
 def _row(engine: str, way: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -170,7 +249,7 @@ def _row(engine: str, way: str, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "max s": round(max(seconds), 2) if seconds else "-",
         "hangs": len(outcomes) - len(seconds),
         "names it": sum(each.names_victim for each in outcomes),
-        "state kept": f"{sum(looked_at)} of {len(looked_at)}" if "Sharded" in engine else "-",
+        "state kept": f"{sum(looked_at)} of {len(looked_at)}" if looked_at else "-",
     }
 
 
@@ -184,9 +263,12 @@ def _main(case: Case, rank: int, folder: str) -> None:
     torch.manual_seed(0)
     model, optimizer = ENGINES[case.engine](nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]))
     said, kept, before = "", True, _state(optimizer)
+    aside = _aside(case, Path(folder), rank, model, optimizer)
     try:
         with _ending(case, rank, folder, optimizer):
             for step in range(_STEPS):
+                if step % _EVERY == 0:
+                    aside(step)
                 before = _state(optimizer)
                 loss = nn.functional.mse_loss(
                     model(torch.ones(2, 64) * (rank + step)), torch.ones(2, 64)
@@ -206,26 +288,59 @@ def _main(case: Case, rank: int, folder: str) -> None:
     os._exit(0)
 
 
-def _ending(case: Case, rank: int, folder: str, optimizer: torch.optim.Optimizer) -> Any:
-    owner, name = (_OURS if "Sharded" in case.engine else _PEERS)[case.phase]
+def _aside(
+    case: Case, folder: Path, rank: int, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Callable[[int], object]:
+    """Return what a job does beside its steps: save, load, or copy to another host."""
+    both: dict[str, Any] = {"model": model, "optimizer": optimizer}
+    if case.phase.startswith("standby"):
+        # Folders of their own make the ranks those of three hosts.
+        host = folder / f"host{rank}"
+        return standby.Standby(host, **both, timeout=timedelta(seconds=_TIMEOUT / 2)).save
+    if case.phase.startswith("save"):
+        return lambda step: checkpoint.save(folder / "run", step, **both, keep=2)
+    if case.phase == "load":
+        checkpoint.save(folder / "run", 0, **both)
+        return lambda step: checkpoint.load(folder / "run", **both)
+    return lambda step: None
+
+
+def at_call(
+    point: Point, optimizer: torch.optim.Optimizer, call: int, action: Callable[[], object]
+) -> Any:
+    """Return a context in which call number `call` of a point's function comes with `action`."""
+    owner, name, after = point
     if owner is None:
         comm: Collectives = optimizer.comm  # type: ignore[attr-defined]
         owner = type(comm)
-        assert owner in (shared_memory.SharedMemory, PointToPoint)
     original = getattr(owner, name)
     calls = itertools.count()
 
-    def end(*args: Any, **kwargs: Any) -> Any:
-        if rank == VICTIM and next(calls) == case.call:
-            Path(folder, "ended").write_text(str(time.time()))
-            if case.way == "raises":
-                raise RuntimeError("out of memory, say")
-            if case.way == "leaves":
-                os._exit(0)
-            os.kill(os.getpid(), signal.SIGKILL if case.way == "killed" else signal.SIGSTOP)
-        return original(*args, **kwargs)
+    def calling(*args: Any, **kwargs: Any) -> Any:
+        is_chosen = next(calls) == call
+        if is_chosen and not after:
+            action()
+        found = original(*args, **kwargs)
+        if is_chosen and after:
+            action()
+        return found
 
-    return mock.patch.object(owner, name, end)
+    return mock.patch.object(owner, name, calling)
+
+
+def _ending(case: Case, rank: int, folder: str, optimizer: torch.optim.Optimizer) -> Any:
+    if rank != VICTIM:
+        return nullcontext()
+
+    def end() -> None:
+        Path(folder, "ended").write_text(str(time.time()))
+        if case.way == "raises":
+            raise RuntimeError("out of memory, say")
+        if case.way == "leaves":
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL if case.way == "killed" else signal.SIGSTOP)
+
+    return at_call(phases_of(case.engine)[case.phase], optimizer, case.call, end)
 
 
 def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -23,13 +23,13 @@ def faults(seeds: int = 2, only: list[str] | None = None, json: Path | None = No
     """End one rank of three at every phase of a step, in every way, under us and under peers.
 
     Args:
-        seeds: Moments of each phase and way; two take a quarter of an hour.
+        seeds: Moments of each phase and way; two take half an hour.
         only: Words of which one is in the name of each engine that is chosen.
         json: Write the table here.
     """
-    rows = run_faults(seeds, only or ())
+    rows, single = run_faults(seeds, only or ())
     console().print(table_of("One rank of three ends", rows, left=("engine", "rank 1")))
-    _keep(json, {"rows": rows})
+    _keep(json, {"rows": rows, "cases": single})
 
 
 def flips(
@@ -45,10 +45,10 @@ def flips(
         json: Write the tables here.
     """
     out = console()
-    found: dict[str, Any] = {"rows": run_flips(flips, seed)}
-    out.print(
-        table_of(f"{flips:,} flipped bits on {RANKS} ranks", found["rows"], left=("flipped",))
-    )
+    found: dict[str, Any] = {"rows": run_flips(flips, seed) if flips else []}
+    if flips:
+        title = f"{flips:,} flipped bits on {RANKS} ranks"
+        out.print(table_of(title, found["rows"], left=("flipped",)))
     if clean:
         found |= {"clean steps": clean, "false alarms": run_clean(clean)}
         out.print(f"{found['false alarms']} false alarms in {clean:,} steps without a flip")

@@ -110,7 +110,7 @@ def test_a_rank_is_ended_and_what_the_others_notice_is_told(case: Case, kept: bo
 
 def test_cases_of_faults_are_every_phase_and_way() -> None:
     found = cases(seeds=2, only=["messages", "FSDP2"])
-    assert len(found) == 2 * len(WAYS) * (6 + 3)
+    assert len(found) == 2 * len(WAYS) * (15 + 3)
     assert found == cases(seeds=2, only=["messages", "FSDP2"])
 
 
