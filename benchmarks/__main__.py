@@ -43,7 +43,7 @@ from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
 from benchmarks.plot import draw_steps, markdown_steps
 from benchmarks.predictions import scale, simulate
-from benchmarks.reliability import faults, flips, soak, standby
+from benchmarks.reliability import faults, flips, network_faults, soak, standby
 from benchmarks.report import machine
 from benchmarks.resume import compare_runs, draw_resume, run_resume
 from benchmarks.same_bits import any_world_size, bits
@@ -458,6 +458,7 @@ _ON_RANKS = [
     overhead,
     host,
     faults,
+    network_faults,
     flips,
     standby,
     soak,

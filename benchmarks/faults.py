@@ -90,7 +90,7 @@ PEERS = {
     "step": Point(torch.optim.Optimizer, "zero_grad"),
 }
 # Nothing may have changed if the victim ends here.
-_BEFORE_COMMIT = ("forward", "hook", "sum", "sums waited for", "agreement")
+BEFORE_COMMIT = ("forward", "hook", "sum", "sums waited for", "agreement")
 _EVERY = 3  # steps between two saves, loads or copies
 
 
@@ -186,7 +186,7 @@ def run_case(case: Case) -> Outcome:
             process.join()
         told = [json.loads(path.read_text()) for path in Path(folder).glob("told*")]
         kept = None
-        if case.phase in _BEFORE_COMMIT and "Sharded" in case.engine:
+        if case.phase in BEFORE_COMMIT and "Sharded" in case.engine:
             kept = all(each["kept"] for each in told)
         elif case.phase.startswith("standby"):
             kept = _others_hold_a_step(Path(folder))
@@ -262,14 +262,14 @@ def _main(case: Case, rank: int, folder: str) -> None:
     )
     torch.manual_seed(0)
     model, optimizer = ENGINES[case.engine](nn.Sequential(*[nn.Linear(64, 64) for _ in range(4)]))
-    said, kept, before = "", True, _state(optimizer)
+    said, kept, before = "", True, state_of(optimizer)
     aside = _aside(case, Path(folder), rank, model, optimizer)
     try:
         with _ending(case, rank, folder, optimizer):
             for step in range(_STEPS):
                 if step % _EVERY == 0:
                     aside(step)
-                before = _state(optimizer)
+                before = state_of(optimizer)
                 loss = nn.functional.mse_loss(
                     model(torch.ones(2, 64) * (rank + step)), torch.ones(2, 64)
                 )
@@ -281,7 +281,7 @@ def _main(case: Case, rank: int, folder: str) -> None:
     except (RuntimeError, SystemExit) as error:
         said = str(error) or type(error).__name__
     # Nothing is waited for: states are this rank's own.
-    kept = all(map(torch.equal, before, _state(optimizer)))
+    kept = all(map(torch.equal, before, state_of(optimizer)))
     ended = Path(folder, "ended")
     after = time.time() - float(ended.read_text()) if ended.exists() else 0.0
     Path(folder, f"told{rank}").write_text(json.dumps({"said": said, "after": after, "kept": kept}))
@@ -343,7 +343,7 @@ def _ending(case: Case, rank: int, folder: str, optimizer: torch.optim.Optimizer
     return at_call(phases_of(case.engine)[case.phase], optimizer, case.call, end)
 
 
-def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return copies of what a sharded optimizer keeps on this rank: its pieces, and steps."""
     if not isinstance(optimizer, ShardedAdaBelief):
         return []

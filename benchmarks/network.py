@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import uuid
@@ -91,16 +92,50 @@ class Network:
                 _run(f"tc -n {name} qdisc add dev {INTERFACE} root tbf {limit}")
                 _run(f"tc -n {hub} qdisc add dev {port} root tbf {limit}")
 
+    def plug(self, rank: int, state: str) -> None:
+        """Pull a rank's cable at the bridge, "down", or put it back, "up"; from any process."""
+        _run(f"ip -n {self._hub} link set p{rank} {state}")
+
+    def lose(self, share: float) -> None:
+        """From now on, lose this share of the packets that go to each rank, at random.
+
+        Needs nothing but htb of the kernel's queues: packets that a filter draws at random go to a
+        queue without room.
+        """
+        # Load a random word; unless it is below the limit, nothing matches: see bpf(2), cBPF.
+        random_word, limit = 0xFFFFF000 + 56, int(share * 2**32)
+        program = f"4,32 0 0 {random_word},53 1 0 {limit},6 0 0 {2**32 - 1},6 0 0 0"
+        for port in (f"p{rank}" for rank in range(self._ranks)):
+            tc = f"tc -n {self._hub}"
+            _run(f"{tc} qdisc add dev {port} root handle 1: htb default 10 r2q 100000")
+            for number in (10, 20):
+                limits = "htb rate 40gbit burst 10m cburst 10m"
+                _run(f"{tc} class add dev {port} parent 1: classid 1:{number} {limits}")
+            _run(f"{tc} qdisc add dev {port} parent 1:20 handle 20: pfifo limit 0")
+            drawn = [*f"{tc} filter add dev {port} parent 1: protocol all bpf".split()]
+            _run([*drawn, "bytecode", program, "flowid", "1:20"])
+
+    def lost(self) -> int:
+        """Return how many packets `lose` has lost so far."""
+        found = 0
+        for rank in range(self._ranks):
+            said = _run(f"tc -n {self._hub} -s qdisc show dev p{rank}")
+            queue = said.partition("qdisc pfifo 20:")[2]
+            found += int(re.findall(r"dropped (\d+)", queue)[0])
+        return found
+
     def _remove(self) -> None:
         for name in (*(self.namespace(rank) for rank in range(self._ranks)), self._hub):
             with suppress(RuntimeError):  # it was never made
                 _run(f"ip netns delete {name}")
 
 
-def _run(command: str) -> None:
-    done = subprocess.run(command.split(), capture_output=True, text=True)
+def _run(command: str | list[str]) -> str:
+    words = command.split() if isinstance(command, str) else command
+    done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RuntimeError(f"{command!r} failed: {done.stderr.strip()}")
+        raise RuntimeError(f"{' '.join(words)!r} failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def enter(namespace: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from benchmarks.console import console, table_of
 from benchmarks.faults import run_faults
 from benchmarks.flips import RANKS, run_clean, run_cost, run_flips
+from benchmarks.network_faults import run_network_faults
 from benchmarks.report import machine
 from benchmarks.soak import run_through_failures
 from benchmarks.standby import run_standby
@@ -29,6 +30,18 @@ def faults(seeds: int = 2, only: list[str] | None = None, json: Path | None = No
     """
     rows, single = run_faults(seeds, only or ())
     console().print(table_of("One rank of three ends", rows, left=("engine", "rank 1")))
+    _keep(json, {"rows": rows, "cases": single})
+
+
+def network_faults(only: list[str] | None = None, json: Path | None = None) -> None:
+    """Pull a host's cable for a while or for ever, lose packets, or let a rank be slow (root only).
+
+    Args:
+        only: Words of which one is in the name of each engine that is chosen.
+        json: Write the table here.
+    """
+    rows, single = run_network_faults(only or ())
+    console().print(table_of("The network fails", rows, left=("engine", "fault")))
     _keep(json, {"rows": rows, "cases": single})
 
 
