@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "belief_dist"
 # A module imports only from rows above its own. A folder stands for its `__init__`.
 CHAIN = """
 version deprecations rule operands options observers state_init_step async_device
-engine_options device_scalars norm params state_dict state_formats data
+engine_options device_scalars norm params state_dict state_formats data replay
 
 kernels.build kernels.threads kernels.foreach kernels.triton_formats kernels.triton_tables
 kernels.triton_kernel

@@ -23,7 +23,7 @@ from tests.harness.paths import ROOT
 
 FROZEN = Path(__file__).with_name("public_api.txt")
 # hf needs transformers.
-MODULES = ("belief_dist", "checkpoint", "data", "distributed", "hf")
+MODULES = ("belief_dist", "checkpoint", "data", "distributed", "hf", "replay")
 SPECIAL = ("__call__", "__enter__", "__exit__", "__getitem__", "__iter__", "__len__")
 WIDTH = 100
 
