@@ -19,8 +19,8 @@ class EngineDriver(Driver):
     It holds the engine and the optimizer weakly: both hold it.
 
     Attributes:
-        overflow: Whether the last step was skipped because a gradient was not finite. The engine
-            then counts it as skipped, and does not step its learning rate.
+        overflow: Whether the last step was skipped: a gradient was not finite, or a spike. The
+            engine then counts it as skipped, and does not step its learning rate.
         loaded_as: The name of the save whose shards were loaded last.
     """
 
