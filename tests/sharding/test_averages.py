@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from belief_dist import ShardedAdaBelief, checkpoint, cli
+from belief_dist import AdaBelief, ShardedAdaBelief, checkpoint, cli
 from belief_dist.checkpoint.errors import CheckpointError
 from belief_dist.checkpoint.formats.safetensors import read_safetensors
-from tests.harness.checkpoints import BF16, FP32, Odd, build, load, save, train
+from tests.harness.checkpoints import BF16, FP32, Odd, build, groups, load, save, train
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import backward, collect
@@ -318,6 +318,10 @@ def lent_by(model: Odd, optimizer: ShardedAdaBelief) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
+def groups_of_one(model: Odd) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "clip"} for group in groups(model)]
+
+
 @pytest.mark.parametrize("form", [{}, {"master": "remainder"}], ids=str)
 def test_a_checkpoint_without_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, form: dict[str, Any]
@@ -340,6 +344,9 @@ def test_a_checkpoint_without_them(
     model, optimizer = build(BF16, seed=5, **form)
     loaded = checkpoint.load(tmp_path, model=model, optimizer=optimizer)
     assert loaded.changes == ["averages of the weights are left out: none are kept here"]
+    single = AdaBelief(groups_of_one(model), **HYPER)
+    again = checkpoint.load(tmp_path, optimizer=single)
+    assert loaded.changes[0] in again.changes and "param_ema" not in single.state[model.norm]
 
 
 def test_a_shard_without_them(caplog: pytest.LogCaptureFixture) -> None:
