@@ -166,3 +166,21 @@ def test_an_error_is_raised_by_the_next_step() -> None:
     with pytest.raises(RuntimeError, match=r"changed through `\.data`"):
         train(optimizer, [3])
     assert [optimizer.state[p]["step"] for p in params_of(optimizer)] == [1, 1, 1]
+
+
+def test_averages_lent_before_the_verdict_was_read() -> None:
+    lends, plain = (build(dtype=torch.bfloat16, ema_decay=0.9) for _ in range(2))
+    for seed in (1, None, 2):
+        train(lends, [seed])
+        train(plain, [seed])
+        plain.wait_pending()
+        before = [param.clone() for param in params_of(plain)]
+        with lends.averaged_parameters():
+            assert not all(map(torch.equal, params_of(lends), before))
+        assert all(map(torch.equal, params_of(lends), before))
+    train(lends, [3])
+    train(plain, [3])
+    lends.wait_pending()
+    plain.wait_pending()
+    assert_same(held(lends), held(plain))
+    assert lends.skipped_steps == plain.skipped_steps == 1
