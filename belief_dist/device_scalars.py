@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from belief_dist.async_device import is_capturing
+from belief_dist.async_device import is_capturing, upload
 from belief_dist.rule import RECTIFY_THRESHOLD, Direction, StepScalars
 
 
@@ -19,11 +19,11 @@ class DeviceScalars(NamedTuple):
     them where they are; other updates visit the host, see `on_host`.
     """
 
-    values: Tensor  # (12,), float64: StepScalars in its order; (11,) without ema_weight
-    coupled: bool  # whether coupled_decay is not zero
+    values: Tensor  # (12,), float64: StepScalars in its order; (11,) without ema_weight; or rows
+    coupled: bool  # whether coupled_decay is not zero, in any row
 
-    def on_host(self) -> StepScalars:
-        """Return the same for the host, which waits for the device.
+    def on_host(self) -> list[StepScalars]:
+        """Return the same for the host, which waits for the device: one, or of each row.
 
         Raises:
             RuntimeError: A CUDA graph is captured, which nothing may wait for.
@@ -33,10 +33,36 @@ class DeviceScalars(NamedTuple):
                 "a CUDA graph can capture this step only where Triton updates all tensors: see "
                 "belief_dist.backends(), and lay out gradients in memory as their parameters."
             )
-        values = self.values.tolist()
-        numbers, (direction, sign, step), ema_weight = values[:8], values[8:11], values[11:]
-        known = (*numbers, Direction(int(direction)), sign, int(step))
-        return StepScalars._make((*known, *(ema_weight or [0.0])))
+        rows = self.values.view(-1, self.values.shape[-1]).tolist()
+        return list(map(_listed, rows))
+
+
+def _listed(values: list[float]) -> StepScalars:
+    numbers, (direction, sign, step), ema_weight = values[:8], values[8:11], values[11:]
+    known = (*numbers, Direction(int(direction)), sign, int(step))
+    return StepScalars._make((*known, *(ema_weight or [0.0])))
+
+
+# Of an update: one for all operands, or several, of which each operand names its own.
+Scalars = StepScalars | DeviceScalars | list[StepScalars]
+
+
+def together(each: Sequence[StepScalars | DeviceScalars]) -> Scalars:
+    """Return the scalars of one update, of which operands name theirs by its position here."""
+    if len(each) == 1:
+        return each[0]
+    late = [scalars for scalars in each if isinstance(scalars, DeviceScalars)]
+    if not late:
+        return [scalars for scalars in each if isinstance(scalars, StepScalars)]
+    device, width = late[0].values.device, len(late[0].values)
+    rows = [
+        scalars.values
+        if isinstance(scalars, DeviceScalars)
+        else upload([float(x) for x in scalars[:width]], torch.float64, device)
+        for scalars in each
+    ]
+    coupled = [s.coupled if isinstance(s, DeviceScalars) else s.coupled_decay != 0.0 for s in each]
+    return DeviceScalars(torch.stack(rows), any(coupled))
 
 
 @torch.no_grad()

@@ -39,6 +39,7 @@ class Operands(NamedTuple):
     # update reads is added to [:, 0], and of everything that it writes to [:, 1], in any slot. A
     # step that is skipped may leave anything there.
     sums: Tensor | None = None
+    scalars: int = 0  # which of an update's scalars are its own, where there are several
 
 
 class FixedOperands(list[Operands]):

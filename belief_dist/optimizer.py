@@ -311,7 +311,7 @@ class AdaBelief(Optimizer):
         kernels.update_([o for o in flat if o is not None], scalars, fused=self._fused)
         for operands, in_order in zip(work, flat, strict=True):
             if in_order is None:  # laid out in different ways
-                host = scalars if isinstance(scalars, StepScalars) else scalars.on_host()
+                host = scalars if isinstance(scalars, StepScalars) else scalars.on_host()[0]
                 update_reference_(*operands[:4], host, max_exp_avg_sq=operands.max_exp_avg_sq)
 
     def state_dict(self) -> dict[str, Any]:

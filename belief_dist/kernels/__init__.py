@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from belief_dist import norm
-from belief_dist.device_scalars import DeviceScalars
+from belief_dist.device_scalars import DeviceScalars, Scalars
 from belief_dist.kernels import eager
 from belief_dist.kernels.build import Unavailable
 from belief_dist.kernels.cpp import CppKernel
@@ -28,7 +28,7 @@ from belief_dist.kernels.threads import idle_cores, one_thread_sentence
 from belief_dist.kernels.triton_launch import OLDEST, Again, TritonKernel
 from belief_dist.kernels.triton_reduce_launch import TritonReductions
 from belief_dist.operands import Operands
-from belief_dist.rule import StepScalars, compute_dtype
+from belief_dist.rule import compute_dtype
 
 __all__ = [
     "Again",
@@ -200,7 +200,7 @@ def prefers_foreach(param: Tensor, foreach: bool | None, fused: bool | None) -> 
 
 def update_(
     work: Sequence[Operands],
-    scalars: StepScalars | DeviceScalars,
+    scalars: Scalars,
     *,
     grad_scale: Tensor | float = 1.0,
     skip: Tensor | None = None,
@@ -211,7 +211,7 @@ def update_(
     Args:
         work: Contiguous tensors on one device. All entries have the same dtypes and the same
             optional tensors.
-        scalars: From `rule.step_scalars` or `device_scalars`.
+        scalars: From `rule.step_scalars`, `device_scalars` or, several, `together`.
         grad_scale: As for `rule.update_reference_`.
         skip: One element on the tensors' device; if it is not zero, nothing is changed.
         fused: True requires a compiled kernel, False excludes it, None takes it if it is usable.
@@ -227,8 +227,9 @@ def update_(
         return
     if isinstance(scalars, DeviceScalars):
         scalars = scalars.on_host()
+    several = scalars if isinstance(scalars, list) else [scalars]
     # The C++ kernel returns False, having done nothing, for dtypes that it does not support.
-    if isinstance(kernel, CppKernel) and kernel.update_(work, scalars, grad_scale, skip):
+    if isinstance(kernel, CppKernel) and kernel.update_(work, several, grad_scale, skip):
         return
     if fused:
         first = work[0].param
@@ -236,7 +237,7 @@ def update_(
             f"fused=True, but no compiled kernel serves {first.dtype} tensors on {first.device}."
         )
     for operands in work:
-        eager.update_(operands, scalars, grad_scale=grad_scale, skip=skip)
+        eager.update_(operands, several[operands.scalars], grad_scale=grad_scale, skip=skip)
 
 
 def again(work: Sequence[Operands]) -> Again | None:

@@ -22,7 +22,7 @@ _CODES = _NUMBERS | {torch.uint8: 4}
 # The fields of Operands that are tensors; the last three have one element for each block.
 _TENSORS = Operands._fields[:11]
 _PER_BLOCK = 3
-_KEY, _FIRST, _SUMS = 11, 12, 13
+_KEY, _FIRST, _SUMS, _SCALARS = 11, 12, 13, 14
 _dtype_of, _is_cpu = attrgetter("dtype"), attrgetter("is_cpu")
 
 _Dtypes = tuple[torch.dtype | None, ...]
@@ -41,7 +41,7 @@ class CppKernel:
         library, origin = find_library()
         size, code, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
         signatures = {
-            "belief_update": [size, pointer, *[code] * 5, pointer, code, size, code],
+            "belief_update": [size, pointer, *[code] * 5, pointer, code],
             "belief_sum": [size, pointer, pointer, code, code, code, pointer, code],
             "belief_squares": [size, pointer, code, pointer, code],
             "belief_checksum": [size, pointer, size, code],
@@ -66,7 +66,7 @@ class CppKernel:
     def update_(
         self,
         work: Sequence[Operands],
-        scalars: StepScalars,
+        scalars: Sequence[StepScalars],
         grad_scale: Tensor | float,
         skip: Tensor | None = None,
     ) -> bool:
@@ -82,25 +82,13 @@ class CppKernel:
             return False
         if skip is not None and bool(skip):
             return True
-        by_name = (
-            float(grad_scale) * scalars.sign,
-            scalars.coupled_decay,
-            scalars.weight1,
-            scalars.beta2,
-            scalars.weight2,
-            scalars.eps,
-            scalars.decay,
-            scalars.step_size,
-            scalars.denom_scale,
-            scalars.ema_weight,
-        )
+        factor = float(grad_scale)
+        by_name = [number for each in scalars for number in _in_order(each, factor)]
         self._library.belief_update(
             len(work),
             table.buffer_info()[0],
             *codes,
             (ctypes.c_double * len(by_name))(*by_name),
-            int(scalars.direction),
-            scalars.step,
             torch.get_num_threads(),
         )
         return True
@@ -141,6 +129,24 @@ class CppKernel:
         return total
 
 
+def _in_order(scalars: StepScalars, grad_scale: float) -> tuple[float, ...]:
+    """Return what `Scalars` of the library is made from."""
+    return (
+        grad_scale * scalars.sign,
+        scalars.coupled_decay,
+        scalars.weight1,
+        scalars.beta2,
+        scalars.weight2,
+        scalars.eps,
+        scalars.decay,
+        scalars.step_size,
+        scalars.denom_scale,
+        scalars.ema_weight,
+        scalars.direction,
+        scalars.step,
+    )
+
+
 @lru_cache(maxsize=256)
 def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int, int] | None:
     """Return the codes of parameter, gradient, states, copy and average; None if unsupported.
@@ -168,7 +174,7 @@ def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int, int] | None:
 
 
 def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:
-    """Return the rows (elements, *addresses, key, first, sums) of `Segment`, or None.
+    """Return the rows (elements, *addresses, key, first, sums, scalars) of `Segment`, or None.
 
     The library is told dtypes and optional tensors of the first entry only. They must be those of
     all entries, or it would write outside of the tensors. The checks go field by field through
@@ -198,7 +204,7 @@ def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:
         table[field + 1 :: width] = array("q", map(Tensor.data_ptr, column))
     if torch.uint8 in dtypes and any(first % BLOCK for first in columns[_FIRST]):
         return None
-    for field in (_KEY, _FIRST):
+    for field in (_KEY, _FIRST, _SCALARS):
         table[field + 1 :: width] = array("q", columns[field])
     if columns[_SUMS][0] is not None:
         table[_SUMS + 1 :: width] = array("q", map(Tensor.data_ptr, columns[_SUMS]))

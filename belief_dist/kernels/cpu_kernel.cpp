@@ -344,15 +344,20 @@ struct Param {
 
 // ---------------------------------------------------------------- update
 
+constexpr int kScalars = 12;
+
 template <class T>
 struct Scalars {  // cpp.py passes them in this order, as doubles
   T grad_scale, coupled_decay, weight1, beta2, weight2, eps, decay, step_size, denom_scale,
       ema_weight;
+  int direction;
+  uint32_t step;
 
   explicit Scalars(const double* from)
       : grad_scale(from[0]), coupled_decay(from[1]), weight1(from[2]), beta2(from[3]),
         weight2(from[4]), eps(from[5]), decay(from[6]), step_size(from[7]), denom_scale(from[8]),
-        ema_weight(from[9]) {}
+        ema_weight(from[9]), direction(static_cast<int>(from[10])),
+        step(static_cast<uint32_t>(static_cast<int64_t>(from[11]))) {}
 };
 
 // rule.update_reference_, operation by operation.
@@ -519,12 +524,13 @@ struct Segment {
   void* average;                               // likewise
   uint8_t *m_exponents, *s_exponents, *largest_exponents;
   int64_t key, first;
-  uint32_t* sums;  // null, or two times kWatched
+  uint32_t* sums;   // null, or two times kWatched
+  int64_t scalars;  // which of the call's are its own
 
   // How much of the work this is: whole blocks, and so one at least, since a call costs time, too.
   int64_t extent() const { return (numel + kExponentBlock - 1) / kExponentBlock * kExponentBlock; }
 };
-static_assert(sizeof(Segment) == 15 * sizeof(int64_t), "cpp.py passes 64 bits each");
+static_assert(sizeof(Segment) == 16 * sizeof(int64_t), "cpp.py passes 64 bits each");
 
 struct Types {  // of all segments
   int param, grad, state, out, average;
@@ -540,7 +546,7 @@ INLINE void prefetch(const Array& from, int64_t i, int64_t n) {
 // Updates elements [begin, end) of a segment; `begin` is a multiple of kExponentBlock.
 template <class T>
 void update_part(const Segment& part, const Types& types, int64_t begin, int64_t end,
-                 const Scalars<T>& k, int direction, uint32_t step) {
+                 const Scalars<T>& k) {
   const Param param{{part.param, types.param}, part.remainder};
   const Array grad{part.grad, types.grad}, out{part.out, types.out},
       average{part.average, types.average};
@@ -560,10 +566,10 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
     T* m = states.m.read<T>(i, n, decode_signed, buffers[1]);
     T* s = states.s.read<T>(i, n, decode_positive, buffers[2]);
     T* largest = part.largest ? states.largest.read<T>(i, n, decode_positive, buffers[3]) : nullptr;
-    update(n, p, grad.read<T>(i, n, buffers[4]), m, s, largest, k, direction);
+    update(n, p, grad.read<T>(i, n, buffers[4]), m, s, largest, k, k.direction);
     param.write(i, n, p);
     out.write(i, n, p);
-    const uint32_t noise = noise_start(static_cast<uint32_t>(part.key), step, element);
+    const uint32_t noise = noise_start(static_cast<uint32_t>(part.key), k.step, element);
     if constexpr (sizeof(T) == sizeof(float))
       if (types.state != kFloat32) encode(states, i, n, m, s, largest, noise);
     if (average.data) {
@@ -582,15 +588,15 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
 // All segments lie one after the other, in whole blocks, and threads share this line evenly.
 template <class T>
 void update_all(int64_t count, const Segment* segments, const Types& types, const double* scalars,
-                int direction, uint32_t step, int threads) {
-  const Scalars<T> k(scalars);
+                int threads) {
   int64_t total = 0;
   for (int64_t j = 0; j < count; ++j) total += segments[j].extent();
   in_parallel(total, threads, [&](int64_t begin, int64_t end) {
     for (int64_t j = 0, start = 0; j < count && start < end; start += segments[j++].extent()) {
       const int64_t from = std::max(begin - start, int64_t{0});
       const int64_t to = std::min(end - start, segments[j].numel);
-      if (from < to) update_part(segments[j], types, from, to, k, direction, step);
+      const Scalars<T> k(scalars + kScalars * segments[j].scalars);
+      if (from < to) update_part(segments[j], types, from, to, k);
     }
   });
 }
@@ -822,11 +828,10 @@ EXPORT const char* belief_source_hash() { return BELIEF_SOURCE_HASH; }
 
 EXPORT void belief_update(int64_t count, const void* segments, int param_type, int grad_type,
                           int state_type, int out_type, int average_type, const double* scalars,
-                          int direction, int64_t step, int threads) {
+                          int threads) {
   const auto update = param_type == kFloat64 ? update_all<double> : update_all<float>;
   const Types types{param_type, grad_type, state_type, out_type, average_type};
-  update(count, static_cast<const Segment*>(segments), types, scalars, direction,
-         static_cast<uint32_t>(step), threads);
+  update(count, static_cast<const Segment*>(segments), types, scalars, threads);
 }
 
 EXPORT void belief_sum(int64_t n, void* out, void* const* pieces, int type, int count,

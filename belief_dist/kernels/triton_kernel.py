@@ -191,8 +191,8 @@ def _update_tile(
     else:
         _add_words(sums, _MASTER, stored, count, TILE)
         p = _widen(stored, m.dtype)
-    if COUPLED:
-        g += p * coupled_decay
+    if COUPLED:  # here, or where other scalars hold
+        g = tl.where(coupled_decay != 0.0, g + p * coupled_decay, g)
 
     m += (g - m) * weight1
     surprise = g - m
@@ -337,7 +337,8 @@ def _pointer(address, dtype: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit(do_not_specialize=["direction", "step"])
 def update_many(
-    segments,  # (segments, 14) int64: addresses as in Operands but grad's, numel, key, first, sums
+    # (segments, 15) int64: addresses as in Operands but grad's, numel, key, first, sums, scalars
+    segments,
     grads,  # (segments,) int64: addresses of gradients, which alone change from step to step
     chunks,  # (chunks,) int64: segment << 32 | number of the chunk in its segment
     skip_at, grad_scale_at, scalars_at,  # these and the scalars as for `update_flat`
@@ -351,12 +352,15 @@ def update_many(
     COUPLED: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK_TILES: tl.constexpr,
+    ROW: tl.constexpr,  # of `scalars_at` if each segment has a row of its own, else None
 ):  # fmt: skip
     """Update any number of segments of the same dtypes, with one program per tile of each chunk."""
     program = tl.program_id(0)
     entry = tl.load(chunks + program // CHUNK_TILES)
     start = ((entry & 0xFFFFFFFF) * CHUNK_TILES + program % CHUNK_TILES) * TILE
-    row = segments + (entry >> 32) * 14
+    row = segments + (entry >> 32) * 15
+    if ROW is not None:
+        scalars_at += tl.load(row + 14) * ROW
     operands = (
         _pointer(row, PARAM, ALIGNED),
         _pointer(grads + (entry >> 32), GRAD, ALIGNED),

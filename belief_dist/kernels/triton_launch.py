@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.async_device import current, upload
-from belief_dist.device_scalars import DeviceScalars
+from belief_dist.device_scalars import DeviceScalars, Scalars
 from belief_dist.kernels.build import Unavailable, one_line
 from belief_dist.kernels.eager import CODE_BLOCK
 from belief_dist.kernels.triton_reduce_launch import TritonReductions
@@ -67,7 +67,7 @@ class Again:
     def update_(
         self,
         grads: Sequence[int],
-        scalars: StepScalars | DeviceScalars,
+        scalars: Scalars,
         *,
         grad_scale: Tensor | float = 1.0,
         skip: Tensor | None = None,
@@ -90,7 +90,8 @@ class Again:
             if table is None:
                 return False
             values = self._kernel.values(scalars, grad_scale, skip, self._device, wide=self._wide)
-            self._kernel.update_many(table, {**values, **self._dtypes})
+            row = _row_numel(values["scalars_at"])
+            self._kernel.update_many(table, {**values, **self._dtypes, "ROW": row})
         return True
 
 
@@ -172,7 +173,7 @@ class TritonKernel:
     def update_(
         self,
         work: Sequence[Operands],
-        scalars: StepScalars | DeviceScalars,
+        scalars: Scalars,
         *,
         grad_scale: Tensor | float = 1.0,
         skip: Tensor | None = None,
@@ -181,8 +182,8 @@ class TritonKernel:
 
         Args:
             work: As for `kernels.update_`.
-            scalars: From `rule.step_scalars`, or from `device_scalars`, so that a captured
-                graph takes the step and the learning rate of its replay.
+            scalars: As for `kernels.update_`; those of `device_scalars` let a captured graph take
+                the step and the learning rate of its replay.
             grad_scale: As for `rule.update_reference_`.
             skip: One element on the tensors' device; if it is not zero, nothing is changed.
         """
@@ -203,8 +204,9 @@ class TritonKernel:
         device = work[0].param.device
         wide = work[0].exp_avg.dtype == torch.float64
         with current(device):
-            values = self.values(scalars, grad_scale, skip, device, wide=wide)
             for operands in work:
+                own = _own(scalars, operands.scalars)
+                values = self.values(own, grad_scale, skip, device, wide=wide)
                 self._update_one(operands, values)
 
     def again(self, work: Sequence[Operands]) -> Again:
@@ -240,7 +242,7 @@ class TritonKernel:
 
     def values(
         self,
-        scalars: StepScalars | DeviceScalars,
+        scalars: Scalars,
         grad_scale: Tensor | float,
         skip: Tensor | None,
         device: torch.device,
@@ -256,6 +258,10 @@ class TritonKernel:
             grad_scale = float(grad_scale)
         if wide and not isinstance(grad_scale, Tensor):
             grad_scale = torch.full((), grad_scale, dtype=torch.float64, device=device)
+        if isinstance(scalars, list):
+            listed = upload([float(x) for each in scalars for x in each], torch.float64, device)
+            coupled = any(each.coupled_decay != 0.0 for each in scalars)
+            scalars = DeviceScalars(listed.view(len(scalars), -1), coupled)
         if wide and isinstance(scalars, StepScalars):
             listed = upload([float(x) for x in scalars], torch.float64, device)
             scalars = DeviceScalars(listed, scalars.coupled_decay != 0.0)
@@ -321,7 +327,22 @@ def _row(operands: Operands) -> Row:
     tensors = (operands.param, *operands[2:_TENSORS])
     addresses = (t.data_ptr() if isinstance(t, Tensor) else 0 for t in tensors)
     sums = 0 if operands.sums is None else operands.sums.data_ptr()
-    return (*addresses, operands.param.numel(), operands.key, operands.first, sums)
+    numbers = operands.param.numel(), operands.key, operands.first, sums, operands.scalars
+    return (*addresses, *numbers)
+
+
+def _own(scalars: Scalars, position: int) -> StepScalars | DeviceScalars:
+    """Return those of one operand."""
+    if isinstance(scalars, list):
+        return scalars[position]
+    if isinstance(scalars, DeviceScalars) and scalars.values.dim() == 2:
+        return DeviceScalars(scalars.values[position], scalars.coupled)
+    return scalars
+
+
+def _row_numel(scalars: Tensor | None) -> int | None:
+    """Return how long the rows of scalars are, if there are rows."""
+    return None if scalars is None or scalars.dim() == 1 else scalars.shape[1]
 
 
 def _averages(state: torch.dtype) -> tuple[torch.dtype, ...]:

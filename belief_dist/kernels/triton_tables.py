@@ -18,7 +18,8 @@ from torch import Tensor
 
 from belief_dist.async_device import is_capturing
 
-# Ten addresses as in Operands without its gradient, numel, key, first, address of the sums or 0.
+# Ten addresses as in Operands without its gradient, numel, key, first, address of the sums or 0,
+# and which of the update's scalars are its own.
 Row = tuple[int, ...]
 ADDRESSES = 10
 _ALIGNED = 7  # the leading ones; exponents are read one by one and need no alignment
@@ -47,7 +48,7 @@ def chunks_of(lengths: Sequence[int], size: int) -> Tensor:
 class Uploaded:
     """The arguments of `update_many` on the device, and whether all addresses are aligned."""
 
-    segments: Tensor  # (segments, 14), int64
+    segments: Tensor  # (segments, 15), int64
     chunks: Tensor  # (chunks,), int64
     grads: Tensor  # (segments,), int64
     addresses: Sequence[int]  # the same

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +13,19 @@ from belief_dist.options import OPTION_NAMES, shown
 
 ParamGroups = Sequence[Mapping[str, Any]]
 _KEYS = (*OPTION_NAMES, "clip")
+_get = itemgetter(*_KEYS)
+_NUMBERS = (float, bool)  # as they are; asked first, for hundreds of groups
 
 
 def options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
     """Return the options of all groups as numbers that `repr` tells apart to the last bit."""
-    return [{key: _plain(group[key]) for key in _KEYS} for group in param_groups]
+    return [
+        {
+            key: v if type(v) in _NUMBERS else _plain(v)
+            for key, v in zip(_KEYS, _get(group), strict=True)
+        }
+        for group in param_groups
+    ]
 
 
 def take_own(param_group: Any) -> tuple[Any, bool, Any]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from belief_dist import async_device, kernels
-from belief_dist.device_scalars import DeviceScalars, device_scalars
+from belief_dist.device_scalars import DeviceScalars, device_scalars, together
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import WATCHED_NAMES, FixedOperands, Operands, cut
 from belief_dist.rule import StepScalars, step_scalars
@@ -25,7 +25,7 @@ from belief_dist.state_formats import is_stochastic, noise_key
 class _Work(NamedTuple):
     """What a step updates of one bucket: as a whole, or parameter by parameter."""
 
-    dtype: torch.dtype  # of the parameters
+    kind: tuple[torch.dtype | None, ...]  # dtypes of the operands
     whole: Operands
     parts: list[tuple[int, Operands]]  # with the index of the parameter
 
@@ -35,7 +35,36 @@ class _Plan(NamedTuple):
 
     indices: list[int]  # of the parameters
     works: list[_Work]
-    alike: list[tuple[int, FixedOperands]]  # by group, for a step of all parameters that are alike
+    alike: list[tuple[list[int], FixedOperands]]  # of groups, for a step that all parameters take
+
+
+_Own = TypeVar("_Own")
+
+
+class _Calls(Generic[_Own]):
+    """Sorts operands into as few updates as possible.
+
+    Those of one update are of one kind. Which scalars are its own, every operand says itself.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[Any, tuple[dict[_Own, int], list[Operands]]] = {}
+
+    def add(self, kind: Any, own: _Own, operands: Operands) -> None:
+        """Add operands.
+
+        Args:
+            kind: Those of equal kinds may go together.
+            own: What the scalars follow from.
+            operands: What is updated.
+        """
+        positions, members = self._found.setdefault(kind, ({}, []))
+        position = positions.setdefault(own, len(positions))
+        members.append(operands._replace(scalars=position) if position else operands)
+
+    def listed(self) -> list[tuple[list[_Own], list[Operands]]]:
+        """Return of each update what its scalars follow from, by position, and its operands."""
+        return [(list(positions), members) for positions, members in self._found.values()]
 
 
 class ShardUpdate:
@@ -63,7 +92,7 @@ class ShardUpdate:
         )
         self._ema_weight = 0.0 if options.ema_decay is None else 1.0 - options.ema_decay
         self._seed = options.seed
-        self._plans: dict[tuple[tuple[int, int], ...], _Plan] = {}
+        self._plans: dict[Any, _Plan] = {}
         self._param_indices = [[slot.param for slot in plan.slots] for plan in layout.buckets]
         self._group_of = [spec.group for spec in layout.params]
         self.groups_of = [{self._group_of[i] for i in each} for each in self._param_indices]
@@ -192,7 +221,7 @@ class ShardUpdate:
             param_groups: With the options of each.
             scales: The factor on summed gradients, float64, for groups with clip True and False.
             skip: One element; unless it is zero, everything stays as it is.
-            turn_numel: Update so many buckets at once, in one call for each group, that their
+            turn_numel: Update so many buckets at once, if they are alike in one call, that their
                 shards have this many elements; the last ones may have fewer.
             graph: Counts the steps of the CUDA graph that is captured, if one is.
         """
@@ -201,20 +230,24 @@ class ShardUpdate:
             skip = skip.cpu()
             scales = {clip: scale.cpu() for clip, scale in scales.items()}
         buckets = [self._buckets[number] for number in order]
+        clips = tuple(options["clip"] for options in param_groups)
         turns = self._turns(order, 0 if self.host_gradients is not None else turn_numel)
         incoming = iter(self._incoming(buckets))
         if self.sums is not None:
             self.sums.begin()
         extents: dict[int, Extent] = {}
         for numbers in turns:
-            plan = self._plan([(number, next(incoming)) for number in numbers])
-            is_even, calls = self._work_of(plan, used)
+            plan = self._plan([(number, next(incoming)) for number in numbers], clips)
+            is_even, calls = self._work_of(plan, used, clips)
             if self.sums is not None:
                 extents |= {number: self._extent(number, used, is_even) for number in numbers}
-            for group, step, work in calls:
-                options = param_groups[group]
-                scalars = _scalars(options, step, graph, self._ema_weight)
-                kernels.update_(work, scalars, grad_scale=scales[options["clip"]], skip=skip)
+            for numbered, work in calls:
+                each = [
+                    _scalars(param_groups[group], step, graph, self._ema_weight)
+                    for group, step in numbered
+                ]
+                scale = scales[clips[numbered[0][0]]]
+                kernels.update_(work, together(each), grad_scale=scale, skip=skip)
             for number in numbers:
                 self._buckets[number].send_back()
                 yield number
@@ -249,30 +282,31 @@ class ShardUpdate:
             return self.host_gradients.fetch(buckets)
         return (bucket.grad_shard for bucket in buckets)
 
-    def _plan(self, turn: Sequence[tuple[int, Tensor]]) -> _Plan:
+    def _plan(self, turn: Sequence[tuple[int, Tensor]], clips: tuple[bool, ...]) -> _Plan:
         """Return what to update of some buckets, each with its gradients; made once."""
         # With offload, two host buffers take turns, and views of each are made once.
-        key = tuple((number, grads.data_ptr()) for number, grads in turn)
+        key = clips, tuple((number, grads.data_ptr()) for number, grads in turn)
         plan = self._plans.get(key)
         if plan is None:
             works = [self._plan_work(*each) for each in turn]
-            alike: dict[tuple[int, torch.dtype], list[Operands]] = {}
+            alike = _Calls[int]()
             for (number, _), work in zip(turn, works, strict=True):
                 if self._goes_whole(number):
                     (group,) = self.groups_of[number]
-                    alike.setdefault((group, work.dtype), []).append(work.whole)
+                    alike.add((work.kind, clips[group]), group, work.whole)
                     continue
                 for index, part in work.parts:
-                    alike.setdefault((self._group_of[index], work.dtype), []).append(part)
+                    group = self._group_of[index]
+                    alike.add((work.kind, clips[group]), group, part)
             indices = [index for number, _ in turn for index in self._param_indices[number]]
-            fixed = [(group, FixedOperands(each)) for (group, _), each in alike.items()]
+            fixed = [(groups, FixedOperands(each)) for groups, each in alike.listed()]
             plan = self._plans[key] = _Plan(indices, works, fixed)
         return plan
 
     def _work_of(
-        self, plan: _Plan, used: list[bool]
-    ) -> tuple[bool, list[tuple[int, int, Sequence[Operands]]]]:
-        """Return whether all parameters are alike, and what to update with group and step's number.
+        self, plan: _Plan, used: list[bool], clips: Sequence[bool]
+    ) -> tuple[bool, Iterable[tuple[list[tuple[int, int]], Sequence[Operands]]]]:
+        """Return whether all parameters are alike, and each update's (group, number of the step)s.
 
         Almost always these are the whole shards at once. Parameters with another step count than
         their neighbours, or without a gradient on any rank, break them up.
@@ -281,15 +315,17 @@ class ShardUpdate:
             steps = {self.states[index]["step"] for index in plan.indices}
             if len(steps) == 1:
                 (step,) = steps
-                return True, [(group, step, work) for group, work in plan.alike]
+                each = [([(group, step) for group in groups], work) for groups, work in plan.alike]
+                return True, each
         # One call for all parameters that are alike: launches do not grow with their number.
-        found: dict[tuple[int, int, torch.dtype], list[Operands]] = {}
+        found = _Calls[tuple[int, int]]()
         for work in plan.works:
             for index, part in work.parts:
                 if used[index]:
-                    key = self._group_of[index], self.states[index]["step"], work.dtype
-                    found.setdefault(key, []).append(part)
-        return False, [(group, step, parts) for (group, step, _), parts in found.items()]
+                    group = self._group_of[index]
+                    numbered = group, self.states[index]["step"]
+                    found.add((work.kind, clips[group]), numbered, part)
+        return False, found.listed()
 
     def _plan_work(self, number: int, grads: Tensor) -> _Work:
         whole = self._buckets[number].operands(grads)
@@ -302,7 +338,8 @@ class ShardUpdate:
                 own = cut(whole, part.in_shard, part.in_shard + part.numel)
                 key = noise_key(self._seed, index)
                 parts.append((index, own._replace(key=key, first=part.in_param)))
-        return _Work(self._buckets[number].flat_param.dtype, whole, parts)
+        kind = tuple(t.dtype if isinstance(t, Tensor) else None for t in whole)
+        return _Work(kind, whole, parts)
 
 
 def _scalars(
