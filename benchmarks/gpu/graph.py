@@ -65,7 +65,7 @@ def _update(form: str, device: str, size: Size) -> Outcome:
     for number in range(5):
         lr.fill_(1e-3 / (number + 1))
         replay()
-        scalars = device_scalars(RULE, step, lr).on_host()
+        (scalars,) = device_scalars(RULE, step, lr).on_host()
         for operands in here:
             update_stored_reference_(operands, scalars, grad_scale=0.5)
     good = int(step) == 6 and all(same(a, b) for a, b in zip(work, here, strict=True))

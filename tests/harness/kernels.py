@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from belief_dist import kernels
 from belief_dist.operands import BLOCK
+from belief_dist.options import DEFAULTS
+from belief_dist.rule import StepScalars, step_scalars
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 
@@ -41,6 +44,22 @@ def values(n: int, offset: int, dtype: torch.dtype, generator: torch.Generator) 
         all_bits = torch.where(torch.arange(total) % 2 == 0, 0x7FFFFFFF, -1).to(torch.int32)
         made = torch.where(made.isnan(), all_bits, made.view(torch.int32)).view(F32)
     return made[offset:]
+
+
+def several_scalars() -> list[StepScalars]:
+    """Return scalars of every direction, with coupled decay and without, of several steps."""
+    switches: list[dict[str, Any]] = [
+        {},
+        {"weight_decouple": False},
+        {"rectify": True},
+        {"rectify": True, "degenerated_to_sgd": False, "maximize": True},
+        {"lr": 0.5, "betas": (0.5, 0.7), "eps": 1e-3},
+    ]
+    options = {**DEFAULTS, "weight_decay": 0.1}
+    return [
+        step_scalars({**options, **each}, step, ema_weight=0.1 * step)
+        for step, each in enumerate(switches, start=1)
+    ]
 
 
 def bits(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from belief_dist.state_formats import (
     word_sums,
     wrapped,
 )
-from tests.harness.kernels import bits, chunked, cpp, values
+from tests.harness.kernels import bits, chunked, cpp, several_scalars, values
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 U8 = torch.uint8
@@ -355,6 +355,22 @@ def test_thousands_of_tensors_as_one_by_one(form: Form, threads: int, kernel: Cp
         cpp([operands], scalars)
     for position, operands in enumerate(together):
         assert_same(operands, made[position % 50])
+
+
+@pytest.mark.parametrize("update", [cpp, chunked])
+@pytest.mark.parametrize("form", [Form(), Form(F64, F64), *FORMS[-2:]], ids=str)
+def test_scalars_of_their_own(update: Update, form: Form, threads: int, kernel: CppKernel) -> None:
+    """Tensors of different groups, steps and directions in one call have the bits of several."""
+    each = several_scalars()
+    generator = torch.Generator().manual_seed(0)
+    made = [make(n, form, generator=generator) for n in (*LENGTHS, 3000)]
+    numbered = [m._replace(scalars=number % len(each)) for number, m in enumerate(made)]
+    ours = [copied(operands) for operands in numbered]
+    with on_one_thread() if update is chunked else contextlib.nullcontext():
+        update(ours, each, grad_scale=0.37)
+    for operands, expected in zip(ours, numbered, strict=True):
+        update([expected._replace(scalars=0)], each[expected.scalars], grad_scale=0.37)
+        assert_same(operands, expected)
 
 
 def test_one_call_into_the_library_for_all_tensors(

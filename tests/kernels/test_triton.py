@@ -80,7 +80,7 @@ def test_device_scalars_equal_those_of_the_host(switches: dict[str, Any]) -> Non
         for rate in (lr, options["lr"]):
             device = device_scalars({**options, "lr": None}, torch.tensor(step), rate)
             assert device.coupled == (host.coupled_decay != 0.0)
-            found = device.on_host()
+            (found,) = device.on_host()
             # What no power enters has the same bits.
             for name in set(host._fields) - {"step_size", "denom_scale"}:
                 assert getattr(found, name) == getattr(host, name), (name, step)
@@ -242,7 +242,13 @@ SIZES = {"fp32": 4, "bf16": 2, "i16": 2, "u8": 1}
 
 
 def compile_ahead(
-    entry: str, form: Form, target: Any, warps: int, *, slots: int | None = None
+    entry: str,
+    form: Form,
+    target: Any,
+    warps: int,
+    *,
+    slots: int | None = None,
+    several: bool = False,
 ) -> Any:
     import triton
     import triton.language as tl
@@ -268,7 +274,7 @@ def compile_ahead(
         "chunks": "i64",
         "skip_at": None,
         "grad_scale_at": None,
-        "scalars_at": None,
+        "scalars_at": "fp64" if several else None,
     }
     integers = {"numel": "i64", "first": "i64", "key": "i32", "direction": "i32", "step": "i32"}
     dtypes = {"fp32": tl.float32, "bf16": tl.bfloat16, "i16": tl.int16, "u8": tl.uint8, None: None}
@@ -287,6 +293,7 @@ def compile_ahead(
         "COUPLED": False,
         "TILE": triton_kernel.TILE,
         "CHUNK_TILES": triton_kernel.CHUNK_TILES,
+        "ROW": 12 if several else None,
     }
     function = getattr(triton_kernel, entry)
     signature, aligned = {}, {}
@@ -334,8 +341,11 @@ def table_reads(form: Form) -> int:
     exponents = 0 if form.exponent is None else 2
     pointers = 4 + sum(t is not None for t in (form.out, form.remainder, form.average)) + exponents
     place = 2  # the chunk, and the number of elements
-    is_noisy = form.state != "fp32" or form.average == "bf16"
-    return pointers + place + 2 * is_noisy  # what keys the noise
+    return pointers + place + 2 * is_noisy(form)  # what keys the noise
+
+
+def is_noisy(form: Form) -> bool:
+    return form.state != "fp32" or form.average == "bf16"
 
 
 def resources(compiled: Any, folder: Path) -> dict[str, int]:
@@ -399,6 +409,27 @@ def test_sums_on_nvidia(name: str, tmp_path: Path) -> None:
     assert len(re.findall(r"\b(?:red|atom)\.global\.gpu\.relaxed\.add\.u32", ptx)) == 4 * watched
     stores = Counter(int(v or 1) * int(n) // 8 for v, n in re.findall(STORE, ptx))
     assert stores == expected_accesses(form)[1]
+    used = resources(compiled, tmp_path)
+    assert used["STACK"] == used["LOCAL"] == 0
+    assert used["REG"] <= 96
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_scalars_of_each_segment_on_nvidia(name: str, tmp_path: Path) -> None:
+    """They are read by each program, in 8 bytes each, and nothing else changes."""
+    from triton.backends.compiler import GPUTarget
+
+    form = FORMS[name]
+    compiled = compile_ahead("update_many", form, GPUTarget("cuda", 90, 32), 8, several=True)
+    ptx = compiled.asm["ptx"]
+    assert not re.search(r"\bfma\b|\.ftz|\.approx|div\.full", ptx)
+    loads, stores = expected_accesses(form)
+    # But for coupled decay; direction and sign are numbers, too, and the step keys noise.
+    numbers = 7 + 2 + (form.average is not None)
+    loads[8] += table_reads(form) + 1 + numbers + is_noisy(form)
+    for kind, expected in (("ld", loads), ("st", stores)):
+        accesses = re.findall(rf"\b{kind}\.global(?:\.v(\d))?\.b(\d+)", ptx)
+        assert Counter(int(v or 1) * int(n) // 8 for v, n in accesses) == expected, kind
     used = resources(compiled, tmp_path)
     assert used["STACK"] == used["LOCAL"] == 0
     assert used["REG"] <= 96

@@ -33,6 +33,7 @@ from belief_dist.state_formats import (
 from benchmarks.gpu.forms import FORMS as MEASURED
 from benchmarks.gpu.forms import has_same_bits
 from test_kernels import BF16, F16, F32, F64, OPTIONS, SWITCHES, bits, values
+from tests.harness.kernels import several_scalars
 
 # numpy, which the interpreter computes with, warns of what special numbers do.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -159,6 +160,25 @@ def test_many_tensors_in_one_launch(form: Form, switches: dict[str, Any]) -> Non
     check(work, step_scalars(options, 3), grad_scale=0.37)
 
 
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_many_tensors_with_scalars_of_their_own(form: Form) -> None:
+    """In one launch, and with one that the host does not know; a last one is alone."""
+    each = several_scalars()
+    work = [make(form, n, False, n)._replace(scalars=n % len(each)) for n in LENGTHS]
+    launches: list[Any] = [each]
+    for position, scalars in enumerate(each[:3]):  # one alike on the device
+        values = torch.tensor([float(x) for x in scalars], dtype=F64)
+        late = on_device.DeviceScalars(values, scalars.coupled_decay != 0.0)
+        launches.append(on_device.together([*each[:position], late, *each[position + 1 :]]))
+    for given in launches:
+        for members in (work, work[3:4]):
+            expected = [copy(operands) for operands in members]
+            for operands in expected:
+                update_stored_reference_(operands, each[operands.scalars], grad_scale=0.37)
+            kernels.update_(members, given, fused=True, grad_scale=0.37)
+            compare(members, expected)
+
+
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_sums_of_what_is_read_and_written(form: Form, slots: int) -> None:
@@ -201,9 +221,9 @@ def test_what_the_device_alone_knows(form: Form) -> None:
             device = device_scalars({**options, "lr": None}, torch.tensor(step), lr)
             for n in (1030,):
                 check([make(form, n, False, n)], host, grad_scale=scale)
-                check([make(form, n, False, n)], device.on_host(), device)
-                check([make(form, n, False, n)], device.on_host(), device, grad_scale=scale)
-                check([make(form, n, False, n)], device.on_host(), device, grad_scale=0.37)
+                check([make(form, n, False, n)], device.on_host()[0], device)
+                check([make(form, n, False, n)], device.on_host()[0], device, grad_scale=scale)
+                check([make(form, n, False, n)], device.on_host()[0], device, grad_scale=0.37)
     for skip in (torch.tensor(1.0), torch.tensor(True), torch.tensor([3])):
         work = [make(form, n, True, n) for n in (7, 1030)]
         before = [copy(operands) for operands in work]
@@ -251,7 +271,7 @@ def test_a_table_is_uploaded_once_for_the_same_tensors(uploads: list[int]) -> No
     work = [make(FORMS[0], n, False, n) for n in (10, 20, 30)]
     for step in (1, 2, 3):
         check(work, step_scalars(OPTIONS, step))
-    once = [3, 3 * 14, 3]  # gradients, rows, chunks
+    once = [3, 3 * 15, 3]  # gradients, rows, chunks
     assert uploads == once
     for step in (4, 5):  # new gradients in the same places' stead
         for other, _ in enumerate(work):

@@ -6,7 +6,7 @@ import itertools
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -18,9 +18,10 @@ from belief_dist import ShardedAdaBelief, kernels
 from belief_dist.kernels import eager
 from belief_dist.kernels.build import Unavailable
 from belief_dist.norm import NUM_WORDS
+from belief_dist.options import DEFAULTS
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
-from tests.harness.reference import backward
+from tests.harness.reference import Reference, backward, compare
 
 # - Zero copy
 
@@ -257,3 +258,52 @@ def test_one_message_and_no_wait(tmp_path: Path) -> None:
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_traffic_is_as_documented(world_size: int, tmp_path: Path) -> None:
     run_ranks(world_size, tmp_path, traffic_is_as_documented)
+
+
+def many_groups_are_one_update(stage: Literal[1, 2], **options: Any) -> None:
+    """Groups that differ in scalars alone: as many bits as groups, and one call of the kernel."""
+    params = make_params()
+    own = [{"lr": 0.05 * 0.9**i, "betas": (0.8, 0.9 + i / 100)} for i in range(len(params))]
+    groups = [{"params": [param], **more} for param, more in zip(params, own, strict=True)]
+    # One that is not clipped takes another factor, and so another call.
+    groups[3]["clip"] = False
+    each = [{**DEFAULTS, **HYPER, **more} for more in own]
+    each[3]["clip"] = False
+    reference = Reference(make_params(), each, **options)
+    optimizer = ShardedAdaBelief(
+        groups,
+        stage=stage,
+        max_grad_norm=0.5,
+        state_dtype=options.get("state_dtype", torch.float32),
+        **HYPER,
+    )
+    calls: list[str] = []
+    update = kernels.update_
+    kernels.update_ = partial(counted, calls, "update", update)
+    try:
+        for step in range(4):
+            world = range(dist.get_world_size())
+            grads: list[list[torch.Tensor | None]] = [
+                [make_grad(shape, step, rank, i) for i, shape in enumerate(SHAPES)]
+                for rank in world
+            ]
+            if step == 2:  # one falls behind: other scalars of the same groups
+                for of_rank in grads:
+                    of_rank[0] = None
+            optimizer.param_groups[7]["lr"] = each[7]["lr"] = 0.01 * step
+            backward(params, grads[dist.get_rank()])
+            optimizer.step()
+            reference.step(grads, 0.5, dist.get_world_size())
+            compare(optimizer, reference, f"{stage}, {options}, step {step}")
+            optimizer.zero_grad()
+            # The unclipped one has a bucket of its own, which is updated apart in its turn.
+            assert len(calls) <= 2, (step, calls)  # a rank may have nothing of it
+            calls.clear()
+    finally:
+        kernels.update_ = update
+
+
+def test_many_groups_are_one_update(tmp_path: Path) -> None:
+    more: list[dict[str, Any]] = [{}, {"state_dtype": torch.bfloat16}, {"state_dtype": torch.uint8}]
+    cases = [partial(many_groups_are_one_update, s, **each) for s in (1, 2) for each in more]
+    run_ranks(3, tmp_path, *cases)
