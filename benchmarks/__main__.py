@@ -36,6 +36,7 @@ from benchmarks.evidence import (
     training_sheet,
 )
 from benchmarks.gradients import recorded, synthetic
+from benchmarks.groups import groups
 from benchmarks.habits import HABITS, run_habits
 from benchmarks.host import run_host, run_soak
 from benchmarks.mpi import run_mpi
@@ -445,7 +446,7 @@ def readme() -> None:
     step()
 
 
-_ALONE = [readme, update, tensors, peak, accuracy, smallstates, warmstart]
+_ALONE = [readme, update, tensors, groups, peak, accuracy, smallstates, warmstart]
 _ON_RANKS = [
     step,
     deepspeed,

@@ -197,6 +197,13 @@ def test_the_main_job_trains_in_other_modes(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_many_groups_beside_one() -> None:
+    done = run("groups", "--count=20", "--rounds=2", "--sizes=[10]")
+    assert done.returncode == 0, done.stderr
+    for name in ("ShardedAdaBelief", "AdaBelief", "AdamW", "20 groups"):
+        assert name in done.stdout
+
+
 def test_resumed_runs_are_compared_part_by_part(tmp_path: Path) -> None:
     runs = {
         name: [{"step": step, "loss": 1.0 / step + shift * (step > 4)} for step in range(1, 9)]
