@@ -34,7 +34,11 @@ def formula(
     b, several = len(buckets), optimizer.comm.world_size > 1
     clips = [group["clip"] for group in optimizer.param_groups]
     padded = sum(bool(each.gaps) for each in buckets) if stage == 2 else 0
-    groups = len({(each.bucket.group, each.flat_param.dtype) for each in buckets})
+    # Of each dtype, clipped or not; where there are several, their scalars are copied.
+    kinds: dict[tuple[bool, str], set[int]] = {}
+    for spec in optimizer.layout.params:
+        kinds.setdefault((clips[spec.group], spec.dtype), set()).add(spec.group)
+    groups = len(kinds) + sum(len(each) > 1 for each in kinds.values())
     in_place = stage == 1 and reduce_dtype is None
     if max_grad_value is not None:
         in_place &= buckets[0].flat_param.dtype == torch.float32
@@ -42,7 +46,7 @@ def formula(
     updates = groups * turns  # in these tests, every turn has every group
     total = 4 * b + updates + 41 if several else b + groups + 7 + (squares if in_place else b)
     total += padded
-    total += 3 if several and check_replicas else 0
+    total += 2 if several and check_replicas else 0
     if check_states:
         total += 46 if several else 44
     if spike_guard is not None:
@@ -104,6 +108,7 @@ CHOICES: list[dict[str, Any]] = [
     {"dtype": torch.bfloat16, "master": "remainder"},
     {"dtype": torch.bfloat16, "state_dtype": torch.uint8},
     {"groups": 2},
+    {"groups": 5, "dtype": torch.bfloat16},
     {"groups": 2, "clip_all": False},
     {"max_grad_value": 1.0},
     {"reduce_dtype": torch.bfloat16},
