@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -102,15 +103,23 @@ def batch_of(step: int, number: int) -> tuple[Tensor, Tensor]:
     return tokens[:-1], tokens[1:]
 
 
-def build(mesh: DeviceMesh, seed: int = 0, **options: Any) -> tuple[Mixture, ShardedAdaBelief]:
+def build(
+    mesh: DeviceMesh, seed: int = 0, *, later: bool = False, **options: Any
+) -> tuple[Mixture, ShardedAdaBelief]:
+    """Return a model and its optimizer, to which experts are added `later` or at once."""
     model = Mixture(mesh, seed)
     named = list(model.named_parameters())
     experts = [each for each in named if each[0].startswith("experts.")]
-    groups = [
-        {"params": [each for each in named if not each[0].startswith("experts.")]},
-        {"params": experts, "process_group": mesh["expert_dp"]},
-    ]
-    return model, ShardedAdaBelief(groups, **{"bucket_bytes": 200, **HYPER, **options})
+    dense: dict[str, Any] = {"params": [e for e in named if not e[0].startswith("experts.")]}
+    group = {"params": experts, "process_group": mesh["expert_dp"]}
+    settings = {"bucket_bytes": 200, **HYPER, **options}
+    if not later:
+        return model, ShardedAdaBelief([dense, group], **settings)
+    optimizer = ShardedAdaBelief([dense], **settings)
+    with pytest.raises(ValueError, match="which param groups have a process_group"):
+        optimizer.add_param_group(group if dist.get_rank() else {"params": experts})
+    optimizer.add_param_group(group)
+    return model, optimizer
 
 
 def train(model: Mixture, optimizer: ShardedAdaBelief, steps: range) -> list[float]:

@@ -56,6 +56,7 @@ def test_every_placement_trains_alike(
     variants: list[dict[str, Any]] = [{"stage": 1}]
     if ranks == 4:
         variants += [{"stage": 2}, {"shared_memory": False}, {"overlap": False, "stage": 2}]
+        variants += [{"later": True}]
     parts = [each for each in (1, 2, 4) if each <= ranks]
     run_ranks(ranks, tmp_path, *(partial(keeps, kept, p, **v) for p in parts for v in variants))
 
