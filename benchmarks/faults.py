@@ -280,14 +280,7 @@ def _main(case: Case, rank: int, folder: str) -> None:
                 if step % _EVERY == 0:
                     aside(step)
                 before = state_of(optimizer)
-                loss = nn.functional.mse_loss(
-                    model(torch.ones(2, 64) * (rank + step)), torch.ones(2, 64)
-                )
-                loss.backward()
-                optimizer.step()
-                if isinstance(optimizer, ShardedAdaBelief):
-                    optimizer.wait_pending()
-                optimizer.zero_grad()
+                take_step(model, optimizer, rank + step)
     except (RuntimeError, SystemExit) as error:
         said = str(error) or type(error).__name__
     # Nothing is waited for: states are this rank's own.
@@ -352,6 +345,16 @@ def _ending(case: Case, rank: int, folder: str, optimizer: torch.optim.Optimizer
         os.kill(os.getpid(), signal.SIGKILL if case.way == "killed" else signal.SIGSTOP)
 
     return at_call(phases_of(case.engine)[case.phase], optimizer, case.call, end)
+
+
+def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+    """Take a step on data of this number, which is done when it returns."""
+    ones = torch.ones(2, 64)
+    nn.functional.mse_loss(model(ones * number), ones).backward()
+    optimizer.step()
+    if isinstance(optimizer, ShardedAdaBelief):
+        optimizer.wait_pending()
+    optimizer.zero_grad()
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

@@ -35,11 +35,18 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from belief_dist import ShardedAdaBelief
 from belief_dist.sharding.collectives import CommunicationError
 from belief_dist.sharding.read_guard import TornParameters
 from benchmarks import network
-from benchmarks.faults import BEFORE_COMMIT, ENGINES, PRELOADED, at_call, phases_of, state_of
+from benchmarks.faults import (
+    BEFORE_COMMIT,
+    ENGINES,
+    PRELOADED,
+    at_call,
+    phases_of,
+    state_of,
+    take_step,
+)
 
 UNDISTURBED, DOWN, CUT, LOSS, SLOW = "nothing", "down 5 s", "down for ever", "5 % lost", "slow rank"
 FAULTS = (DOWN, CUT, LOSS, SLOW)
@@ -225,14 +232,7 @@ def _main(case: Case, rank: int, net: network.Network, folder: str) -> None:
                 before = state_of(optimizer)
                 if case.fault == SLOW and rank == hosts.index(1) and step % 7 == 3:
                     time.sleep(_SECONDS_LATE)
-                loss = nn.functional.mse_loss(
-                    model(torch.ones(2, 64) * (rank + step)), torch.ones(2, 64)
-                )
-                loss.backward()
-                optimizer.step()
-                if isinstance(optimizer, ShardedAdaBelief):
-                    optimizer.wait_pending()
-                optimizer.zero_grad()
+                take_step(model, optimizer, rank + step)
             dist.barrier()
     except RuntimeError as error:
         said = f"{type(error).__name__}: {error}"

@@ -270,7 +270,7 @@ def edits_that_are_told_late() -> None:
     """Where the host must not wait, the step is skipped, and the next one says so."""
     model = nn.Linear(6, 6).bfloat16()
     optimizer = ShardedAdaBelief(model.parameters(), lr=1e-3)
-    optimizer._engine.consensus.defers = optimizer._engine._data_edits._defers = True
+    optimizer._engine.consensus.defers = optimizer._engine.masters._data_edits._defers = True
 
     def train() -> None:
         optimizer.zero_grad()
