@@ -28,7 +28,7 @@ def faults(seeds: int = 2, only: list[str] | None = None, json: Path | None = No
         only: Words of which one is in the name of each engine that is chosen.
         json: Write the table here.
     """
-    rows, single = run_faults(seeds, only or ())
+    rows, single = run_faults(seeds, only or (), lambda cases: _keep(json, {"cases": cases}))
     console().print(table_of("One rank of three ends", rows, left=("engine", "rank 1")))
     _keep(json, {"rows": rows, "cases": single})
 
