@@ -264,12 +264,12 @@ def _update_stored_(o: Operands, scalars: StepScalars, grad_scale: Tensor | floa
     stored = _states(o)
     form = o.exp_avg.dtype
     m, s, largest = (
-        None if state is None else _decode(state, exponent, signed=position == 0)
+        None if state is None else decode(state, exponent, signed=position == 0)
         for position, (state, exponent) in enumerate(stored)
     )
     assert m is not None and s is not None
     param = o.param if o.remainder is None else join_master(o.param, o.remainder)
-    average = None if o.param_ema is None else _decode(o.param_ema, None, signed=True)
+    average = None if o.param_ema is None else decode(o.param_ema, None, signed=True)
     update_reference_(
         param,
         o.grad,
@@ -317,7 +317,14 @@ def _states(o: Operands) -> list[tuple[Tensor | None, Tensor | None]]:
     ]
 
 
-def _decode(state: Tensor, exponent: Tensor | None, *, signed: bool) -> Tensor:
+def decode(state: Tensor, exponent: Tensor | None, *, signed: bool) -> Tensor:
+    """Return the numbers (n,) of a state in any form: float32 or float64, `state` itself if it is.
+
+    Args:
+        state: (n,), as `Operands` has it.
+        exponent: Its exponents, (ceil(n / 256),), with uint8 only.
+        signed: It is m or an average of weights, and not s.
+    """
     if state.dtype == torch.bfloat16:
         return state.to(torch.float32)
     if state.dtype == torch.uint8:

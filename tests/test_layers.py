@@ -92,6 +92,10 @@ integrations.mpi
 __init__
 deepspeed_keys
 deepspeed_config doctor memory_plan
+telemetry.records telemetry.statistics
+telemetry.monitor
+telemetry
+telemetry.report
 commands
 __main__ cli hf run
 """
@@ -110,6 +114,7 @@ OPTIONAL = {
     "checkpoint": {"safetensors"},
     "commands": {"rich"},
     "hf": {"transformers"},
+    "telemetry": {"matplotlib"},
 }
 # The only modules that may name an optional dependency at their top: no other imports them there.
 LAZY = {"triton_formats", "triton_kernel", "triton_codec", "triton_reduce", "triton_scales"}

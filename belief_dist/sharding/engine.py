@@ -85,6 +85,7 @@ class ShardEngine:
         spikes: Skips steps whose gradients are far larger than those before.
         read_guard: Waits for parameters that travel.
         grad_norm: One element, float64: the L2 norm of the last step's mean gradient, unclipped.
+        grad_scales: By what the last step multiplied its sums, see `_grad_scales`; first empty.
         skipped_steps: How many steps were skipped, among those whose verdict has been read.
         last_step: What became of the last one, as far as its verdict has been read.
     """
@@ -143,6 +144,7 @@ class ShardEngine:
             defers=async_device.runs_behind(device) and options.offload is None,
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
+        self.grad_scales: dict[bool, Tensor] = {}
         self.spikes = SpikeGuard(options.spike_guard, device)
         self.skipped_steps = 0
         self.last_step = NO_STEP
@@ -307,7 +309,7 @@ class ShardEngine:
         # the host need not wait for the device to launch the updates.
         graph = self._graph if self._graph.captures(decision.used) else None
         counted = [] if graph is not None else self.update.count_steps(decision.used)
-        scales = self._grad_scales(decision.norm_bins, loss_scale)
+        scales = self.grad_scales = self._grad_scales(decision.norm_bins, loss_scale)
         verdict = self.spikes.judge(self.grad_norm, decision.verdict)
         self._clip_values(scales[False])
         # Forward needs first what backward has reached last.

@@ -1,0 +1,215 @@
+"""Sums over what this rank holds of each parameter, from which a record's statistics follow.
+
+Everything is read where it lies, in windows of a few megabytes at most, and written nowhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from belief_dist.operands import Operands, cut
+from belief_dist.optimizer import AdaBelief
+from belief_dist.rule import Direction, compute_dtype, step_scalars
+from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.sharding.dtensor import local_part
+from belief_dist.state_formats import decode, join_master
+
+# Elements at a time, multiples of 256: what stays in the cache of a core, or fills a GPU.
+_CPU_WINDOW, _WINDOW = 1 << 15, 1 << 22
+
+
+class Held(NamedTuple):
+    """What this rank holds of one parameter."""
+
+    group: int  # its param group
+    name: str
+    step: int  # how many it has taken
+    tensors: Operands  # 1-D, equally long; with no elements if this rank has no part of it
+    has_grad: bool  # `tensors.grad` is the gradient of the last step, multiplied by 1 / `scale`
+    scale: float  # by which that step has multiplied it
+    mean: float  # by which it would have without clipping
+    copies: int  # how many ranks hold the same
+
+
+class Sums(NamedTuple):
+    """Sums over elements; those of several parameters and ranks add up.
+
+    With m' = m / (1 - beta1^t) and s' = s / (1 - beta2^t), the moments without their bias, g the
+    gradient as the update took it, and d the direction of the step: what lr is multiplied by.
+    """
+
+    numel: float = 0.0
+    weight: float = 0.0  # p^2, of the masters
+    moment: float = 0.0  # m^2
+    second: float = 0.0  # s
+    direction: float = 0.0  # d^2
+    signal: float = 0.0  # |m'| / (sqrt(s') + eps)
+    eps: float = 0.0  # elements of whose s the eps that were added are more than half
+    numel_grad: float = 0.0  # elements whose gradient is there
+    grad: float = 0.0  # of the mean gradient before its norm was clipped: its square
+    surprise: float = 0.0  # (g - m)^2 / s'
+
+    def __add__(self, other: object) -> Sums:
+        """Return the sums over the elements of both."""
+        assert isinstance(other, Sums)
+        return Sums(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+def held(optimizer: AdaBelief | ShardedAdaBelief) -> Iterator[Held]:
+    """Give what this rank holds of each parameter, in the order of the param groups."""
+    if isinstance(optimizer, ShardedAdaBelief):
+        return _held_sharded(optimizer)
+    return _held_plain(optimizer)
+
+
+def _held_sharded(optimizer: ShardedAdaBelief) -> Iterator[Held]:
+    engine = optimizer._engine
+    scales = {clip: float(scale) for clip, scale in engine.grad_scales.items()}
+    index = 0
+    for number, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            yield Held(
+                group=number,
+                name=_name(group, number, position),
+                step=engine.update.states[index]["step"],
+                tensors=engine.update.own_part(index),
+                has_grad=param.grad is not None and bool(scales),
+                scale=scales.get(group["clip"], 1.0),
+                mean=scales.get(False, 1.0),
+                copies=engine.comms[engine.layout.place(index)[0]].num_replicas,
+            )
+            index += 1
+
+
+def _held_plain(optimizer: AdaBelief) -> Iterator[Held]:
+    for number, group in enumerate(optimizer.param_groups):
+        for position, param in enumerate(group["params"]):
+            state = optimizer.state.get(param)
+            if not state:  # it has taken no step
+                continue
+            grad = param.grad
+            has_grad = grad is not None and not grad.is_sparse
+            # All are laid out alike, or torch copies those of this one parameter.
+            tensors = {
+                key: local_part(value).detach().reshape(-1)
+                for key, value in state.items()
+                if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+            }
+            yield Held(
+                group=number,
+                name=_name(group, number, position),
+                step=int(state["step"]),
+                tensors=Operands(
+                    param=local_part(param).detach().reshape(-1),
+                    grad=local_part(grad if has_grad and grad is not None else param)
+                    .detach()
+                    .reshape(-1),
+                    **tensors,
+                ),
+                has_grad=has_grad,
+                scale=1.0,
+                mean=1.0,
+                copies=1,
+            )
+
+
+def _name(group: Mapping[str, Any], number: int, position: int) -> str:
+    names = group.get("param_names")
+    return str(names[position]) if names else f"group{number}.{position}"
+
+
+@torch.no_grad()
+def sums_of(parts: list[Held], param_groups: list[dict[str, Any]]) -> list[Sums]:
+    """Return the sums over each of `parts`; waits for the device once.
+
+    Args:
+        parts: From `held`.
+        param_groups: Of the optimizer.
+    """
+    found = [Sums()] * len(parts)
+    raw: dict[torch.device, list[Tensor]] = {}
+    owners: dict[torch.device, list[int]] = {}
+    # While parameters travel there is a torch function mode, which none of this needs.
+    with torch._C.DisableTorchFunction():
+        for number, part in enumerate(parts):
+            device = part.tensors.exp_avg.device
+            window = _CPU_WINDOW if device.type == "cpu" else _WINDOW
+            numel = part.tensors.exp_avg.numel() if part.step else 0
+            for start in range(0, numel, window):
+                operands = cut(part.tensors, start, min(start + window, numel))
+                raw.setdefault(device, []).append(
+                    _raw_sums(part, operands, param_groups[part.group])
+                )
+                owners.setdefault(device, []).append(number)
+        totals: dict[int, list[float]] = {}
+        for device, rows in raw.items():
+            for number, row in zip(owners[device], torch.stack(rows).tolist(), strict=True):
+                before = totals.get(number, [0.0] * len(row))
+                totals[number] = [a + b for a, b in zip(before, row, strict=True)]
+    for number, total in totals.items():
+        found[number] = _scaled(parts[number], total, param_groups[parts[number].group])
+    return found
+
+
+def _raw_sums(part: Held, o: Operands, options: Mapping[str, Any]) -> Tensor:
+    """Return (8,): the sums over one window, of which a few lack a factor."""
+    scalars = step_scalars({**options, "lr": 1.0}, part.step)
+    bias2 = 1.0 - scalars.beta2**part.step
+    compute = compute_dtype(o.param.dtype)
+    m = decode(o.exp_avg, o.exp_avg_exponent, signed=True)
+    s = decode(o.exp_avg_sq, o.exp_avg_sq_exponent, signed=False)
+    weight = (o.param if o.remainder is None else join_master(o.param, o.remainder)).to(compute)
+    root = s.sqrt()
+    if o.exp_avg_sq_exponent is not None:
+        root.clamp_(min=1e-30)  # a code may stand for zero
+    if o.max_exp_avg_sq is None:
+        denom = root + scalars.eps / scalars.denom_scale
+    else:
+        largest = decode(o.max_exp_avg_sq, o.max_exp_avg_sq_exponent, signed=False)
+        denom = largest.sqrt().add_(scalars.eps / scalars.denom_scale)
+    direction = torch.div(m, denom, out=denom)
+    # s is what surprise has left plus exactly this much, as eps is added in every step.
+    from_eps = scalars.eps * bias2 / scalars.weight2
+    sums = [weight.dot(weight), m.dot(m), s.sum(), direction.dot(direction), direction.abs_().sum()]
+    # In floating point, as torch counts booleans slowly.
+    sums.append(torch.lt(s, 2.0 * from_eps, out=direction).sum())
+    if part.has_grad:
+        grad = o.grad.to(m.device, compute)
+        surprise = torch.sub(m, grad, alpha=part.scale * scalars.sign, out=direction)
+        if scalars.coupled_decay:
+            surprise.sub_(weight, alpha=scalars.coupled_decay)
+        surprise.div_(root)
+        sums += [grad.dot(grad), surprise.dot(surprise)]
+    else:
+        sums += [torch.zeros_like(sums[0])] * 2
+    return torch.stack(sums)
+
+
+def _scaled(part: Held, raw: list[float], options: Mapping[str, Any]) -> Sums:
+    weight, moment, second, direction, signal, eps, grad, surprise = raw
+    scalars = step_scalars({**options, "lr": 1.0}, part.step)
+    bias1, bias2 = (1.0 - float(beta) ** part.step for beta in options["betas"])
+    if scalars.direction == Direction.ADAPTIVE:
+        direction *= (scalars.step_size / scalars.denom_scale) ** 2
+    else:
+        direction = moment * scalars.step_size**2
+        if scalars.direction == Direction.NONE:
+            direction = 0.0
+    numel = float(part.tensors.exp_avg.numel())
+    return Sums(
+        numel=numel,
+        weight=weight,
+        moment=moment,
+        second=second,
+        direction=direction,
+        signal=signal * math.sqrt(bias2) / bias1,
+        eps=eps,
+        numel_grad=numel if part.has_grad else 0.0,
+        grad=grad * part.mean**2,
+        surprise=surprise * bias2,
+    )
