@@ -108,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--json", action="store_true", help="print everything as JSON")
     made = commands.add_parser(
+        "report",
+        help="draw what a run has logged",
+        description="Draw the records that StepMonitor has written to metrics.jsonl in the folder "
+        "of a run, as one page of HTML. The run may go on meanwhile.",
+    )
+    made.set_defaults(action="report")
+    made.add_argument("run", type=Path, help="the folder of a run, or a file of records")
+    made.add_argument("--out", type=Path, help="the page; default: report.html in that folder")
+    made = commands.add_parser(
         "check",
         help="find mistakes in a DeepSpeed configuration",
         description="Say what is wrong in a DeepSpeed configuration, and show it corrected. The "

@@ -26,6 +26,7 @@ from belief_dist.memory_plan import (
     suggestion,
 )
 from belief_dist.options import OPTION_NAMES, is_first_rank
+from belief_dist.telemetry.report import write_report
 
 
 def run(args: argparse.Namespace) -> int:
@@ -125,6 +126,11 @@ def _check(args: argparse.Namespace) -> int:
     elif report.corrected != report.given:
         print(f"\n{report.diff()}", end="")
     return 1 if report.findings else 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    print(write_report(args.run, args.out))
+    return 0
 
 
 def _read(args: argparse.Namespace, path: Path, **more: Any) -> Any:
@@ -233,4 +239,5 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "plan": _plan,
     "check": _check,
+    "report": _report,
 }

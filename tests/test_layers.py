@@ -214,7 +214,8 @@ def test_import_is_light() -> None:
     code = (
         "import sys, torch; before = set(sys.modules); import belief_dist; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
-        "print(sorted(new & {'deepspeed', 'mpi4py', 'triton', 'numpy', 'rich', 'transformers'}))"
+        "print(sorted(new & {'deepspeed', 'mpi4py', 'triton', 'numpy', 'rich', 'matplotlib', "
+        "'transformers'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

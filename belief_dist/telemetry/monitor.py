@@ -106,7 +106,7 @@ class StepMonitor:
         if not (self._across_ranks or is_first_rank()):
             return None
         record: dict[str, Any] = {
-            key: value if isinstance(value, (str, int, float)) else float(value)
+            key: value if isinstance(value, (str, int, float)) else float(value.detach())
             for key, value in values.items()
         }
         record |= self._measure()
@@ -164,9 +164,7 @@ class StepMonitor:
         found: dict[str, Any] = {}
         names = [(number, f"group{number}", sums) for number, sums in enumerate(groups)]
         if self._per_parameter:
-            names += [
-                (part.group, part.name, sums) for part, sums in zip(parts, each, strict=True)
-            ]
+            names += [(part.group, part.name, sums) for part, sums in zip(parts, each, strict=True)]
         for number, name, sums in names:
             lr = float(optimizer.param_groups[number]["lr"])
             found |= {f"{kind}/{name}": value for kind, value in _told(sums, lr).items()}
@@ -186,8 +184,7 @@ class StepMonitor:
         optimizer = self._optimizer
         assert isinstance(optimizer, ShardedAdaBelief)
         own = [
-            [value / part.copies for value in sums]
-            for part, sums in zip(parts, each, strict=True)
+            [value / part.copies for value in sums] for part, sums in zip(parts, each, strict=True)
         ]
         rows = torch.zeros(len(groups), len(Sums._fields), dtype=torch.float64)
         for part, row in zip(parts, own, strict=True):
@@ -271,7 +268,7 @@ def _writer(sink: Any) -> _Write:
     if hasattr(sink, "log"):
         return lambda step, values: sink.log(values, step=step)
     if callable(sink):
-        return sink
+        return lambda step, values: sink(step, values)
     raise TypeError(
         f"a sink of StepMonitor is a path, a function of (step, values), or has add_scalar or log, "
         f"got {shown(sink)}."

@@ -95,7 +95,7 @@ def _held_plain(optimizer: AdaBelief) -> Iterator[Held]:
             grad = param.grad
             has_grad = grad is not None and not grad.is_sparse
             # All are laid out alike, or torch copies those of this one parameter.
-            tensors = {
+            tensors: dict[str, Any] = {
                 key: local_part(value).detach().reshape(-1)
                 for key, value in state.items()
                 if key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")

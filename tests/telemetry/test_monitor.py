@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import json
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from belief_dist import AdaBelief, ShardedAdaBelief
+from belief_dist.state_formats import decode, join_master
 from belief_dist.telemetry import StepMonitor, read_records
-from tests.harness.models import HYPER, SHAPES, make_grad, make_params
+from tests.harness.models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from tests.harness.ranks import run_ranks
-from tests.harness.reference import backward
+from tests.harness.reference import backward, collect
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:eps=.* dominates", "ignore:offload='cpu' updates on 1 thread"
@@ -69,12 +70,7 @@ def test_numbers_of_one_process(eps: float) -> None:
     params = make_params()
     names = [f"layer{number}" for number in range(len(params))]
     options = {**HYPER, "eps": eps}
-    optimizer = AdaBelief(
-        [{"params": list(zip(names, params, strict=True))[:4]}, {"params": params[4:], "lr": 0.02}]
-        if False
-        else list(zip(names, params, strict=True)),
-        **options,
-    )
+    optimizer = AdaBelief(list(zip(names, params, strict=True)), **options)
     monitor = StepMonitor(optimizer, [], every=1, per_parameter=True)
     for step in range(1, 4):
         grads = [make_grad(shape, step, 0, index) for index, shape in enumerate(SHAPES)]
@@ -93,3 +89,288 @@ def test_numbers_of_one_process(eps: float) -> None:
         for index in (0, 6):
             own = [[each[index]] for each in (ms, ss, detached, grads)]
             assert_tells(record, names[index], expected(*own, step, options))
+
+
+@pytest.mark.parametrize("rectify, amsgrad", [(True, False), (False, True)])
+def test_the_update_is_the_one_that_was_made(rectify: bool, amsgrad: bool) -> None:
+    """Whatever switches are on, the told norm is that of what the weights have moved by."""
+    params = make_params(torch.float64)
+    options = {**HYPER, "eps": 1e-4, "weight_decay": 0.0, "betas": (0.9, 0.99)}
+    optimizer = AdaBelief(params, rectify=rectify, amsgrad=amsgrad, **options)
+    monitor = StepMonitor(optimizer, [], every=1)
+    for step in range(1, 9):
+        before = torch.cat([p.detach().clone().flatten() for p in params])
+        for index, param in enumerate(params):
+            param.grad = make_grad(SHAPES[index], step, 0, index).double()
+        optimizer.step()
+        record = monitor.log(step)
+        moved = torch.cat([p.detach().flatten() for p in params]) - before
+        assert record is not None
+        assert record["l2_norm/update/group0"] == pytest.approx(float(moved.norm()), rel=1e-9)
+
+
+def whole(
+    optimizer: ShardedAdaBelief, params: list[torch.nn.Parameter]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return m, s and masters of all ranks; called by all."""
+    options = optimizer.options
+    keys = ["exp_avg", "exp_avg_sq"]
+    states = collect(optimizer, keys)
+    if options.state_dtype == torch.uint8:
+        exponents = collect(optimizer, [f"{key}_exponent" for key in keys])
+    else:
+        exponents = [[None] * len(params)] * 2  # type: ignore[list-item]
+    m, s = (
+        [decode(*pair, signed=signed) for pair in zip(each, more, strict=True)]
+        for each, more, signed in zip(states, exponents, (True, False), strict=True)
+    )
+    masters = [param.detach().flatten() for param in params]
+    if "remainder" in optimizer.state[params[0]]:
+        halves = collect(optimizer, ["remainder"])[0]
+        masters = [join_master(*pair) for pair in zip(masters, halves, strict=True)]
+    elif "master" in optimizer.state[params[0]]:
+        masters = collect(optimizer, ["master"])[0]
+    return m, s, masters
+
+
+def sharded_numbers(**options: Any) -> None:
+    """Compare the sums over all shards with whole tensors."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    dtype = options.pop("dtype", torch.float32)
+    params = make_params(dtype)
+    hyper = {**HYPER, "eps": 1e-8}
+    names = [f"layer{number}" for number in range(len(params))]
+    optimizer = ShardedAdaBelief(
+        list(zip(names, params, strict=True)), bucket_bytes=1500, **hyper, **options
+    )
+    written: list[int] = []
+    monitor = StepMonitor(
+        optimizer,
+        lambda step, values: written.append(step),
+        every=2,
+        per_parameter=True,
+        across_ranks=True,
+    )
+    for step in range(1, 5):
+        everyone = [
+            [make_grad(shape, step, of, index).to(dtype) for index, shape in enumerate(SHAPES)]
+            for of in range(world_size)
+        ]
+        backward(params, list(everyone[rank]))
+        optimizer.step()
+        record = monitor.log(step)
+        assert (record is None) == (step % 2 == 1 or rank > 0)
+        if step % 2 == 0:
+            means = [
+                rank_order_sum(list(each)) / world_size for each in zip(*everyone, strict=True)
+            ]
+            limit = options.get("max_grad_norm") or float("inf")
+            norm = optimizer.grad_norm.item()
+            factor = min(1.0, limit / (norm + 1e-6))
+            ms, ss, ps = whole(optimizer, params)
+            used = [grad * factor for grad in means]
+            values = expected(ms, ss, ps, used, step, hyper)
+            values["l2_norm/grad"] = norm
+            if rank == 0:
+                assert_tells(record, "group0", values)
+                assert record is not None and record["model_share"] == 1.0
+                assert record["l2_norm/grad/global"] == norm
+                own = [[each[7]] for each in (ms, ss, ps, used)]
+                values = expected(*own, step, hyper)
+                values["l2_norm/grad"] /= factor
+                assert_tells(record, "layer7", values)
+        optimizer.zero_grad()
+    assert written == ([2, 4] if rank == 0 else [])
+
+
+def test_numbers_of_all_ranks_are_those_of_whole_tensors(tmp_path: Path) -> None:
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16}
+    cases = [
+        partial(sharded_numbers),
+        partial(sharded_numbers, stage=2, max_grad_norm=0.5),
+        partial(sharded_numbers, state_dtype=torch.bfloat16, **bf16),
+        partial(sharded_numbers, stage=2, master="remainder", state_dtype=torch.uint8, **bf16),
+        partial(sharded_numbers, offload="cpu", **bf16),
+    ]
+    run_ranks(3, tmp_path, *cases)
+
+
+def same_bits(folder: str, **options: Any) -> None:
+    """Train with and without a monitor of each kind, on all ranks."""
+    rank = dist.get_rank()
+    ends = []
+    for number, kind in enumerate((None, {}, {"across_ranks": True, "per_parameter": True})):
+        params = make_params()
+        optimizer = ShardedAdaBelief(
+            params, bucket_bytes=1500, max_grad_norm=1.0, **TINY, **options
+        )
+        path = Path(folder, f"{number}.jsonl")
+        monitor = None if kind is None else StepMonitor(optimizer, path, every=3, **kind)
+        for step in range(1, 21):
+            mine: list[Tensor | None] = [
+                make_grad(shape, step, rank, index) for index, shape in enumerate(SHAPES)
+            ]
+            backward(params, mine)
+            optimizer.step()
+            # One rank alone suffices where nothing is sent.
+            if monitor is not None and (rank == 0 or kind):
+                monitor.log(step, loss=step / 2)
+            optimizer.zero_grad()
+        optimizer.wait_pending()
+        states = [value for param in params for value in optimizer.state[param].values()]
+        ends.append([*params, *(value for value in states if isinstance(value, Tensor))])
+        if rank == 0 and monitor is not None:
+            assert [row["step"] for row in read_records(path)] == [3, 6, 9, 12, 15, 18]
+        assert rank > 0 or path.exists() == (monitor is not None)
+    for end in ends[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(ends[0], end, strict=True))
+
+
+def test_training_has_the_same_bits_with_it(tmp_path: Path) -> None:
+    """And without `across_ranks` rank 0 may call it alone: nothing is sent."""
+    stages = (1, 2)
+    for stage in stages:
+        (tmp_path / str(stage)).mkdir()
+    run_ranks(
+        3,
+        tmp_path,
+        *(partial(same_bits, str(tmp_path / str(stage)), stage=stage) for stage in stages),
+        partial(same_bits, str(tmp_path / "uint8"), state_dtype=torch.uint8),
+    )
+
+
+def test_a_skipped_step_says_why_and_no_more(tmp_path: Path) -> None:
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, **TINY)
+    path = tmp_path / "run" / "metrics.jsonl"
+    monitor = StepMonitor(optimizer, path, every=1)
+    for step in (1, 2, 3):
+        grads = [make_grad(shape, step, 0, index) for index, shape in enumerate(SHAPES)]
+        if step == 2:
+            grads[0].fill_(float("inf"))
+        backward(params, list(grads))
+        optimizer.step()
+        monitor.log(step, loss=float("nan") if step == 2 else 1.0)
+        optimizer.zero_grad()
+    first, second, third = read_records(path)
+    assert "why_skipped" not in first and "finite" in second["why_skipped"]
+    assert [row["skipped_steps"] for row in (first, second, third)] == [0, 1, 1]
+    assert "l2_norm/moment/group0" in third and "l2_norm/moment/group0" not in second
+    assert second["loss"] is None  # JSON has no NaN
+    assert "NaN" not in path.read_text() and "time/seconds" in third
+
+
+def test_a_gradient_that_is_gone_is_left_out() -> None:
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, **TINY)
+    monitor = StepMonitor(optimizer, [], every=1)
+    backward(params, [make_grad(shape, 1, 0, index) for index, shape in enumerate(SHAPES)])
+    assert monitor.log(1) is not None  # before the first step, too
+    optimizer.step()
+    optimizer.zero_grad()
+    record = monitor.log(2)
+    assert record is not None and "belief/signal/group0" in record
+    assert not {"belief/surprise/group0", "l2_norm/grad/group0"} & record.keys()
+
+
+def one_step(eps: float = 1e-12, value: float = 1.0) -> AdaBelief:
+    param = torch.nn.Parameter(torch.ones(8))
+    optimizer = AdaBelief([param], eps=eps)
+    param.grad = torch.full_like(param, value)
+    optimizer.step()
+    return optimizer
+
+
+def test_an_eps_that_dominates_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    monitor = StepMonitor(one_step(eps=1e-8, value=1e-3), [], every=1)
+    with pytest.warns(UserWarning, match=r"eps=1e-08 dominates exp_avg_sq in 100% of param group"):
+        monitor.log(1)
+    record = monitor.log(2)  # no second one, which would be an error here
+    assert record is not None and record["belief/eps_share/group0"] == 1.0
+
+
+class Writer:
+    """As TensorBoard's."""
+
+    def __init__(self) -> None:
+        self.told: dict[str, tuple[float, int]] = {}
+
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None:
+        self.told[tag] = (scalar_value, global_step)
+
+
+class Run:
+    """As that of Weights & Biases."""
+
+    def __init__(self) -> None:
+        self.told: dict[int | None, dict[str, Any]] = {}
+
+    def log(self, data: dict[str, Any], step: int | None = None) -> None:
+        self.told[step] = data
+
+
+def test_sinks_of_every_kind(tmp_path: Path) -> None:
+    writer, run, called = Writer(), Run(), []
+    sinks = [str(tmp_path / "m.jsonl"), writer, run, lambda step, values: called.append(step)]
+    monitor = StepMonitor(one_step(), sinks)
+    assert monitor.log(9, loss=1.0) is None
+    record = monitor.log(10, loss=torch.tensor(2.0), note="text")
+    assert record is not None and called == [10] and run.told == {10: record}
+    assert writer.told["loss"] == (2.0, 10) and "note" not in writer.told
+    assert read_records(tmp_path / "m.jsonl") == [{"step": 10, **record}]
+
+
+def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        StepMonitor(one_step(), writer).log(10, loss=2.0)
+    found = events.EventAccumulator(str(tmp_path)).Reload()
+    assert {"loss", "l2_norm/moment/group0"} <= set(found.Tags()["scalars"])
+    assert [(each.step, each.value) for each in found.Scalars("loss")] == [(10, 2.0)]
+
+
+def test_a_sink_that_fails_does_not_end_training() -> None:
+    def fails(step: int, values: dict[str, Any]) -> None:
+        raise OSError("no space left")
+
+    called: list[int] = []
+    monitor = StepMonitor(one_step(), [fails, lambda step, values: called.append(step)], every=1)
+    with pytest.warns(UserWarning, match="sink number 0 of StepMonitor has failed in step 1"):
+        monitor.log(1)
+    monitor.log(2)
+    assert called == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "arguments, error, said",
+    [
+        ({"every": 0}, ValueError, "every must be 1 or more, got 0"),
+        ({"every": True}, TypeError, "every must be a number of steps"),
+        ({"sinks": 5}, TypeError, "a sink of StepMonitor is a path"),
+        ({"across_ranks": True}, ValueError, "leave it out"),
+        ({"optimizer": 1}, TypeError, "got int"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], error: type[Exception], said: str) -> None:
+    with pytest.raises(error, match=said):
+        StepMonitor(**{"optimizer": one_step(), "sinks": [], **arguments})
+
+
+def test_lines_that_are_torn_or_taken_back(tmp_path: Path) -> None:
+    """A killed process leaves half a line; its successor goes on from an older step."""
+    path = tmp_path / "metrics.jsonl"
+    first = StepMonitor(one_step(), path)
+    for step in (10, 20, 30):
+        first.log(step, of="first")
+    with path.open("a") as file:
+        file.write('{"step": 40, "lo')
+    assert [row["step"] for row in read_records(path)] == [10, 20, 30]
+    second = StepMonitor(one_step(), path)
+    second.log(20, of="second")
+    path.write_bytes(path.read_bytes() + b'[1]\n{"step": "x"}\n\xff\n')
+    assert [(row["step"], row["of"]) for row in read_records(path)] == [
+        (10, "first"),
+        (20, "second"),
+    ]
+    assert json.loads(path.read_text(errors="replace").splitlines()[0])["step"] == 10
