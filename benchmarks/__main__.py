@@ -51,6 +51,7 @@ from benchmarks.same_bits import any_world_size, bits
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_by_json, run_step
 from benchmarks.team import Workload
+from benchmarks.telemetry import run_telemetry
 from benchmarks.update import run_tensors, run_update
 from benchmarks.updates_picture import draw_updates
 from benchmarks.updates_report import show_updates, updates_content
@@ -229,6 +230,32 @@ def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> No
         json: Also write all timings here.
     """
     tell({"overhead": run_overhead(count, rounds)}, json)
+
+
+def telemetry(
+    ranks: int = 2,
+    pairs: int = 30,
+    every: int = 10,
+    layers: int = 4,
+    width: int = 128,
+    batch: int = 16,
+    context: int = 128,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    per_parameter: bool = False,
+    across_ranks: bool = False,
+) -> None:
+    """Time training with and without a StepMonitor, in turns.
+
+    Args:
+        ranks: Processes.
+        pairs: How often a turn with it follows or precedes one without.
+        every: Steps between records, and of a turn.
+        layers: Of the model, as width, batch, context and dtype for `step`.
+        per_parameter: As for StepMonitor, and across_ranks, too.
+    """
+    work = Workload(ranks, every, layers, width, batch, context, dtype)
+    for name, value in run_telemetry(work, pairs, every, per_parameter, across_ranks).items():
+        print(f"{name}: {value:.4g}")
 
 
 def habits(only: list[str] | None = None, json: Path | None = None) -> None:
@@ -457,6 +484,7 @@ _ON_RANKS = [
     bits,
     any_world_size,
     overhead,
+    telemetry,
     host,
     faults,
     network_faults,

@@ -145,7 +145,8 @@ class StepMonitor:
             found["skipped_steps"] = optimizer.skipped_steps
             if last.why_not:
                 found["why_skipped"] = last.why_not
-            found["l2_norm/grad/global"] = float(optimizer.grad_norm)
+            if was_taken:  # else it may lack what is not finite
+                found["l2_norm/grad/global"] = float(optimizer.grad_norm)
         for number, group in enumerate(optimizer.param_groups):
             found[f"lr/group{number}"] = float(group["lr"])
         if was_taken:

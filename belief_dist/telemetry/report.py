@@ -35,6 +35,7 @@ class Plot(NamedTuple):
     title: str
     columns: str  # a pattern that their whole names have; the last part of a name is its label
     is_log: bool = False
+    is_share: bool = False  # from 0 to 1
 
 
 _GROUP = r"/group\d+"
@@ -45,7 +46,7 @@ PLOTS = (
     Plot("Update to weight: RMS of a step over that of weights", f"update_to_weight{_GROUP}", True),
     Plot("Signal: mean of |m| / sqrt(s)", rf"belief/signal{_GROUP}"),
     Plot("Surprise: mean of (g - m)² / s", rf"belief/surprise{_GROUP}"),
-    Plot("Share of weights where eps dominates s", rf"belief/eps_share{_GROUP}"),
+    Plot("Share of weights where eps dominates s", rf"belief/eps_share{_GROUP}", is_share=True),
     Plot("Seconds per step", r"time/seconds_per_step"),
 )
 
@@ -178,6 +179,8 @@ def _draw(plot: Plot, rows: Sequence[dict[str, Any]], events: Sequence[Event]) -
                 axes.axvline(event.step, lw=0.8, c="tab:red", alpha=0.5)
         if plot.is_log and not any(value <= 0 for _, _, values in lines for value in values):
             axes.set_yscale("log")
+        if plot.is_share:
+            axes.set_ylim(-0.03, 1.03)
         axes.set_title(plot.title, fontsize=10, loc="left")
         axes.set_xlabel("step")
         axes.grid(alpha=0.25)
