@@ -237,10 +237,7 @@ def telemetry(
     pairs: int = 30,
     every: int = 10,
     layers: int = 4,
-    width: int = 128,
     batch: int = 16,
-    context: int = 128,
-    dtype: Literal["float32", "bfloat16"] = "float32",
     per_parameter: bool = False,
     across_ranks: bool = False,
 ) -> None:
@@ -250,10 +247,11 @@ def telemetry(
         ranks: Processes.
         pairs: How often a turn with it follows or precedes one without.
         every: Steps between records, and of a turn.
-        layers: Of the model, as width, batch, context and dtype for `step`.
+        layers: Of the model, which is 128 wide.
+        batch: Sequences per rank, of 128 bytes.
         per_parameter: As for StepMonitor, and across_ranks, too.
     """
-    work = Workload(ranks, every, layers, width, batch, context, dtype)
+    work = Workload(ranks, every, layers, 128, batch, 128, "float32")
     for name, value in run_telemetry(work, pairs, every, per_parameter, across_ranks).items():
         print(f"{name}: {value:.4g}")
 

@@ -23,7 +23,7 @@ from jsonargparse import auto_cli
 
 from belief_dist.distributed import LaunchError
 from gpt.data import global_batch, load_corpus, unigram_entropy
-from gpt.engines import Engine, build_engine
+from gpt.engines import Engine, ShardedEngine, build_engine
 from gpt.evaluate import held_out_loss, sample
 from gpt.job import STOP, last_checkpoint, process_group, run_folder, write_checkpoint
 from gpt.model import GPT
@@ -33,7 +33,7 @@ from gpt.settings import Settings
 # A resumed run may differ in these alone.
 _FREE = {
     *("stop_at", "out", "resume", "folder", "timeout"),
-    *("prompt", "sample_bytes", "local_rank", "eval_every"),
+    *("prompt", "sample_bytes", "local_rank", "eval_every", "monitor"),
 }
 
 
@@ -67,6 +67,9 @@ def train(settings: Settings, device: torch.device) -> None:
     num_params = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, settings, device)
     done = resume(engine, settings, run) if last_checkpoint(run) else 0
+    if settings.monitor is not None:
+        assert isinstance(engine, ShardedEngine)
+        engine.watch(run / "metrics.jsonl", settings.monitor)
     if rank == 0:
         print(
             f"{num_params:,} parameters, {world_size} ranks on {device.type}, engine "

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from gpt.model import GPT, next_byte_loss
 from gpt.settings import Settings
+
+if TYPE_CHECKING:
+    from belief_dist.telemetry import StepMonitor
 
 
 class Engine(Protocol):
@@ -84,6 +87,13 @@ class ShardedEngine:
             raise ValueError(f"in the setting optimizer: {error}") from error
         self.scheduler = LambdaLR(self.optimizer, schedule)
         self.lr = 0.0
+        self.monitor: StepMonitor | None = None
+
+    def watch(self, path: Path, every: int) -> None:
+        """Write what the optimizer does into a file of records; rank 0 writes its own loss."""
+        from belief_dist.telemetry import StepMonitor
+
+        self.monitor = StepMonitor(self.optimizer, path, every)
 
     def step(self, micro_batches: list[Tensor]) -> list[Tensor]:
         self.optimizer.zero_grad()
@@ -98,6 +108,8 @@ class ShardedEngine:
                 (loss / parts).backward()
             losses.append(loss.detach())
         self.optimizer.step()
+        if self.monitor is not None:  # before the scheduler sets the next learning rate
+            self.monitor.log(self.scheduler.last_epoch + 1, loss=sum(losses) / len(losses))
         self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         return losses
