@@ -109,7 +109,7 @@ class ShardedEngine:
             losses.append(loss.detach())
         self.optimizer.step()
         if self.monitor is not None:  # before the scheduler sets the next learning rate
-            self.monitor.log(self.scheduler.last_epoch + 1, loss=sum(losses) / len(losses))
+            self.monitor.log(self.scheduler.last_epoch + 1, loss=sum(losses) / max(1, len(losses)))
         self.lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
         return losses

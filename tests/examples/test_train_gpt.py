@@ -19,6 +19,8 @@ import pytest
 import torch
 
 from belief_dist.checkpoint.formats.full_state import read_full_state
+from belief_dist.telemetry import read_records
+from belief_dist.telemetry.report import write_report
 from tests.harness.forked import PRELOADED, Job, run_all_forked, run_forked
 from tests.harness.paths import BIN, ROOT
 
@@ -253,3 +255,17 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     for ours, theirs in zip(parts[3:], whole[3:], strict=True):
         assert ours["lr"] == theirs["lr"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+
+
+def test_records_of_the_optimizer_and_their_page(tmp_path: Path) -> None:
+    train("python", tmp_path, "--out", "run", "--monitor", "2")
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [2, 4, 6]
+    logged = rows(tmp_path / "run")
+    for record in records:
+        row = logged[record["step"] - 1]
+        assert record["lr/group0"] == row["lr"]
+        assert record["l2_norm/grad/global"] == row["grad_norm"]
+        assert record["loss"] == pytest.approx(row["loss"])
+    pytest.importorskip("matplotlib")
+    assert "checkpoint step-00000006" in write_report(tmp_path / "run").read_text()
