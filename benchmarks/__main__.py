@@ -237,7 +237,6 @@ def telemetry(
     pairs: int = 30,
     every: int = 10,
     layers: int = 4,
-    batch: int = 16,
     per_parameter: bool = False,
     across_ranks: bool = False,
 ) -> None:
@@ -245,14 +244,13 @@ def telemetry(
 
     Args:
         ranks: Processes.
-        pairs: How often a turn with it follows or precedes one without.
+        pairs: Of a turn with it and one without.
         every: Steps between records, and of a turn.
         layers: Of the model, which is 128 wide.
-        batch: Sequences per rank, of 128 bytes.
         per_parameter: As for StepMonitor, and across_ranks, too.
     """
-    work = Workload(ranks, every, layers, 128, batch, 128, "float32")
-    for name, value in run_telemetry(work, pairs, every, per_parameter, across_ranks).items():
+    work = Workload(ranks, every, layers, 128, 16, 128, "float32")
+    for name, value in run_telemetry(work, pairs, per_parameter, across_ranks).items():
         print(f"{name}: {value:.4g}")
 
 

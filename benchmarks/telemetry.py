@@ -23,20 +23,23 @@ _TIMEOUT = datetime.timedelta(minutes=3)
 
 
 def run_telemetry(
-    work: Workload, pairs: int, every: int, per_parameter: bool, across_ranks: bool
+    work: Workload, pairs: int, per_parameter: bool, across_ranks: bool
 ) -> dict[str, float]:
     """Return what was measured by rank 0, by name.
 
     Args:
-        work: What is trained; `steps` is not used.
-        pairs: How often `every` steps are timed with a monitor, and as many without one.
-        every: Steps between records.
+        work: What is trained, and how many steps are a turn, with one record.
+        pairs: How many turns are timed with a monitor, and as many without one.
         per_parameter: See `StepMonitor`.
         across_ranks: Likewise.
     """
     os.environ["OMP_NUM_THREADS"] = str(work.threads)
     with tempfile.TemporaryDirectory() as folder:
-        options = {"every": every, "per_parameter": per_parameter, "across_ranks": across_ranks}
+        options = {
+            "every": work.steps,
+            "per_parameter": per_parameter,
+            "across_ranks": across_ranks,
+        }
         mp.start_processes(
             _rank, (work, pairs, options, folder), nprocs=work.ranks, start_method="spawn"
         )
