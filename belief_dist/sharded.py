@@ -287,10 +287,10 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
             self._group_ranks,
             [group["params"] for group in self.param_groups],
             comm,
+            self._model_parallel.comm,
             self._options,
             device,
             timeout,
-            may_reach_out=self.is_model_parallel,
         )
 
     def _label(self, index: int) -> str:

@@ -157,11 +157,10 @@ class OwnRanks:
         wanted: Sequence[dist.ProcessGroup | DeviceMesh | None],
         params: Sequence[Sequence[Tensor]],
         comm: Collectives,
+        parts: Collectives,
         options: EngineOptions,
         device: torch.device,
         timeout: timedelta | None,
-        *,
-        may_reach_out: bool,
     ) -> None:
         """Connect what further param groups want; called by all ranks of the optimizer.
 
@@ -169,56 +168,30 @@ class OwnRanks:
             wanted: Of every param group, its process group, or None for all ranks.
             params: Of every param group.
             comm: All ranks.
+            parts: The ranks that hold other parts of the model, some of which may be among them.
             options: As for `connect`.
             device: As for `connect`.
             timeout: As for `connect`.
-            may_reach_out: Ranks that hold other parts of the model may be among them.
 
         Raises:
             TypeError: As `connect`.
             ValueError: On all ranks: some rank is not among its own, or sets of ranks overlap or
                 differ in size. Nothing has changed then.
         """
-        problem: Exception | None = None
         begin = len(self.of_group)
+        new = list(zip(wanted[begin:], params[begin:], strict=True))
         mine: list[_Rows | None] = []
+        problem: Exception | None = None
         try:
-            for group, members in zip(wanted[begin:], params[begin:], strict=True):
-                mine.append(None if group is None else _own_rows(group))
-                if mine[-1] is not None:
-                    check_own_parts(members, set(chain(*mine[-1])), comm.members)
-            if options.micro_batches is not None and any(mine):
-                raise ValueError(
-                    "micro_batches does not go together with param groups that have a "
-                    "process_group of their own: which samples reach an expert in one backward "
-                    "pass depends on where it is, and so would the result."
-                )
+            mine = _rows_of_groups(new, comm.members, options)
         except (TypeError, ValueError) as error:
             problem = error
-        raise_together(comm, problem)
-        everyone = comm.exchange(mine)
-        for rank, theirs in enumerate(everyone):
-            if [rows is None for rows in theirs] != [rows is None for rows in everyone[0]]:
-                raise ValueError(
-                    f"ranks disagree about which param groups have a process_group of their own: "
-                    f"rank {rank} and the first one of process_group."
-                )
-        for number, rows in enumerate(mine):
-            found = {theirs[number] for theirs in everyone}
-            if rows is not None and not _fit(found, None if may_reach_out else comm.members):
-                raise ValueError(
-                    f"the ranks {comm.members} pass sets {sorted(found)} as the process_group of "
-                    f"param group {begin + number}: these must be equally large, and "
-                    f"have each of the ranks once, as mesh['expert_dp'] does of a mesh "
-                    f"('expert_dp', 'expert')."
-                )
-            reaches_out = any(not set(chain(*rows)) <= set(comm.members) for rows in found if rows)
-            if rows is not None and reaches_out and (options.overlap or options.stage == 2):
-                raise ValueError(
-                    f"process_group of param group {begin + number} has ranks of other stages, "
-                    f"whose backward passes wait for this one's: with such a group, pass "
-                    f"overlap=False and stage=1, which sum gradients in step()."
-                )
+        try:
+            raise_together(comm, problem)
+            _check_sets(comm.exchange(mine), comm.members, begin, options, parts.world_size > 1)
+        except (TypeError, ValueError) as error:
+            problem = error
+        raise_together(parts, problem)  # before any of these waits for a set
         for rows, group in zip(mine, wanted[begin:], strict=True):
             if rows is not None and rows not in self._numbers:
                 self.comms.append(connect(group, options, device, timeout))
@@ -228,6 +201,66 @@ class OwnRanks:
     def forget(self, first: int) -> None:
         """Forget the param groups from `first` on; their ranks stay connected."""
         del self.of_group[first:]
+
+
+def _rows_of_groups(
+    groups: Sequence[tuple[dist.ProcessGroup | DeviceMesh | None, Sequence[Tensor]]],
+    everyone: Sequence[int],
+    options: EngineOptions,
+) -> list[_Rows | None]:
+    """Return the ranks of each param group that has its own; check what this rank alone can."""
+    found: list[_Rows | None] = []
+    for group, params in groups:
+        rows = None if group is None else _own_rows(group)
+        if rows is not None:
+            check_own_parts(params, set(chain(*rows)), everyone)
+        found.append(rows)
+    if options.micro_batches is not None and any(found):
+        raise ValueError(
+            "micro_batches does not go together with param groups that have a process_group of "
+            "their own: which samples reach an expert in one backward pass depends on where it "
+            "is, and so would the result."
+        )
+    return found
+
+
+def _check_sets(
+    everyone: Sequence[Sequence[_Rows | None]],
+    members: Sequence[int],
+    begin: int,
+    options: EngineOptions,
+    may_reach_out: bool,
+) -> None:
+    """Check that the ranks' sets fit together; the same on all of them.
+
+    Args:
+        everyone: From `_rows_of_groups`, of each rank.
+        members: These ranks.
+        begin: Number of the first param group.
+        options: Of the engine.
+        may_reach_out: Sets may have other ranks, too.
+    """
+    for rank, theirs in enumerate(everyone):
+        if [rows is None for rows in theirs] != [rows is None for rows in everyone[0]]:
+            raise ValueError(
+                f"ranks disagree about which param groups have a process_group of their own: rank "
+                f"{rank} and the first one of process_group."
+            )
+    for number, each in enumerate(zip(*everyone, strict=True), start=begin):
+        found = {rows for rows in each if rows is not None}
+        if found and not _fit(found, None if may_reach_out else members):
+            raise ValueError(
+                f"the ranks {members} pass sets {sorted(found)} as the process_group of param "
+                f"group {number}: these must be equally large, and have each of the ranks once, as "
+                f"mesh['expert_dp'] does of a mesh ('expert_dp', 'expert')."
+            )
+        reaches_out = any(not set(chain(*rows)) <= set(members) for rows in found)
+        if reaches_out and (options.overlap or options.stage == 2):
+            raise ValueError(
+                f"process_group of param group {number} has ranks of other stages, whose backward "
+                f"passes wait for this one's: with such a group, pass overlap=False and stage=1, "
+                f"which sum gradients in step()."
+            )
 
 
 class ModelParallel(NamedTuple):

@@ -166,6 +166,9 @@ def refusals() -> None:
         )
     with pytest.raises(ValueError, match=r"ranks of other stages.*overlap=False and stage=1"):
         Pipeline(mesh, overlap=True)
+    # What one stage alone has wrong is an error on the other, too.
+    with pytest.raises(ValueError, match=r"ranks of other stages|overlap=False and stage=1"):
+        Pipeline(mesh, stage=1 + mesh["pp"].get_local_rank())
     # Stages with other options come apart at once, not after weeks.
     with pytest.raises(ValueError, match="disagree about the option max_grad_norm"):
         Pipeline(mesh, max_grad_norm=1.0 + mesh["pp"].get_local_rank())
