@@ -108,6 +108,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--json", action="store_true", help="print everything as JSON")
     made = commands.add_parser(
+        "migrate",
+        help="show how a script or DeepSpeed JSON takes AdaBelief",
+        description="Show how a training script, or a DeepSpeed JSON, takes AdaBelief where it has "
+        "Adam, AdamW or adabelief-pytorch: as a diff, with what to know. It is read and not run, "
+        "and stays as it is. The exit status is 1 if there is nothing to replace.",
+    )
+    made.set_defaults(action="migrate")
+    made.add_argument("path", type=Path, help="the .py or .json file")
+    made.add_argument("--json", action="store_true", help="print notes and diff as JSON")
+    made = commands.add_parser(
         "report",
         help="draw what a run has logged",
         description="Draw the records that StepMonitor has written to metrics.jsonl in the folder "

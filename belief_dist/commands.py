@@ -25,6 +25,7 @@ from belief_dist.memory_plan import (
     shapes_of_count,
     suggestion,
 )
+from belief_dist.migrate import migrate
 from belief_dist.options import OPTION_NAMES, is_first_rank
 from belief_dist.telemetry.report import write_report
 
@@ -126,6 +127,25 @@ def _check(args: argparse.Namespace) -> int:
     elif report.corrected != report.given:
         print(f"\n{report.diff()}", end="")
     return 1 if report.findings else 0
+
+
+def _migrate(args: argparse.Namespace) -> int:
+    found = migrate(args.path)
+    diff = found.diff()
+    if args.json:
+        content = {"notes": [note._asdict() for note in found.notes], "diff": diff}
+        print(json.dumps(content, indent=2))
+        return 0 if diff else 1
+    for note in found.notes:
+        place = f"{args.path}:{note.line}" if note.line else args.path
+        print(f"{place}: {note.text}")
+    print(
+        f"\n{diff}" if diff else f"{args.path}: no Adam, AdamW or adabelief-pytorch to replace",
+        end="",
+    )
+    if not diff:
+        print()
+    return 0 if diff else 1
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -239,5 +259,6 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "doctor": _doctor,
     "plan": _plan,
     "check": _check,
+    "migrate": _migrate,
     "report": _report,
 }

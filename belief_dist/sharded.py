@@ -387,7 +387,7 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
     def grad_norm(self) -> Tensor:
         """The L2 norm of the last step's mean gradient before clipping; one element, float64.
 
-        What is not finite does not count in it: of a step that was skipped for it, it tells nothing.
+        What is not finite does not count in it: of a step skipped for that it tells nothing.
         """
         return self._engine.grad_norm
 

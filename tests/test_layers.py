@@ -95,7 +95,7 @@ deepspeed_config doctor memory_plan
 telemetry.records telemetry.statistics
 telemetry.monitor
 telemetry
-telemetry.report
+telemetry.report migrate
 commands
 __main__ cli hf run
 """
