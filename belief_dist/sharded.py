@@ -41,7 +41,12 @@ from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
 from belief_dist.sharding.module_buffers import spread_buffers
 from belief_dist.sharding.param_specs import param_label
-from belief_dist.sharding.process_groups import OwnRanks, connect, connect_model_parallel
+from belief_dist.sharding.process_groups import (
+    OwnRanks,
+    check_mesh,
+    connect,
+    connect_model_parallel,
+)
 from belief_dist.sharding.rank_checks import check_together, raise_together
 from belief_dist.sharding.step_consensus import LastStep
 from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_hooks
@@ -191,6 +196,7 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
             check_timeout(timeout)
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
             self._options = EngineOptions.from_arguments(arguments)
+            check_mesh(process_group, self._options)
             super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)
             device = self._check_params()
         except (TypeError, ValueError) as error:
@@ -283,14 +289,9 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
         self, comm: Collectives, device: torch.device, timeout: timedelta | None
     ) -> None:
         """Connect the process groups of param groups that are new."""
+        parts = self._model_parallel.comm
         self._own_ranks.connect(
-            self._group_ranks,
-            [group["params"] for group in self.param_groups],
-            comm,
-            self._model_parallel.comm,
-            self._options,
-            device,
-            timeout,
+            self._group_ranks, self.param_groups, comm, parts, self._options, device, timeout
         )
 
     def _label(self, index: int) -> str:

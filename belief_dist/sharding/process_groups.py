@@ -8,7 +8,7 @@ of their own.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
@@ -138,6 +138,20 @@ def _meet(group: dist.ProcessGroup, may_share: bool) -> Team | None:
     return meet(dist.get_rank(group), exchange, may_share=may_share)
 
 
+def check_mesh(ranks: Any, options: EngineOptions) -> None:
+    """Check that there is a mesh where an option speaks of one.
+
+    Raises:
+        ValueError: There is none of two dimensions.
+    """
+    is_mesh = isinstance(ranks, DeviceMesh) and ranks.ndim == 2
+    if options.shard_over == "mesh" and not is_mesh:
+        raise ValueError(
+            "shard_over='mesh' needs a process_group that is a mesh of two dimensions, such as "
+            "init_device_mesh('cuda', (nodes, gpus)); otherwise leave it out."
+        )
+
+
 class OwnRanks:
     """The ranks of param groups that not all ranks of the optimizer share.
 
@@ -155,7 +169,7 @@ class OwnRanks:
     def connect(
         self,
         wanted: Sequence[dist.ProcessGroup | DeviceMesh | None],
-        params: Sequence[Sequence[Tensor]],
+        param_groups: Sequence[Mapping[str, Any]],
         comm: Collectives,
         parts: Collectives,
         options: EngineOptions,
@@ -166,7 +180,7 @@ class OwnRanks:
 
         Args:
             wanted: Of every param group, its process group, or None for all ranks.
-            params: Of every param group.
+            param_groups: All of them.
             comm: All ranks.
             parts: The ranks that hold other parts of the model, some of which may be among them.
             options: As for `connect`.
@@ -179,6 +193,7 @@ class OwnRanks:
                 differ in size. Nothing has changed then.
         """
         begin = len(self.of_group)
+        params = [group["params"] for group in param_groups]
         new = list(zip(wanted[begin:], params[begin:], strict=True))
         mine: list[_Rows | None] = []
         problem: Exception | None = None

@@ -179,6 +179,12 @@ def a_peer_does_not_wait_for_the_script() -> None:
         optimizer.zero_grad()
 
 
+def a_mesh_that_is_none() -> None:
+    for ranks in (None, init_device_mesh("cpu", (4,))):
+        with pytest.raises(ValueError, match="needs a process_group that is a mesh of two"):
+            ShardedAdaBelief(make_params(), process_group=ranks, shard_over="mesh")
+
+
 def whole_mesh_follows_others(folder: Path) -> None:
     """Saved by shards over the whole mesh, loaded by those of a row, and the other way round."""
     mesh = init_device_mesh("cpu", (2, 2))
@@ -227,6 +233,7 @@ def test_shards_over_a_whole_mesh(tmp_path: Path) -> None:
         partial(copies_of_shards, (2, 2), 1, 1, shared_memory=False, **over),
         partial(copies_of_shards, (2, 2), 2, 3, offload="cpu", **over),
         a_peer_does_not_wait_for_the_script,
+        a_mesh_that_is_none,
         partial(whole_mesh_follows_others, tmp_path),
     )
 

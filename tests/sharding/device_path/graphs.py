@@ -15,7 +15,7 @@ from torch import Tensor
 from verdicts import CASES, FORMS, SPIKE, assert_same, build, held, params_of
 
 from belief_dist import ShardedAdaBelief
-from belief_dist.sharding.spike_guard import FEWEST, MOST_IN_A_ROW
+from belief_dist.sharding import spike_guard
 from tests.harness.replay import recording
 
 EXACT: dict[str, Any] = {"betas": (0.5, 0.75), "lr": 0.0625}
@@ -96,23 +96,26 @@ def test_skips_and_steps_outside_between_replays(form: dict[str, Any]) -> None:
     assert (captured.optimizer.skipped_steps, plain.optimizer.skipped_steps) == (3, 0)
 
 
-def test_spikes_in_replays_and_between_them() -> None:
+def test_spikes_in_replays_and_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """The history is that of replays and of steps outside, and of nothing that was skipped."""
+    few, most = 5, 2  # steps take long in the interpreter
+    monkeypatch.setattr(spike_guard, "FEWEST", few)
+    monkeypatch.setattr(spike_guard, "MOST_IN_A_ROW", most)
     captured, plain = Training(spike_guard=3.0), Training(spike_guard=3.0)
     captured.run(1)
     captured.capture(2)
-    captured.replay(*range(3, FEWEST), SPIKE)  # which is taken: too few steps before
+    captured.replay(*range(3, few), SPIKE)  # which is taken: too few steps before
     captured.replay(SPIKE, 40, None, SPIKE)
     captured.run(41, SPIKE)
     captured.replay(42)
-    plain.run(*range(1, FEWEST), SPIKE, 40, 41, 42)
+    plain.run(*range(1, few), SPIKE, 40, 41, 42)
     assert captured.optimizer.spike_history == plain.optimizer.spike_history
     assert_same(captured.result(), plain.result())
     assert (captured.optimizer.skipped_steps, plain.optimizer.skipped_steps) == (4, 0)
-    captured.replay(*[SPIKE] * MOST_IN_A_ROW)
-    assert captured.optimizer.skipped_steps == 4 + MOST_IN_A_ROW
+    captured.replay(*[SPIKE] * most)
+    assert captured.optimizer.skipped_steps == 4 + most
     captured.replay(SPIKE, SPIKE)
-    plain.run(*[SPIKE] * (MOST_IN_A_ROW + 2))
+    plain.run(*[SPIKE] * (most + 2))
     assert captured.optimizer.spike_history == plain.optimizer.spike_history
     assert len(plain.optimizer.spike_history) == 1 + 2
     assert_same(captured.result(), plain.result())
