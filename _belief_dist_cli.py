@@ -44,6 +44,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="belief-dist", description=_WHAT)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, in_short: str, what: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=in_short, description=what)
+        made.set_defaults(action=name)
+        return made
+
     checkpoints = commands.add_parser("checkpoint", help="inspect, convert, verify, diff")
     tools = checkpoints.add_subparsers(required=True, metavar="ACTION")
 
@@ -77,23 +83,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--from_adam", action="store_true", help="estimate s from Adam's v")
     made.add_argument("--eps", type=float, default=1e-16, help="AdaBelief's, with --from_adam")
-    made = commands.add_parser(
+    made = command(
         "doctor",
-        help="tell what serves here, and what to mend",
-        description="Tell what serves here, what is slow or broken, and what to do. On the ranks "
+        "tell what serves here, and what to mend",
+        "Tell what serves here, what is slow or broken, and what to do. On the ranks "
         "of a launcher (torchrun -m belief_dist.cli doctor) it tries the collectives, too. The "
         "exit status is 1 if there is something to do.",
     )
-    made.set_defaults(action="doctor")
     made.add_argument("--json", action="store_true", help="print everything as JSON")
-    made = commands.add_parser(
+    made = command(
         "plan",
-        help="tell what every rank of a job will hold",
-        description="Tell what parameters, gradients, masters and states take of every rank, in "
+        "tell what every rank of a job will hold",
+        "Tell what parameters, gradients, masters and states take of every rank, in "
         "each way to train, and the call for the fastest one that fits. Activations come on top. "
         "The exit status is 1 if none fits.",
     )
-    made.set_defaults(action="plan")
     made.add_argument(
         "model",
         help="a number of parameters (7e9), module:function that builds a model, or the folder or "
@@ -107,32 +111,29 @@ def _parser() -> argparse.ArgumentParser:
         help="of the weights, which our ways shall keep in this dtype",
     )
     made.add_argument("--json", action="store_true", help="print everything as JSON")
-    made = commands.add_parser(
+    made = command(
         "migrate",
-        help="show how a script or DeepSpeed JSON takes AdaBelief",
-        description="Show how a training script, or a DeepSpeed JSON, takes AdaBelief where it has "
+        "show how a script or DeepSpeed JSON takes AdaBelief",
+        "Show how a training script, or a DeepSpeed JSON, takes AdaBelief where it has "
         "Adam, AdamW or adabelief-pytorch: as a diff, with what to know. It is read and not run, "
         "and stays as it is. The exit status is 1 if there is nothing to replace.",
     )
-    made.set_defaults(action="migrate")
     made.add_argument("path", type=Path, help="the .py or .json file")
     made.add_argument("--json", action="store_true", help="print notes and diff as JSON")
-    made = commands.add_parser(
+    made = command(
         "report",
-        help="draw what a run has logged",
-        description="Draw the records that StepMonitor has written to metrics.jsonl in the folder "
+        "draw what a run has logged",
+        "Draw the records that StepMonitor has written to metrics.jsonl in the folder "
         "of a run, as one page of HTML. The run may go on meanwhile.",
     )
-    made.set_defaults(action="report")
     made.add_argument("run", type=Path, help="the folder of a run, or a file of records")
     made.add_argument("--out", type=Path, help="the page; default: report.html in that folder")
-    made = commands.add_parser(
+    made = command(
         "check",
-        help="find mistakes in a DeepSpeed configuration",
-        description="Say what is wrong in a DeepSpeed configuration, and show it corrected. The "
+        "find mistakes in a DeepSpeed configuration",
+        "Say what is wrong in a DeepSpeed configuration, and show it corrected. The "
         "exit status is 1 if something was found.",
     )
-    made.set_defaults(action="check")
     made.add_argument("path", type=Path, help="the JSON file")
     made.add_argument("--hf", action="store_true", help="the Transformers Trainer reads it")
     made.add_argument("--accelerate", action="store_true", help="Accelerate reads it")

@@ -139,12 +139,10 @@ def _migrate(args: argparse.Namespace) -> int:
     for note in found.notes:
         place = f"{args.path}:{note.line}" if note.line else args.path
         print(f"{place}: {note.text}")
-    print(
-        f"\n{diff}" if diff else f"{args.path}: no Adam, AdamW or adabelief-pytorch to replace",
-        end="",
-    )
-    if not diff:
-        print()
+    if diff:
+        print(f"\n{diff}", end="")
+    else:
+        print(f"{args.path}: no Adam, AdamW or adabelief-pytorch to replace")
     return 0 if diff else 1
 
 

@@ -11,6 +11,7 @@ import ast
 import difflib
 import json
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,6 +128,8 @@ class _Script:
         self._text, self._tree, self._name = text, tree, name
         self._imported = dict(_imports(tree))
         self._notes: list[Note] = []
+        lines = text.encode().splitlines(keepends=True)
+        self._starts = list(accumulate(map(len, lines), initial=0))  # of the lines, in bytes
 
     def migrate(self) -> Migration:
         changes: list[tuple[int, int, str]] = []  # from and to which byte, and what comes there
@@ -137,8 +140,8 @@ class _Script:
             call = self._rewritten(node, called)
             if call is not None:
                 changes.append((*self._extent(node), call))
-            elif called.rpartition(".")[2] in _ASIDE:
-                self._note(node, f"{ast.unparse(node.func)}: {_ASIDE[called.rpartition('.')[2]]}")
+            elif (aside := _ASIDE.get(called.rpartition(".")[2])) is not None:
+                self._note(node, f"{ast.unparse(node.func)}: {aside}")
         whole = self._text.encode()
         for start, stop, call in sorted(changes, reverse=True):
             whole = whole[:start] + call.encode() + whole[stop:]
@@ -214,12 +217,9 @@ class _Script:
     def _extent(self, node: ast.expr) -> tuple[int, int]:
         """Return from and to which byte of the text a call reaches."""
         assert node.end_lineno is not None and node.end_col_offset is not None
-        starts = [0]
-        for line in self._text.encode().splitlines(keepends=True):
-            starts.append(starts[-1] + len(line))
         return (
-            starts[node.lineno - 1] + node.col_offset,
-            starts[node.end_lineno - 1] + node.end_col_offset,
+            self._starts[node.lineno - 1] + node.col_offset,
+            self._starts[node.end_lineno - 1] + node.end_col_offset,
         )
 
     def _with_import(self, text: str) -> str:

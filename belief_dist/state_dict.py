@@ -26,13 +26,13 @@ _CAME_LATER = ("seed", "spike_history")
 _FIRST_OPTIONS = (
     "lr betas eps weight_decay weight_decouple fixed_decay rectify degenerated_to_sgd"
 ).split()
+AVERAGE = "param_ema"  # of a weight, among the states of its parameter
 # Further keys of a parameter's state are those of wrappers (Lookahead's slow weights).
 _OWN_KEYS = {
     *["step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master", "remainder", "wire_error"],
-    "param_ema",
+    AVERAGE,
     *["exp_avg_exponent", "exp_avg_sq_exponent", "max_exp_avg_sq_exponent", "exp_avg_var"],
 }
-_AVERAGE = "param_ema"
 # More than any run takes, and no more than every float64 counts to.
 _MOST_STEPS = 2**53
 # What the values of a state must be: at least, at most, and in words. Of 8 bits, the exponents of
@@ -321,8 +321,8 @@ def check_shard(
         )
     for index, own in enumerate(states):
         entry = state_dict["state"].get(index) or {}
-        if (_AVERAGE in entry) != (_AVERAGE in own):  # it starts anew, or is left out
-            entry, own = ({k: v for k, v in e.items() if k != _AVERAGE} for e in (entry, own))
+        if (AVERAGE in entry) != (AVERAGE in own):  # it starts anew, or is left out
+            entry, own = ({k: v for k, v in e.items() if k != AVERAGE} for e in (entry, own))
         check_state_entry(label(index), entry, own)
     check_values((label(index), state_dict["state"][index]) for index in range(len(states)))
 
@@ -350,7 +350,7 @@ def copy_shard_(
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
         group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
     pairs = enumerate(zip(states, entries, strict=True))
-    without = [i for i, (own, entry) in pairs if _AVERAGE in own and _AVERAGE not in entry]
+    without = [i for i, (own, entry) in pairs if AVERAGE in own and AVERAGE not in entry]
     if without:
         logger.info("the shard holds no averages: they start from the weights")
     return without

@@ -23,6 +23,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -199,19 +200,13 @@ def _try_case(case: Case) -> Outcome | None:
         deadline = time.monotonic() + _COMES
         while not ended.exists() and any(process.is_alive() for process in ranks):
             if time.monotonic() > deadline:
-                for process in ranks:
-                    process.kill()
+                end(ranks)
                 raise RuntimeError(f"hangs: in {_COMES} s, rank {VICTIM} has not come to {case}.")
             time.sleep(0.01)
         if not ended.exists():
             return None
-        deadline = time.monotonic() + _HANGS
-        for process in survivors:
-            process.join(max(0.0, deadline - time.monotonic()))
-        hangs = any(process.is_alive() for process in survivors)
-        for process in ranks:
-            process.kill()
-            process.join()
+        hangs = still_run(survivors, _HANGS)
+        end(ranks)
         told = [json.loads(path.read_text()) for path in Path(folder).glob("told*")]
         kept = None
         if case.phase in BEFORE_COMMIT and "Sharded" in case.engine:
@@ -226,6 +221,21 @@ def _try_case(case: Case) -> Outcome | None:
         names_victim=any(f"rank {VICTIM}" in each["said"] for each in told),
         kept=kept,
     )
+
+
+def still_run(processes: Sequence[BaseProcess], seconds: float) -> bool:
+    """Wait for processes, and return whether one of them still runs after so many seconds."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    return any(process.is_alive() for process in processes)
+
+
+def end(processes: Sequence[BaseProcess]) -> None:
+    """End processes, and wait until they are gone."""
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def _is_whole(run: Path) -> bool:

@@ -43,8 +43,10 @@ from benchmarks.faults import (
     ENGINES,
     PRELOADED,
     at_call,
+    end,
     phases_of,
     state_of,
+    still_run,
     take_step,
 )
 
@@ -132,13 +134,8 @@ def run_case(case: Case) -> Outcome:
         ]
         for process in ranks:
             process.start()
-        deadline = time.monotonic() + _HANGS
-        for process in ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        hangs = any(process.is_alive() for process in ranks)
-        for process in ranks:
-            process.kill()
-            process.join()
+        hangs = still_run(ranks, _HANGS)
+        end(ranks)
         lost = net.lost() if case.fault == LOSS else 0
         told = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("told*"))]
         failed = Path(folder, "failed")

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from belief_dist.checkpoint.dcp_tensor import DcpTensor
 from belief_dist.checkpoint.local_shards import LocalShard
 from belief_dist.operands import BLOCK
+from belief_dist.state_dict import AVERAGE
 from belief_dist.state_formats import (
     decode_m,
     decode_s,
@@ -42,7 +43,6 @@ from belief_dist.state_formats import (
 
 METADATA_KEY = "belief_dist"
 EXTRA_KEY = "extra"
-AVERAGE = "param_ema"
 STATES = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", AVERAGE)
 # Elements converted at a time, so that temporary memory stays small; a multiple of BLOCK.
 _WINDOW = 1 << 18

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from belief_dist.checkpoint.dcp_tensor import DcpTensor
-from belief_dist.checkpoint.entries import AVERAGE, STATES, join_masters, split_masters
+from belief_dist.checkpoint.entries import STATES, join_masters, split_masters
 from belief_dist.checkpoint.local_shards import LocalShard, local_shards
 from belief_dist.checkpoint.metadata import apply_options
 from belief_dist.sharded import ShardedAdaBelief
-from belief_dist.state_dict import answered_by
+from belief_dist.state_dict import AVERAGE, answered_by
 from belief_dist.state_init_step import wants_full_state
 
 MASTER = "master"

@@ -204,10 +204,13 @@ class TritonKernel:
         device = work[0].param.device
         wide = work[0].exp_avg.dtype == torch.float64
         with current(device):
+            known: dict[int, dict[str, Any]] = {}
             for operands in work:
-                own = _own(scalars, operands.scalars)
-                values = self.values(own, grad_scale, skip, device, wide=wide)
-                self._update_one(operands, values)
+                if operands.scalars not in known:
+                    own = _own(scalars, operands.scalars)
+                    values = self.values(own, grad_scale, skip, device, wide=wide)
+                    known[operands.scalars] = values
+                self._update_one(operands, known[operands.scalars])
 
     def again(self, work: Sequence[Operands]) -> Again:
         """Return the update of these tensors with any gradients, which is kept for later steps."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from belief_dist.sharding.collectives import start_gather
 from belief_dist.sharding.engine import ShardEngine
+from belief_dist.state_dict import AVERAGE
 
 
 class AverageAccess:
@@ -51,7 +52,7 @@ class AverageAccess:
             kept = [bucket.param_shard.clone() for bucket in buckets]
             storage.is_lent = True
         try:
-            self._write([bucket.states["param_ema"] for bucket in buckets])
+            self._write([bucket.states[AVERAGE] for bucket in buckets])
             yield
         finally:
             storage.put_back()

@@ -16,6 +16,7 @@ from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype
 from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.layout import Bucket, Fragment, Layout
+from belief_dist.state_dict import AVERAGE
 from belief_dist.state_formats import join_master
 
 # Elements whose masters are joined at a time, so that temporary memory stays small.
@@ -159,7 +160,7 @@ class BucketBuffers:
                 self.states[f"{name}_exponent"] = self._zeros(torch.uint8, BLOCK)
         if options.keeps_averages:
             form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
-            self.states["param_ema"] = self._zeros(form)
+            self.states[AVERAGE] = self._zeros(form)
 
     def _zeros(self, dtype: torch.dtype, per: int = 1) -> Tensor:
         """Return a zero for every `per` elements of the shard, where the masters are."""
@@ -235,7 +236,7 @@ class BucketBuffers:
             weights = self.master[window]
             if self.remainder is not None:
                 weights = join_master(weights, self.remainder[window])
-            self.states["param_ema"][window].copy_(weights)
+            self.states[AVERAGE][window].copy_(weights)
 
     def operands(self, grads: Tensor) -> Operands:
         """Return what a step with the reduced gradients `grads` works on: the whole shard."""
@@ -270,7 +271,7 @@ class BucketBuffers:
         }
         for name, state in self.states.items():
             kind = "exp_avg_sq" if "exp_avg_sq" in name else "exp_avg"
-            kind = "averages" if name == "param_ema" else kind
+            kind = "averages" if name == AVERAGE else kind
             held[kind] = held.get(kind, 0) + state.nbytes
         if self.wire_error is not None:
             held["wire errors"] = self.wire_error.nbytes

@@ -179,8 +179,7 @@ class ShardUpdate:
     def count_steps(self, used: Sequence[bool]) -> list[int]:
         """Count one more step of the parameters that are `used`, and return which these are."""
         indices = list(compress(range(len(used)), used))
-        if self._ema_weight:
-            self.start_averages(index for index in indices if not self.states[index]["step"])
+        self.start_averages(index for index in indices if not self.states[index]["step"])
         for index in indices:
             self.states[index]["step"] += 1
         return indices

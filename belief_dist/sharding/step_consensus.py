@@ -11,6 +11,7 @@ words                meaning
 4                    how many ranks have a gradient that must not be taken; how many give up; how
                      many have parameters that were changed without their masters; how many have
                      read states that they had not written
+2                    with sets of ranks: what these have found among themselves, see `rank_sets`
 one per parameter    how many ranks have a gradient for it, and world_size + 1 for each rank where
                      it was set to None after its reduction
 one per bucket       when its gradients were complete; in the first step only

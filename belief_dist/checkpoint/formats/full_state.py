@@ -13,14 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from belief_dist.checkpoint.checksummed_files import check_files, read_manifest
 from belief_dist.checkpoint.chunks import inverse
-from belief_dist.checkpoint.entries import (
-    AVERAGE,
-    EXTRA_KEY,
-    METADATA_KEY,
-    STATES,
-    state_key,
-    weight_key,
-)
+from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, STATES, state_key, weight_key
 from belief_dist.checkpoint.loading import SafePlanner, read_metadata
 from belief_dist.checkpoint.metadata import FORMAT
 from belief_dist.checkpoint.names import dtype_name
@@ -29,6 +22,7 @@ from belief_dist.checkpoint.safe_reader import SafeReader
 from belief_dist.checkpoint.saving import write
 from belief_dist.options import DEFAULTS
 from belief_dist.sharding.collectives import SingleRank
+from belief_dist.state_dict import AVERAGE
 from belief_dist.state_formats import decode_m, decode_s
 
 

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist.checkpoint.entries import AVERAGE
 from belief_dist.checkpoint.formats.full_state import FullState
 from belief_dist.options import DEFAULTS, OPTION_NAMES
-from belief_dist.state_dict import check_form, count_steps
+from belief_dist.state_dict import AVERAGE, check_form, count_steps
 
 _OFFICIAL = {"exp_avg_var": "exp_avg_sq", "max_exp_avg_var": "max_exp_avg_sq"}
 # Options that adabelief-pytorch does not put into its state_dict, with its defaults.
