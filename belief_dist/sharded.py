@@ -40,13 +40,9 @@ from belief_dist.sharding.group_options import take_own
 from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
 from belief_dist.sharding.module_buffers import spread_buffers
+from belief_dist.sharding.own_ranks import OwnRanks
 from belief_dist.sharding.param_specs import param_label
-from belief_dist.sharding.process_groups import (
-    OwnRanks,
-    check_mesh,
-    connect,
-    connect_model_parallel,
-)
+from belief_dist.sharding.process_groups import check_mesh, connect, connect_model_parallel
 from belief_dist.sharding.rank_checks import check_together, raise_together
 from belief_dist.sharding.step_consensus import LastStep
 from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_hooks

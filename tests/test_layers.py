@@ -40,7 +40,7 @@ sharding.host_collectives
 sharding.shared_memory sharding.across_hosts
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.masters sharding.process_groups sharding.rank_sets sharding.grad_reducer
-sharding.zero1 sharding.zero2 sharding.step_consensus
+sharding.zero1 sharding.zero2 sharding.step_consensus sharding.own_ranks
 sharding.micro_batches sharding.model_checks
 sharding.graph_counts sharding.disagreements sharding.replica_repair sharding.spike_guard
 sharding.state_sums

@@ -46,8 +46,9 @@ from belief_dist.sharding.masters import Masters
 from belief_dist.sharding.micro_batches import reducer_for
 from belief_dist.sharding.model_checks import compare_models
 from belief_dist.sharding.outer_reducers import OuterReducerCheck
+from belief_dist.sharding.own_ranks import OwnRanks
 from belief_dist.sharding.param_specs import param_label, param_specs
-from belief_dist.sharding.process_groups import ModelParallel, OwnRanks
+from belief_dist.sharding.process_groups import ModelParallel
 from belief_dist.sharding.rank_sets import rank_sets
 from belief_dist.sharding.read_guard import ReadGuard
 from belief_dist.sharding.replica_repair import REPAIRED, repair_parts

@@ -8,7 +8,7 @@ of their own.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
@@ -28,14 +28,11 @@ from belief_dist.sharding.collectives import (
     Collectives,
     SingleRank,
 )
-from belief_dist.sharding.dtensor import check_own_parts, find_mesh
+from belief_dist.sharding.dtensor import find_mesh
 from belief_dist.sharding.hsdp import HybridShard
 from belief_dist.sharding.point_to_point import PointToPoint
 from belief_dist.sharding.rank_checks import raise_together
 from belief_dist.sharding.shared_memory import SharedMemory
-
-# Global ranks: those of a row share shards, and each row holds a copy of all.
-_Rows = tuple[tuple[int, ...], ...]
 
 
 def connect(
@@ -59,7 +56,7 @@ def connect(
         ValueError: This process is not among them, or the mesh has more dimensions.
         RuntimeError: torch.distributed is needed, but not initialized.
     """
-    _check_type(ranks)
+    check_ranks(ranks)
     if not (dist.is_available() and dist.is_initialized()):
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if ranks is not None or launched > 1:
@@ -68,7 +65,7 @@ def connect(
                 f"WORLD_SIZE is {launched}; call torch.distributed.init_process_group() first."
             )
         return SingleRank()
-    rows = _rows(ranks)
+    rows = rows_of(ranks)
     everyone = list(chain(*rows))
     if dist.get_rank() not in everyone:
         raise ValueError(
@@ -109,7 +106,13 @@ def connect(
         )
 
 
-def _check_type(ranks: Any) -> None:
+def check_ranks(ranks: Any) -> None:
+    """Check what was passed as a process group.
+
+    Raises:
+        TypeError: It is none, no mesh and not None.
+        ValueError: It is that of other ranks.
+    """
     if ranks is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(
             f"rank {dist.get_rank()} is not in the process_group that it passes, which "
@@ -150,132 +153,6 @@ def check_mesh(ranks: Any, options: EngineOptions) -> None:
             "shard_over='mesh' needs a process_group that is a mesh of two dimensions, such as "
             "init_device_mesh('cuda', (nodes, gpus)); otherwise leave it out."
         )
-
-
-class OwnRanks:
-    """The ranks of param groups that not all ranks of the optimizer share.
-
-    Attributes:
-        comms: Of each set of ranks.
-        of_group: Of each param group, 0 if all ranks share it, else 1 + the position in `comms`.
-    """
-
-    def __init__(self) -> None:
-        """Begin without any."""
-        self.comms: list[Collectives] = []
-        self.of_group: list[int] = []
-        self._numbers: dict[_Rows, int] = {}
-
-    def connect(
-        self,
-        wanted: Sequence[dist.ProcessGroup | DeviceMesh | None],
-        param_groups: Sequence[Mapping[str, Any]],
-        comm: Collectives,
-        parts: Collectives,
-        options: EngineOptions,
-        device: torch.device,
-        timeout: timedelta | None,
-    ) -> None:
-        """Connect what further param groups want; called by all ranks of the optimizer.
-
-        Args:
-            wanted: Of every param group, its process group, or None for all ranks.
-            param_groups: All of them.
-            comm: All ranks.
-            parts: The ranks that hold other parts of the model, some of which may be among them.
-            options: As for `connect`.
-            device: As for `connect`.
-            timeout: As for `connect`.
-
-        Raises:
-            TypeError: As `connect`.
-            ValueError: On all ranks: some rank is not among its own, or sets of ranks overlap or
-                differ in size. Nothing has changed then.
-        """
-        begin = len(self.of_group)
-        params = [group["params"] for group in param_groups]
-        new = list(zip(wanted[begin:], params[begin:], strict=True))
-        mine: list[_Rows | None] = []
-        problem: Exception | None = None
-        try:
-            mine = _rows_of_groups(new, comm.members, options)
-        except (TypeError, ValueError) as error:
-            problem = error
-        try:
-            raise_together(comm, problem)
-            _check_sets(comm.exchange(mine), comm.members, begin, options, parts.world_size > 1)
-        except (TypeError, ValueError) as error:
-            problem = error
-        raise_together(parts, problem)  # before any of these waits for a set
-        for rows, group in zip(mine, wanted[begin:], strict=True):
-            if rows is not None and rows not in self._numbers:
-                self.comms.append(connect(group, options, device, timeout))
-                self._numbers[rows] = len(self.comms)
-            self.of_group.append(0 if rows is None else self._numbers[rows])
-
-    def forget(self, first: int) -> None:
-        """Forget the param groups from `first` on; their ranks stay connected."""
-        del self.of_group[first:]
-
-
-def _rows_of_groups(
-    groups: Sequence[tuple[dist.ProcessGroup | DeviceMesh | None, Sequence[Tensor]]],
-    everyone: Sequence[int],
-    options: EngineOptions,
-) -> list[_Rows | None]:
-    """Return the ranks of each param group that has its own; check what this rank alone can."""
-    found: list[_Rows | None] = []
-    for group, params in groups:
-        rows = None if group is None else _own_rows(group)
-        if rows is not None:
-            check_own_parts(params, set(chain(*rows)), everyone)
-        found.append(rows)
-    if options.micro_batches is not None and any(found):
-        raise ValueError(
-            "micro_batches does not go together with param groups that have a process_group of "
-            "their own: which samples reach an expert in one backward pass depends on where it "
-            "is, and so would the result."
-        )
-    return found
-
-
-def _check_sets(
-    everyone: Sequence[Sequence[_Rows | None]],
-    members: Sequence[int],
-    begin: int,
-    options: EngineOptions,
-    may_reach_out: bool,
-) -> None:
-    """Check that the ranks' sets fit together; the same on all of them.
-
-    Args:
-        everyone: From `_rows_of_groups`, of each rank.
-        members: These ranks.
-        begin: Number of the first param group.
-        options: Of the engine.
-        may_reach_out: Sets may have other ranks, too.
-    """
-    for rank, theirs in enumerate(everyone):
-        if [rows is None for rows in theirs] != [rows is None for rows in everyone[0]]:
-            raise ValueError(
-                f"ranks disagree about which param groups have a process_group of their own: rank "
-                f"{rank} and the first one of process_group."
-            )
-    for number, each in enumerate(zip(*everyone, strict=True), start=begin):
-        found = {rows for rows in each if rows is not None}
-        if found and not _fit(found, None if may_reach_out else members):
-            raise ValueError(
-                f"the ranks {members} pass sets {sorted(found)} as the process_group of param "
-                f"group {number}: these must be equally large, and have each of the ranks once, as "
-                f"mesh['expert_dp'] does of a mesh ('expert_dp', 'expert')."
-            )
-        reaches_out = any(not set(chain(*rows)) <= set(members) for rows in found)
-        if reaches_out and (options.overlap or options.stage == 2):
-            raise ValueError(
-                f"process_group of param group {number} has ranks of other stages, whose backward "
-                f"passes wait for this one's: with such a group, pass overlap=False and stage=1, "
-                f"which sum gradients in step()."
-            )
 
 
 class ModelParallel(NamedTuple):
@@ -333,7 +210,7 @@ def connect_model_parallel(
     mesh = None
     if params is not None:
         try:
-            _check_type(group)
+            check_ranks(group)
             mesh = find_mesh(params, comm.members)
             _check_parts(group, mesh, comm.members)
         except (TypeError, ValueError) as error:
@@ -419,27 +296,12 @@ def _new_group(members: Sequence[int], backend: str, timeout: timedelta) -> dist
     return group
 
 
-def _fit(found: Collection[Any], everyone: Sequence[int] | None) -> bool:
-    """Return whether sets of ranks are equally large and disjoint, and are `everyone` together."""
-    ranks = [rank for rows in found for rank in chain(*rows)]
-    shapes = {(len(rows), len(rows[0])) for rows in found}
-    is_whole = everyone is None or sorted(ranks) == sorted(everyone)
-    return len(shapes) == 1 and len(ranks) == len(set(ranks)) and is_whole
+def rows_of(ranks: dist.ProcessGroup | DeviceMesh | None) -> list[list[int]]:
+    """Return the global ranks that share shards between them; each row holds a copy of all.
 
-
-def _own_rows(ranks: Any) -> _Rows:
-    _check_type(ranks)
-    rows = tuple(map(tuple, _rows(ranks)))
-    if dist.get_rank() not in chain(*rows):
-        raise ValueError(
-            f"rank {dist.get_rank()} is not in the process_group of a param group, which is "
-            f"{list(map(list, rows))}; each rank passes one that it is in."
-        )
-    return rows
-
-
-def _rows(ranks: dist.ProcessGroup | DeviceMesh | None) -> list[list[int]]:
-    """Return the global ranks that share shards between them; each row holds a copy of all."""
+    Raises:
+        ValueError: The mesh has more than two dimensions.
+    """
     if not isinstance(ranks, DeviceMesh):
         return [dist.get_process_group_ranks(ranks or dist.group.WORLD)]
     if ranks.ndim > 2:
