@@ -31,7 +31,7 @@ class Job:
         options: Of the optimizer.
         dtype: Of the model.
         scaled: With a GradScaler, and an infinite loss in two steps.
-        mesh: With copies of all shards, where the number of ranks is even.
+        mesh: On a mesh of two rows, or of one for a single rank.
     """
 
     micro_batches: int
@@ -79,7 +79,8 @@ class Training:
         self.job = job
         self.model = model_of(job.dtype)
         ranks = dist.get_world_size()
-        mesh = init_device_mesh("cpu", (2, ranks // 2)) if job.mesh and ranks % 2 == 0 else None
+        rows = min(2, ranks)
+        mesh = init_device_mesh("cpu", (rows, ranks // rows)) if job.mesh else None
         self.optimizer = ShardedAdaBelief(
             self.model.named_parameters(),
             micro_batches=job.micro_batches,
