@@ -133,6 +133,19 @@ def _decay_or_none(name: str, value: Any) -> Any:
     return decay
 
 
+def _offload(name: str, value: Any) -> Any:
+    if value is None or (isinstance(value, str) and value == "cpu"):
+        return value
+    is_fraction = isinstance(value, float) and 0.0 < value <= 1.0
+    is_bytes = isinstance(value, int) and not isinstance(value, bool) and 2 <= value
+    if not is_fraction and not is_bytes:
+        raise ValueError(
+            f"{name} must be None, 'cpu', a fraction of masters and states (a float > 0 and <= 1), "
+            f"or how many of their bytes leave the device (an integer > 1), got {shown(value)}."
+        )
+    return value
+
+
 _STAGE = _one_of(
     1, 2, hint="; for sharded parameters (stage 3) use AdaBelief with FSDP2 or DeepSpeed"
 )
@@ -167,7 +180,7 @@ class EngineOptions:
     max_grad_norm: float | None = field(default=None, metadata={"check": _positive_or_none})
     max_grad_value: float | None = field(default=None, metadata={"check": _positive_or_none})
     overlap: bool = field(default=True, metadata={"check": _true_or_false})
-    offload: Literal["cpu"] | None = field(default=None, metadata={"check": _one_of(None, "cpu")})
+    offload: Literal["cpu"] | float | None = field(default=None, metadata={"check": _offload})
     shared_memory: bool = field(default=True, metadata={"check": _true_or_false})
     check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
     check_states: bool = field(default=False, metadata={"check": _true_or_false})
@@ -208,6 +221,12 @@ class EngineOptions:
         if options.ema_dtype != torch.float32 and not options.keeps_averages:
             raise ValueError(
                 f"ema_dtype={options.ema_dtype} needs ema_decay, without which no average is kept."
+            )
+        if options.check_states and options.offload not in (None, "cpu"):
+            raise ValueError(
+                f"check_states does not go together with offload={options.offload}: its sums lie "
+                f"where the states are, and these would be on the device and on the host; "
+                f"offload='cpu' has all of them on the host."
             )
         if options.on_desync == "repair" and not options.check_replicas:
             raise ValueError(

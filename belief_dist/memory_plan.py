@@ -18,10 +18,9 @@ from belief_dist.operands import BLOCK
 from belief_dist.rule import compute_dtype
 from belief_dist.sharding.bucket import block_of
 from belief_dist.sharding.grad_codec import codec_for
+from belief_dist.sharding.host_share import buckets_on_host
 from belief_dist.sharding.layout import Layout, ParamSpec, plan_layout
 
-# What offload moves to the host.
-_ON_HOST = ("masters", "exp_avg", "exp_avg_sq", "averages")
 # Of the tensors that stand for a number of parameters: elements of one, and how many at most.
 _PART, _MOST_PARTS = 1 << 24, 4096
 
@@ -148,35 +147,48 @@ def bytes_held(layout: Layout, ranks: int, options: EngineOptions) -> dict[str, 
         ranks: How many there are.
         options: Of the engine.
     """
-    held = dict.fromkeys(("parameters", "gradients", "masters", "exp_avg", "exp_avg_sq"), 0)
+    on_device, on_host = bytes_by_place(layout, ranks, options)
+    return {kind: on_device[kind] + on_host[kind] for kind in on_device}
+
+
+def bytes_by_place(
+    layout: Layout, ranks: int, options: EngineOptions
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return what is held on the device, and in the host's memory; see `bytes_held`."""
+    kinds = ["parameters", "gradients", "masters", "exp_avg", "exp_avg_sq"]
     codec = codec_for(options.reduce_dtype)
-    for bucket in layout.buckets:
+    kinds += ["averages"] * options.keeps_averages + ["wire errors"] * codec.keeps_error
+    on_device, on_host = dict.fromkeys(kinds, 0), dict.fromkeys(kinds, 0)
+    amsgrad = [False] * (1 + max((spec.group for spec in layout.params), default=0))
+    places = buckets_on_host(layout, options, amsgrad=amsgrad, kept={})
+    for bucket, goes in zip(layout.buckets, places, strict=True):
+        states = on_host if goes else on_device
         dtype = getattr(torch, layout.params[bucket.slots[0].param].dtype)
         compute = compute_dtype(dtype)
         numel, own = bucket.numel, bucket.shard_numel
         is_low = dtype != compute
-        held["parameters"] += numel * dtype.itemsize
+        on_device["parameters"] += numel * dtype.itemsize
         has_flat = options.keeps_full_gradients
-        held["gradients"] += numel * dtype.itemsize if has_flat else 0
+        on_device["gradients"] += numel * dtype.itemsize if has_flat else 0
         fits = not is_low or (codec.wire_dtype(dtype) == dtype and options.max_grad_value is None)
         if not (has_flat and fits and ranks == 1):
-            held["gradients"] += own * compute.itemsize
+            on_device["gradients"] += own * compute.itemsize
         if is_low and options.master == "remainder":
-            held["masters"] += 2 * own
-        elif is_low or options.offload is not None:
-            held["masters"] += own * compute.itemsize
-        if is_low and options.offload is not None:
-            held["masters"] += own * dtype.itemsize
+            states["masters"] += 2 * own
+        elif is_low or goes:
+            states["masters"] += own * compute.itemsize
+        if is_low and goes:
+            states["masters"] += own * dtype.itemsize
         stored = compute if options.state_dtype == torch.float32 else options.state_dtype
         per_state = own * stored.itemsize + (own // BLOCK if stored == torch.uint8 else 0)
-        held["exp_avg"] += per_state
-        held["exp_avg_sq"] += per_state
+        states["exp_avg"] += per_state
+        states["exp_avg_sq"] += per_state
         if options.keeps_averages:
             form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
-            held["averages"] = held.get("averages", 0) + own * form.itemsize
+            states["averages"] += own * form.itemsize
         if codec.keeps_error:
-            held["wire errors"] = held.get("wire errors", 0) + numel * dtype.itemsize
-    return held
+            on_device["wire errors"] += numel * dtype.itemsize
+    return on_device, on_host
 
 
 def plan(
@@ -203,10 +215,8 @@ def plan(
             way = way._replace(options={**way.options, **(more or {})})
             options = options_from(way.options or {})
             layout = plan_for(specs_of_shapes(shapes, way.dtype), ranks, options)
-            kinds = bytes_held(layout, ranks, options)
-            if options.offload is not None:
-                on_host = sum(kinds.get(name, 0) for name in _ON_HOST)
-            held = sum(kinds.values()) - on_host
+            places = bytes_by_place(layout, ranks, options)
+            held, on_host = (sum(kinds.values()) for kinds in places)
         largest = int(count * memory / held) if memory else 0
         rows.append(Row(way, held, on_host, largest))
     return rows

@@ -107,7 +107,9 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
         overlap: Reduce during backward and gather behind the next forward. False does both inside
             `step`, with the same bits.
         offload: "cpu" keeps master weights and states in the host's memory and updates them there:
-            gradients come over and parameters go back bucket by bucket. The bits are the same.
+            gradients come over and parameters go back bucket by bucket. A float (> 0, <= 1) does so
+            with at least this fraction of their bytes, an integer with at least so many bytes of
+            this rank, see `sharding.host_share`. The bits are the same.
         shared_memory: On CPUs, ranks of one host read each other's memory instead of messages.
         check_replicas: In every step, compare a checksum of the ranks' parameters.
         check_states: In every step, compare what the update reads of masters and states with what
@@ -169,7 +171,7 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
         max_grad_norm: float | None = None,
         max_grad_value: float | None = None,
         overlap: bool = True,
-        offload: Literal["cpu"] | None = None,
+        offload: Literal["cpu"] | float | None = None,
         shared_memory: bool = True,
         check_replicas: bool = True,
         check_states: bool = False,

@@ -165,7 +165,16 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         "cannot serve float16 parameter number 0",
     ),
     (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'ordered' or 'native'"),
-    (lambda: [p(2)], {"offload": "nvme"}, ValueError, "offload must be None or 'cpu', got 'nvme'"),
+    (lambda: [p(2)], {"offload": "nvme"}, ValueError, "offload must be None, 'cpu', a fraction of"),
+    (lambda: [p(2)], {"offload": 1}, ValueError, "leave the device (an integer > 1), got 1."),
+    (lambda: [p(2)], {"offload": 1.5}, ValueError, "a float > 0 and <= 1"),
+    (lambda: [p(2)], {"offload": True}, ValueError, "got True"),
+    (
+        lambda: [p(2)],
+        {"offload": 0.5, "check_states": True},
+        ValueError,
+        "check_states does not go together with offload=0.5",
+    ),
     (lambda: [p(2), p(2, device="meta")], {}, ValueError, "on one device, got cpu, meta"),
     (lambda: [p(2, device="meta")], {}, ValueError, "needs real parameters"),
 ]

@@ -32,7 +32,7 @@ host_memory
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
 sharding.outer_reducers sharding.sharded_grad sharding.group_options
 sharding.grad_codec sharding.param_specs
-sharding.bucket sharding.collectives
+sharding.bucket sharding.collectives sharding.host_share
 sharding.module_buffers
 sharding.param_storage sharding.data_edits sharding.reduce_stream
 sharding.host_lines sharding.point_to_point

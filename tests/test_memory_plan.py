@@ -15,6 +15,7 @@ from torch import nn
 from belief_dist import ShardedAdaBelief, cli
 from belief_dist.memory_plan import (
     WAYS,
+    bytes_by_place,
     bytes_held,
     options_from,
     plan,
@@ -35,6 +36,8 @@ OPTIONS: list[dict[str, Any]] = [
     {"offload": "cpu", "bucket_bytes": 3000},
     {"micro_batches": 4},
     {"ema_decay": 0.9, "offload": "cpu"},
+    {"ema_decay": 0.9, "offload": 0.4, "bucket_bytes": 3000},
+    {"offload": 3000, "state_dtype": "uint8", "bucket_bytes": 3000},
     {"ema_decay": 0.9, "ema_dtype": "bfloat16", "state_dtype": "uint8"},
 ]
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -57,9 +60,15 @@ def is_what_is_held(options: dict[str, Any]) -> None:
         held = optimizer.bytes_per_rank()
         held.pop("gradients on the host", None)
         assert planned == held, (dtype, options)
+        _, on_host = bytes_by_place(plan_for(specs, ranks, chosen), ranks, chosen)
+        moved = [each.nbytes() for each in optimizer._engine.buckets if each.on_host]
+        for kind in ("masters", "exp_avg", "exp_avg_sq", "averages"):
+            assert on_host.get(kind, 0) == sum(each.get(kind, 0) for each in moved), options
+        if "bucket_bytes" in options and type(options.get("offload")) in (int, float):
+            assert 0 < len(moved) < len(optimizer.layout.buckets), (dtype, options)
 
 
-@pytest.mark.filterwarnings("ignore:offload='cpu' updates on 1 thread")
+@pytest.mark.filterwarnings("ignore:offload=.* updates on 1 thread")
 def test_bytes_are_those_that_are_held(tmp_path: Path) -> None:
     run_ranks(3, tmp_path, *(partial(is_what_is_held, each) for each in OPTIONS))
     for options in OPTIONS:

@@ -86,6 +86,7 @@ class BucketBuffers:
         options: EngineOptions,
         *,
         amsgrad: bool,
+        on_host: bool,
         is_alone: bool,
         allocate: Callable[[int, torch.dtype, torch.device], Tensor],
     ) -> None:
@@ -95,8 +96,9 @@ class BucketBuffers:
             bucket: The plan.
             params: The parameters of its slots.
             shard_index: Which shard to keep.
-            options: What to keep, in which form and where.
+            options: What to keep, and in which form.
             amsgrad: Also keep the largest s so far.
+            on_host: See the class.
             is_alone: There is no other rank.
             allocate: `Collectives.buffer`, for what is summed or gathered.
         """
@@ -128,7 +130,7 @@ class BucketBuffers:
         starts = [*(slot.start for slot in bucket.slots), bucket.numel]
         self.gaps = [(a, b) for a, b in zip(ends, starts, strict=True) if a < b]
         self.param_shard = self.flat_param[start:stop]
-        self.on_host = options.offload is not None
+        self.on_host = on_host
         is_low = first.dtype != compute
         self.low_param: Tensor | None = self.param_shard if is_low else None
         if is_low and self.on_host:

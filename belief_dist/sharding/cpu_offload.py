@@ -23,20 +23,30 @@ class HostGradients:
     """Two host buffers for the gradients of a bucket's shard."""
 
     def __init__(self, buckets: Sequence[BucketBuffers]) -> None:
-        """Allocate for the largest of `buckets`."""
-        size = max((bucket.grad_shard.nbytes for bucket in buckets), default=0)
+        """Allocate for the largest of `buckets`, of which there is at least one."""
+        size = max(bucket.grad_shard.nbytes for bucket in buckets)
         self._device = buckets[0].grad_shard.device
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         pinned = self._stream is not None
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
 
     def fetch(self, buckets: Sequence[BucketBuffers]) -> Iterator[Tensor]:
-        """Yield the gradients (shard_numel,) of each bucket, valid until the next but one."""
-        copies = [self._start(buckets[0], 0)] if buckets else []
+        """Start to copy, and return the gradients (shard_numel,) of each bucket, one by one.
+
+        They are those at the time of the call: what the device does afterwards is not waited for.
+        Each is valid until the next is asked for.
+        """
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return self._arrivals(buckets, [self._start(each, n) for n, each in enumerate(buckets[:2])])
+
+    def _arrivals(
+        self, buckets: Sequence[BucketBuffers], copies: list[tuple[Tensor, torch.cuda.Event | None]]
+    ) -> Iterator[Tensor]:
         for turn in range(len(buckets)):
-            host, event = copies[turn]
-            if turn + 1 < len(buckets):
+            if 1 <= turn < len(buckets) - 1:  # what came before has been used
                 copies.append(self._start(buckets[turn + 1], turn + 1))
+            host, event = copies[turn]
             if event is not None:
                 event.synchronize()
             yield host
@@ -46,7 +56,6 @@ class HostGradients:
         host = self._buffers[turn % 2][: grads.nbytes].view(grads.dtype)
         if self._stream is None:
             return host.copy_(grads), None
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             host.copy_(grads, non_blocking=True)
             event = torch.cuda.Event()
@@ -58,8 +67,8 @@ class HostGradients:
         return sum(buffer.nbytes for buffer in self._buffers)
 
 
-def warn_of_one_thread(num_ranks: int) -> None:
+def warn_of_one_thread(offload: str | float, num_ranks: int) -> None:
     """Warn if the update on the host will use one core though this rank could have more."""
     share = idle_cores(num_ranks)
     if share:
-        warnings.warn(f"offload='cpu' {one_thread_sentence(share)}", stacklevel=4)
+        warnings.warn(f"offload={offload!r} {one_thread_sentence(share)}", stacklevel=4)

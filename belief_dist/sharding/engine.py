@@ -41,6 +41,7 @@ from belief_dist.sharding.group_options import (
     known_options_of,
     options_of,
 )
+from belief_dist.sharding.host_share import buckets_on_host, check_parts
 from belief_dist.sharding.layout import Bucket, Layout, Sharding, plan_layout
 from belief_dist.sharding.masters import Masters
 from belief_dist.sharding.micro_batches import reducer_for
@@ -125,8 +126,10 @@ class ShardEngine:
             ValueError: On all ranks: they differ in the parameters or options.
         """
         if options.offload:
-            warn_of_one_thread(comm.world_size)
+            check_parts(options.offload, is_pipeline=not model_parallel.have_same_groups)
+            warn_of_one_thread(options.offload, comm.world_size)
         device = params[0].device
+        self._runs_behind = async_device.runs_behind(device)
         self.options = options
         self.comm = comm
         self._own_ranks = own_ranks
@@ -142,7 +145,7 @@ class ShardEngine:
             compare=options.check_replicas,
             repairs=options.on_desync == "repair",
             # An update on the host must know the verdict.
-            defers=async_device.runs_behind(device) and options.offload is None,
+            defers=self._runs_behind and options.offload is None,
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
         self.grad_scales: dict[bool, Tensor] = {}
@@ -196,8 +199,15 @@ class ShardEngine:
         self.params, self.layout, self._rank_sets = params, layout, sets
         self.comms = [sets[plan.ranks].comm for plan in layout.buckets]
         kept = {each.bucket: each for each in self.buckets} if keep_buckets else {}
+        on_host = buckets_on_host(
+            layout,
+            options,
+            amsgrad=[group["amsgrad"] for group in param_groups],
+            kept={plan: each.on_host for plan, each in kept.items()},
+        )
         self.buckets = [
-            kept.get(plan) or self._new_bucket(plan, param_groups) for plan in layout.buckets
+            kept.get(plan) or self._new_bucket(plan, param_groups, on_host=goes)
+            for plan, goes in zip(layout.buckets, on_host, strict=True)
         ]
         self.update = ShardUpdate(layout, self.buckets, options)
         for index, param in enumerate(params):
@@ -237,7 +247,9 @@ class ShardEngine:
             label=self._label,
         )
 
-    def _new_bucket(self, plan: Bucket, param_groups: ParamGroups) -> BucketBuffers:
+    def _new_bucket(
+        self, plan: Bucket, param_groups: ParamGroups, *, on_host: bool
+    ) -> BucketBuffers:
         comm = self._rank_sets[plan.ranks].comm
         bucket = BucketBuffers(
             plan,
@@ -245,6 +257,7 @@ class ShardEngine:
             comm.shard_index,
             self.options,
             amsgrad=param_groups[plan.group]["amsgrad"],
+            on_host=on_host,
             is_alone=comm.world_size == 1,
             allocate=comm.buffer,
         )
@@ -312,7 +325,8 @@ class ShardEngine:
         counted = [] if graph is not None else self.update.count_steps(decision.used)
         scales = self.grad_scales = self._grad_scales(decision.norm_bins, loss_scale)
         verdict = self.spikes.judge(self.grad_norm, decision.verdict)
-        self._clip_values(scales[False])
+        if self.options.max_grad_value is not None:
+            self.update.clip_values(self.options.max_grad_value / scales[False])
         # Forward needs first what backward has reached last.
         order = self.update.changed(reversed(reducer.schedule.order), decision.used)
         is_sharded = any(comm.num_shards > 1 for comm in self.comms)
@@ -325,7 +339,7 @@ class ShardEngine:
             param_groups,
             scales,
             verdict,
-            turn_numel=(_TURN if is_sharded else math.inf) if consensus.defers else 0,
+            turn_numel=(_TURN if is_sharded else math.inf) if self._runs_behind else 0,
             graph=graph,
         ):
             comm = self.comms[number]
@@ -384,14 +398,6 @@ class ShardEngine:
         )
         self.grad_norm, clipped, mean = scales.unbind()
         return {True: clipped, False: mean}
-
-    def _clip_values(self, mean: Tensor) -> None:
-        """Clip the elements of the mean gradient, which is `mean` times the sums in the shards."""
-        if self.options.max_grad_value is not None:
-            limit = self.options.max_grad_value / mean
-            for bucket in self.buckets:
-                bound = limit.to(bucket.grad_shard.dtype)
-                bucket.grad_shard.clamp_(min=-bound, max=bound)
 
     def read_verdict(self, param_groups: ParamGroups) -> None:
         """Read whether the last step was skipped, and count it back if so.

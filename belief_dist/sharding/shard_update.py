@@ -96,7 +96,8 @@ class ShardUpdate:
         self._param_indices = [[slot.param for slot in plan.slots] for plan in layout.buckets]
         self._group_of = [spec.group for spec in layout.params]
         self.groups_of = [{self._group_of[i] for i in each} for each in self._param_indices]
-        self.host_gradients = HostGradients(buckets) if options.offload else None
+        on_host = [bucket for bucket in buckets if bucket.on_host]
+        self.host_gradients = HostGradients(on_host) if on_host else None
         self.states: list[dict[str, Any]] = []
         self.sums = StateSums(buckets) if options.check_states else None
 
@@ -176,6 +177,12 @@ class ShardUpdate:
 
     # - One step
 
+    def clip_values(self, limit: Tensor) -> None:
+        """Clip the elements of the summed gradients to [-limit, limit]: one element, float64."""
+        for bucket in self._buckets:
+            bound = limit.to(bucket.grad_shard.dtype)
+            bucket.grad_shard.clamp_(min=-bound, max=bound)
+
     def count_steps(self, used: Sequence[bool]) -> list[int]:
         """Count one more step of the parameters that are `used`, and return which these are."""
         indices = list(compress(range(len(used)), used))
@@ -196,10 +203,14 @@ class ShardUpdate:
             self.states[index]["step"] -= 1
 
     def changed(self, order: Iterable[int], used: Sequence[bool]) -> list[int]:
-        """Return the buckets, in their order, of which a parameter is `used`."""
-        return [
+        """Return the buckets of which a parameter is `used`: in their order, the host's last.
+
+        So the device has work while the host does its own.
+        """
+        found = [
             number for number in order if any(used[index] for index in self._param_indices[number])
         ]
+        return sorted(found, key=lambda number: self._buckets[number].on_host)
 
     def run(
         self,
@@ -215,28 +226,33 @@ class ShardUpdate:
         """Update the shards of the buckets in `order`, and yield each when it may be gathered.
 
         Args:
-            order: Indices of buckets, from `changed`.
+            order: Indices of buckets, from `changed`: those on the host come last.
             used: Which parameters have a gradient, on any rank.
             param_groups: With the options of each.
             scales: The factor on summed gradients, float64, for groups with clip True and False.
             skip: One element; unless it is zero, everything stays as it is.
-            turn_numel: Update so many buckets at once, if they are alike in one call, that their
-                shards have this many elements; the last ones may have fewer.
+            turn_numel: Update so many of the device's buckets at once, if they are alike in one
+                call, that their shards have this many elements; the last ones may have fewer.
             graph: Counts the steps of the CUDA graph that is captured, if one is.
         """
-        if self.host_gradients is not None:
-            # The host must know them before it updates.
-            skip = skip.cpu()
-            scales = {clip: scale.cpu() for clip, scale in scales.items()}
-        buckets = [self._buckets[number] for number in order]
+        on_host = [number for number in order if self._buckets[number].on_host]
         clips = tuple(options["clip"] for options in param_groups)
-        turns = self._turns(order, 0 if self.host_gradients is not None else turn_numel)
-        incoming = iter(self._incoming(buckets))
+        turns = self._turns(order[: len(order) - len(on_host)], turn_numel)
+        host_skip, host_scales = skip, scales
+        arriving: Iterator[Tensor] = iter(())
+        if on_host and self.host_gradients is not None:
+            arriving = self.host_gradients.fetch([self._buckets[number] for number in on_host])
+            # The host must know them before it updates, and the device has nothing to do yet.
+            host_skip = skip.cpu()
+            host_scales = {clip: scale.cpu() for clip, scale in scales.items()}
+            turns += [[number] for number in on_host]
         if self.sums is not None:
             self.sums.begin()
         extents: dict[int, Extent] = {}
         for numbers in turns:
-            plan = self._plan([(number, next(incoming)) for number in numbers], clips)
+            is_on_host = self._buckets[numbers[0]].on_host
+            grads = arriving if is_on_host else (self._buckets[n].grad_shard for n in numbers)
+            plan = self._plan(list(zip(numbers, grads, strict=False)), clips)
             is_even, calls = self._work_of(plan, used, clips)
             if self.sums is not None:
                 extents |= {number: self._extent(number, used, is_even) for number in numbers}
@@ -245,8 +261,13 @@ class ShardUpdate:
                     _scalars(param_groups[group], step, graph, self._ema_weight)
                     for group, step in numbered
                 ]
-                scale = scales[clips[numbered[0][0]]]
-                kernels.update_(work, together(each), grad_scale=scale, skip=skip)
+                clip = clips[numbered[0][0]]
+                kernels.update_(
+                    work,
+                    together(each),
+                    grad_scale=(host_scales if is_on_host else scales)[clip],
+                    skip=host_skip if is_on_host else skip,
+                )
             for number in numbers:
                 self._buckets[number].send_back()
                 yield number
@@ -274,12 +295,6 @@ class ShardUpdate:
             turns[-1].append(number)
             room -= self._buckets[number].param_shard.numel()
         return turns
-
-    def _incoming(self, buckets: Sequence[BucketBuffers]) -> Iterable[Tensor]:
-        """Return the reduced gradients of each bucket, where they are updated."""
-        if self.host_gradients is not None:
-            return self.host_gradients.fetch(buckets)
-        return (bucket.grad_shard for bucket in buckets)
 
     def _plan(self, turn: Sequence[tuple[int, Tensor]], clips: tuple[bool, ...]) -> _Plan:
         """Return what to update of some buckets, each with its gradients; made once."""

@@ -133,6 +133,7 @@ def cases(device: str, size: Size) -> list[Case]:
         ("two runs, bfloat16, 8-bit states", bf16, SMALLEST, SMALLEST),
         ("offload and not, float32", fp32, {"offload": "cpu"}, {}),
         ("offload and not, bfloat16", bf16, {"offload": "cpu"}, {}),
+        ("a half offloaded and not, bfloat16", bf16, {"offload": 0.5, "bucket_bytes": 1 << 20}, {}),
         ("offload and not, stage 2, clipping", bf16, {"offload": "cpu", "stage": 2, **clip}, clip),
         ("stages 1 and 2", fp32, {"stage": 2}, {}),
         ("overlap and not", fp32, {"overlap": False, **clip}, clip),

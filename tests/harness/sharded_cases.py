@@ -31,7 +31,7 @@ def equals_reference(
     unused: bool = False,
     stage: Literal[1, 2] = 1,
     reduce_dtype: torch.dtype | None = None,
-    offload: Literal["cpu"] | None = None,
+    offload: Literal["cpu"] | float | None = None,
     master: Literal["fp32", "remainder"] = "fp32",
     state_dtype: torch.dtype = torch.float32,
     process_group: dist.ProcessGroup | None = None,
@@ -155,6 +155,14 @@ def main_comparison() -> list[partial[None]]:
             {"dtype": torch.bfloat16, "unused": True, "max_grad_norm": 1.0},
             {"dtype": torch.float64, "stage": 2},
             {"dtype": torch.bfloat16, "stage": 2, "micro_batches": 2},
+        )
+    ]
+    cases += [
+        partial(equals_reference, 1, True, offload=offload, steps=2, **more)
+        for offload, more in (
+            (0.2, {"unused": True, "options": {"amsgrad": True}, "max_grad_norm": 1.0}),
+            (0.7, {"dtype": torch.bfloat16, "stage": 2, "master": "remainder"}),
+            (500, {"dtype": torch.bfloat16, "state_dtype": torch.uint8}),
         )
     ]
     cases += [
