@@ -20,6 +20,7 @@ from belief_dist.kernels.build import Unavailable, one_line
 from belief_dist.kernels.triton_launch import TritonKernel
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import Direction, step_scalars
+from tests.harness.interpreter import run_interpreted
 from tests.harness.paths import ROOT
 
 
@@ -36,13 +37,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
 
 
 def test_the_interpreter_gives_the_bits_of_the_reference() -> None:
-    """In a process of its own: Triton decides on import whether it compiles or interprets."""
-    done = python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_interpreted.py"),
-        TRITON_INTERPRET="1",
-        BELIEF_DIST_BACKEND="triton",
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_interpreted("tests/kernels/triton_interpreted.py")
 
 
 def test_the_benchmark_says_what_it_lacks() -> None:

@@ -8,20 +8,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.kernels.test_triton import python
+from tests.harness.interpreter import run_interpreted
 
 TILE, WARPS = 1024, 8
 
 
 def test_the_interpreter_gives_the_bits_of_the_other_kernels() -> None:
-    """In a process of its own: Triton decides on import whether it compiles or interprets."""
-    file = "tests/kernels/triton_reduce_interpreted.py"
-    done = python(
-        *("-m", "pytest", "-q", "-p", "no:cacheprovider", file),
-        TRITON_INTERPRET="1",
-        BELIEF_DIST_BACKEND="triton",
-    )
-    assert done.returncode == 0, done.stdout[-4000:]
+    run_interpreted("tests/kernels/triton_reduce_interpreted.py")
 
 
 class Sum(NamedTuple):
