@@ -26,7 +26,7 @@ from belief_dist.memory_plan import (
     suggestion,
 )
 from belief_dist.migrate import migrate
-from belief_dist.options import OPTION_NAMES, is_first_rank
+from belief_dist.options import CLIPPING_NAMES, OPTION_NAMES, is_first_rank
 from belief_dist.telemetry.report import write_report
 
 
@@ -181,7 +181,7 @@ def _options(text: str) -> dict[str, Any]:
         raise ValueError(
             f"--options must be a JSON object such as '{{\"rectify\": true}}', got {text!r:.80}."
         )
-    unknown = sorted(options.keys() - {*OPTION_NAMES, "clip"})
+    unknown = sorted(options.keys() - {*OPTION_NAMES, *CLIPPING_NAMES})
     if unknown:
         raise ValueError(
             f"--options has no {unknown[0]!r:.80}; there are {', '.join(OPTION_NAMES)}."

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from belief_dist.deprecations import warn_once
-from belief_dist.options import LEAST_FLOAT32, as_float, is_one_of, shown
+from belief_dist.options import as_float, is_one_of, positive_or_none, shown
 
 Reduction = Literal["ordered", "native"]
 # Of what is counted: more than any step has, and no more than float64 and C take.
@@ -83,20 +83,6 @@ def _count_or_none(name: str, value: Any) -> Any:
             f"{name} must be an integer from 1 to {_MOST} or None, got {shown(value)}."
         )
     return value
-
-
-def _positive_or_none(name: str, value: Any) -> Any:
-    if value is None:
-        return None
-    limit = as_float(name, value)
-    if not limit > 0.0:
-        raise ValueError(f"{name} must be > 0 or None, got {limit}.")
-    if limit < LEAST_FLOAT32:
-        raise ValueError(
-            f"{name} must be at least {LEAST_FLOAT32:.0e}, got {limit}: in float32 it would be 0, "
-            f"and with it every gradient."
-        )
-    return limit
 
 
 def _factor_or_none(name: str, value: Any) -> Any:
@@ -177,8 +163,8 @@ class EngineOptions:
         default=torch.float32, metadata={"check": _dtype(torch.float32, torch.bfloat16)}
     )
     bucket_bytes: int = field(default=32 << 20, metadata={"check": _positive_integer})
-    max_grad_norm: float | None = field(default=None, metadata={"check": _positive_or_none})
-    max_grad_value: float | None = field(default=None, metadata={"check": _positive_or_none})
+    max_grad_norm: float | None = field(default=None, metadata={"check": positive_or_none})
+    max_grad_value: float | None = field(default=None, metadata={"check": positive_or_none})
     overlap: bool = field(default=True, metadata={"check": _true_or_false})
     offload: Literal["cpu"] | float | None = field(default=None, metadata={"check": _offload})
     shared_memory: bool = field(default=True, metadata={"check": _true_or_false})

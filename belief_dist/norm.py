@@ -81,8 +81,12 @@ def _add_chunk_(bins: Tensor, chunk: Tensor) -> None:
 
 
 def nonfinite_count(bins: Tensor) -> Tensor:
-    """Return how many elements were not finite, as an int64 tensor with one element."""
-    return bins[-1]
+    """Return how many elements were not finite, as an int64 tensor with one element.
+
+    Args:
+        bins: (NUM_WORDS,), or more words behind them.
+    """
+    return bins[NUM_WORDS - 1]
 
 
 def norm_from_bins(bins: Tensor) -> Tensor:

@@ -65,6 +65,8 @@ DEFAULTS: dict[str, Any] = {
     "maximize": False,
 }
 OPTION_NAMES = tuple(DEFAULTS)
+# What a param group of `ShardedAdaBelief` has beside these.
+CLIPPING_NAMES = ("clip", "max_grad_norm")
 _SWITCHES = tuple(name for name, value in DEFAULTS.items() if isinstance(value, bool))
 
 
@@ -186,6 +188,26 @@ def as_float(name: str, value: Any) -> float:
         return float(value)
     except OverflowError:
         raise ValueError(f"{name} must be finite, and is larger than any float.") from None
+
+
+def positive_or_none(name: str, value: Any) -> float | None:
+    """Return a limit of a norm, or None.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not positive, or would not be in float32.
+    """
+    if value is None:
+        return None
+    limit = as_float(name, value)
+    if not limit > 0.0:
+        raise ValueError(f"{name} must be > 0 or None, got {limit}.")
+    if limit < LEAST_FLOAT32:
+        raise ValueError(
+            f"{name} must be at least {LEAST_FLOAT32:.0e}, got {limit}: in float32 it would be 0, "
+            f"and with it every gradient."
+        )
+    return limit
 
 
 def _fits_float32(name: str, value: float, what: str) -> None:

@@ -36,7 +36,8 @@ from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.driver import Driven
 from belief_dist.sharding.dtensor import coordinate_of
 from belief_dist.sharding.engine import ShardEngine
-from belief_dist.sharding.group_options import take_own
+from belief_dist.sharding.gradient_access import GradientAccess
+from belief_dist.sharding.group_options import check_split, take_own
 from belief_dist.sharding.layout import Layout
 from belief_dist.sharding.loss_scale import check_scaler, tell_scaler
 from belief_dist.sharding.module_buffers import spread_buffers
@@ -49,7 +50,7 @@ from belief_dist.state_dict import SHARD_FORMAT, check_shard, copy_shard_, load_
 from belief_dist.state_init_step import TORCH_STATE_DICT, is_called_by
 
 
-class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
+class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, Optimizer):
     """AdaBelief whose states and master weights are sharded over the ranks of a process group.
 
     Use it on a bare module, without DistributedDataParallel: it gives all ranks the parameters of
@@ -66,7 +67,8 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
             for, so parameters that never train are better left out.
         lr, betas, eps, weight_decay, weight_decouple, fixed_decay, rectify, degenerated_to_sgd,
             amsgrad, maximize: As for `AdaBelief`; each may differ per param group. A group with
-            ``"clip": False`` neither counts in the gradient norm nor is clipped.
+            ``"clip": False`` neither counts in the gradient norm nor is clipped; one with a
+            ``"max_grad_norm"`` has a norm of its own, to which it alone is clipped.
         no_decay: As for `AdaBelief`.
         process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
             dimension; None means all. A mesh of two dimensions shards over the last and keeps a
@@ -264,10 +266,12 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
 
     def _append_group(self, param_group: dict[str, Any]) -> None:
         owned = {id(p) for group in self.param_groups for p in group["params"]}
-        param_group, clip, ranks = take_own(param_group)
+        param_group, clipping, ranks = take_own(param_group)
         prepared = prepare_group(param_group, self.defaults, owned, "ShardedAdaBelief")
-        for group in split_by_decay(prepared, self._no_decay, "ShardedAdaBelief"):
-            super().add_param_group({**group, "clip": clip})
+        split = split_by_decay(prepared, self._no_decay, "ShardedAdaBelief")
+        check_split(split, clipping)
+        for group in split:
+            super().add_param_group({**group, **clipping})
             self._group_ranks.append(ranks)
 
     def _check_params(self) -> torch.device:
@@ -367,6 +371,7 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
             verdict = self._engine.step(self.param_groups, loss_scale)
             if grad_scaler is not None:
                 tell_scaler(grad_scaler, self, verdict)
+        self._engine.gradient_hooks.raise_failure()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -381,14 +386,6 @@ class ShardedAdaBelief(Driven, AverageAccess, CheckpointAccess, Optimizer):
         self._engine.zero_grad(self.param_groups, set_to_none=set_to_none)
 
     # - What a user may read
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """The L2 norm of the last step's mean gradient before clipping; one element, float64.
-
-        What is not finite does not count in it: of a step skipped for that it tells nothing.
-        """
-        return self._engine.grad_norm
 
     @property
     def skipped_steps(self) -> int:

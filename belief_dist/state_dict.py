@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from belief_dist.options import DEFAULTS, OPTION_NAMES, as_float, shown, validate_options
+from belief_dist.options import (
+    DEFAULTS,
+    OPTION_NAMES,
+    as_float,
+    positive_or_none,
+    shown,
+    validate_options,
+)
 
 logger = logging.getLogger("belief_dist")
 
@@ -308,6 +315,16 @@ def check_shard(
             raise ValueError(
                 f"{where}.load_state_dict: in saved param group {position}, clip must be True or "
                 f"False, got {shown(clip)}."
+            )
+        limit = saved.get("max_grad_norm")
+        if limit is not None:
+            positive_or_none(
+                f"{where}.load_state_dict: in saved param group {position}, max_grad_norm", limit
+            )
+        if (limit is None) != (group["max_grad_norm"] is None):
+            raise ValueError(
+                f"{where}.load_state_dict: saved param group {position} has max_grad_norm={limit}, "
+                f"and this one {group['max_grad_norm']}; build it alike."
             )
         if saved["amsgrad"] != group["amsgrad"]:
             raise ValueError(

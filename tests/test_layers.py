@@ -30,7 +30,7 @@ host_memory.team
 host_memory
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
-sharding.outer_reducers sharding.sharded_grad sharding.group_options
+sharding.outer_reducers sharding.sharded_grad sharding.group_options sharding.norms
 sharding.grad_codec sharding.param_specs
 sharding.bucket sharding.collectives sharding.host_share
 sharding.module_buffers
@@ -43,7 +43,7 @@ sharding.masters sharding.process_groups sharding.rank_sets sharding.grad_reduce
 sharding.zero1 sharding.zero2 sharding.step_consensus sharding.own_ranks
 sharding.micro_batches sharding.model_checks
 sharding.graph_counts sharding.disagreements sharding.replica_repair sharding.spike_guard
-sharding.state_sums
+sharding.state_sums sharding.gradient_access
 sharding.shard_update
 sharding.engine sharding.loss_scale
 sharding.checkpoint_access sharding.averages

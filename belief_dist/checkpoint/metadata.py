@@ -151,6 +151,13 @@ def match_groups(
                 f"parameter {members[0]!r} was saved with amsgrad={first.get('amsgrad')}, and "
                 f"param group {number} has amsgrad={group['amsgrad']}; build it alike."
             )
+        own = group.get("max_grad_norm")
+        if "max_grad_norm" in group and (first.get("max_grad_norm") is None) != (own is None):
+            raise ValueError(
+                f"parameter {members[0]!r} was saved with "
+                f"max_grad_norm={first.get('max_grad_norm')} of its param group, and group "
+                f"{number} has {own}; build it alike."
+            )
         found.append(first)
     return found
 

@@ -278,3 +278,12 @@ class BucketBuffers:
         if self.wire_error is not None:
             held["wire errors"] = self.wire_error.nbytes
         return held
+
+
+def bytes_of(buckets: Sequence[BucketBuffers]) -> dict[str, int]:
+    """Return the bytes that are really allocated for all buckets, by kind."""
+    total: dict[str, int] = {}
+    for bucket in buckets:
+        for kind, nbytes in bucket.nbytes().items():
+            total[kind] = total.get(kind, 0) + nbytes
+    return total

@@ -24,16 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from belief_dist import async_device, kernels
+from belief_dist import async_device
 from belief_dist.async_device import LateRead
 from belief_dist.engine_options import EngineOptions
-from belief_dist.sharding.bucket import BucketBuffers, block_of
+from belief_dist.sharding import norms
+from belief_dist.sharding.bucket import BucketBuffers, block_of, bytes_of
 from belief_dist.sharding.collectives import Collectives, start_gather
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.disagreements import copies_of, raise_if_apart, why_skipped
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
 from belief_dist.sharding.grad_reducer import INTERRUPTED, GradReducer
+from belief_dist.sharding.gradient_access import GradientHooks
 from belief_dist.sharding.graph_counts import GraphCounts
 from belief_dist.sharding.group_options import (
     ParamGroups,
@@ -87,7 +89,8 @@ class ShardEngine:
         spikes: Skips steps whose gradients are far larger than those before.
         read_guard: Waits for parameters that travel.
         grad_norm: One element, float64: the L2 norm of the last step's mean gradient, unclipped.
-        grad_scales: By what the last step multiplied its sums, see `_grad_scales`; first empty.
+        gradient_hooks: Look at the gradients of each step.
+        grad_scales: The norms of the last step, and by what it multiplied sums; first empty.
         skipped_steps: How many steps were skipped, among those whose verdict has been read.
         last_step: What became of the last one, as far as its verdict has been read.
     """
@@ -148,7 +151,8 @@ class ShardEngine:
             defers=self._runs_behind and options.offload is None,
         )
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=device)
-        self.grad_scales: dict[bool, Tensor] = {}
+        self.grad_scales = norms.NO_SCALES
+        self.gradient_hooks = GradientHooks()
         self.spikes = SpikeGuard(options.spike_guard, device)
         self.skipped_steps = 0
         self.last_step = NO_STEP
@@ -230,6 +234,7 @@ class ShardEngine:
             defers=self.consensus.defers,
             label=self._label,
         )
+        self._norms = norms.norms_of(param_groups)
         self._outer_reducers = OuterReducerCheck(params)
         self.consensus.forget_order()
         # Two reducers with hooks on one parameter would both count its gradient.
@@ -243,7 +248,8 @@ class ShardEngine:
             options,
             self.driver,
             self.masters.storage,
-            in_norm=[self._counts_in_norm(plan, param_groups) for plan in layout.buckets],
+            norms=[self._norm_of(plan) for plan in layout.buckets],
+            own_norms=[norm for norm in self._norms if norm > norms.MODEL],
             label=self._label,
         )
 
@@ -267,12 +273,11 @@ class ShardEngine:
             bucket.start_average()
         return bucket
 
-    def _counts_in_norm(self, plan: Bucket, param_groups: ParamGroups) -> bool:
-        """Tell whether the gradients of a bucket count in the norm, on this rank."""
+    def _norm_of(self, plan: Bucket) -> int:
+        """Return the norm of a bucket on this rank; what has ranks of its own is on these alone."""
         param = self.params[plan.slots[0].param]  # all others of the bucket are cut like it
-        clip: bool = param_groups[plan.group]["clip"]
-        # With ranks of its own, a part lies on these alone.
-        return clip and (plan.ranks > 0 or stands_for_part(param, self._model_parallel.mesh))
+        counts = plan.ranks > 0 or stands_for_part(param, self._model_parallel.mesh)
+        return self._norms[plan.group] if counts else norms.UNCLIPPED
 
     # - One step
 
@@ -319,14 +324,26 @@ class ShardEngine:
             self._raise_if_apart(Verdict(int(decision.verdict)), param_groups)
         has_largest = ["max_exp_avg_sq" in bucket.states for bucket in self.buckets]
         check_amsgrad(param_groups, zip(self.update.groups_of, has_largest, strict=True))
+        norms.check_norms(param_groups, self._norms)
         # Steps are counted before the verdict is known, and counted back if it is not to update:
         # the host need not wait for the device to launch the updates.
         graph = self._graph if self._graph.captures(decision.used) else None
         counted = [] if graph is not None else self.update.count_steps(decision.used)
-        scales = self.grad_scales = self._grad_scales(decision.norm_bins, loss_scale)
+        self.grad_scales = norms.grad_scales(
+            decision.norm_bins,
+            param_groups,
+            self._norms,
+            world_size=self.options.micro_batches or self.comm.world_size,
+            loss_scale=loss_scale,
+            limit=self.driver.max_grad_norm,
+        )
+        self.grad_norm, scales = self.grad_scales.norms[norms.MODEL], self.grad_scales.factors
         verdict = self.spikes.judge(self.grad_norm, decision.verdict)
+        self.gradient_hooks.call(
+            partial(self.update.own_gradients, self.params, decision.used, scales[norms.UNCLIPPED])
+        )
         if self.options.max_grad_value is not None:
-            self.update.clip_values(self.options.max_grad_value / scales[False])
+            self.update.clip_values(self.options.max_grad_value / scales[norms.UNCLIPPED])
         # Forward needs first what backward has reached last.
         order = self.update.changed(reversed(reducer.schedule.order), decision.used)
         is_sharded = any(comm.num_shards > 1 for comm in self.comms)
@@ -387,17 +404,6 @@ class ShardEngine:
                 "another ShardedAdaBelief was built over parameters of this one and trains them "
                 "now; drop this one, or build a new one to take them back."
             )
-
-    def _grad_scales(self, norm_bins: Tensor, loss_scale: Tensor | None) -> dict[bool, Tensor]:
-        """Return the factor on summed gradients, float64, for groups with clip True and False."""
-        scales = kernels.grad_scales(
-            norm_bins,
-            world_size=self.options.micro_batches or self.comm.world_size,
-            loss_scale=loss_scale,
-            limit=self.driver.max_grad_norm,
-        )
-        self.grad_norm, clipped, mean = scales.unbind()
-        return {True: clipped, False: mean}
 
     def read_verdict(self, param_groups: ParamGroups) -> None:
         """Read whether the last step was skipped, and count it back if so.
@@ -487,10 +493,7 @@ class ShardEngine:
 
     def nbytes(self) -> dict[str, int]:
         """Return the bytes that this rank really holds, by kind."""
-        total: dict[str, int] = {}
-        for bucket in self.buckets:
-            for kind, nbytes in bucket.nbytes().items():
-                total[kind] = total.get(kind, 0) + nbytes
+        total = bytes_of(self.buckets)
         total["gradients"] += self.reducer.nbytes()
         if self.update.host_gradients is not None:
             total["gradients on the host"] = self.update.host_gradients.nbytes()

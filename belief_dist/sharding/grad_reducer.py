@@ -51,6 +51,7 @@ from belief_dist.sharding.collectives import Collectives, Named, ReduceRequest, 
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import is_dtensor, local_grad
 from belief_dist.sharding.grad_codec import codec_for
+from belief_dist.sharding.norms import MODEL
 from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.reduce_stream import ReduceStream
 
@@ -106,7 +107,8 @@ class GradReducer(ABC):
         options: Overlap, and in which form gradients travel.
         driver: Knows which backward pass is the last one before a step.
         storage: Looks whether parameters still lie in their buckets.
-        in_norm: Tells of each bucket whether its gradients count in the norm, on this rank.
+        norms: Of each bucket the norm in which its gradients count on this rank, see `norms`.
+        own_norms: Those that are of one param group, on any rank.
         label: Names a parameter in errors.
 
     Attributes:
@@ -128,7 +130,8 @@ class GradReducer(ABC):
         driver: Driver,
         storage: ParamStorage,
         *,
-        in_norm: Sequence[bool],
+        norms: Sequence[int],
+        own_norms: Sequence[int],
         label: Callable[[int], str],
     ) -> None:
         # - What is reduced, and how
@@ -138,7 +141,8 @@ class GradReducer(ABC):
         self._comms = comms
         self._overlap = options.overlap
         self._codec = codec_for(options.reduce_dtype)
-        self._in_norm = in_norm
+        self._norms = norms
+        self._own_norms = own_norms
         self._label = label
         self.driver = driver
         self._storage = storage
@@ -169,7 +173,7 @@ class GradReducer(ABC):
         for each, buffers in zip(comms, buckets, strict=True):
             sizes[each] = max(sizes.get(each, 0), self._message_nbytes(buffers))
         self._pools = {each: BufferPool(_RECYCLED, n, each.buffer) for each, n in sizes.items()}
-        self._bins: dict[tuple[Collectives, bool], Tensor] = {}
+        self._bins: dict[tuple[Collectives, int], Tensor] = {}
         # An optimizer of an earlier phase, or of a cell that was run before, may still be alive.
         for earlier in {id(each): each for p in params for each in _reducers_of(p)}.values():
             earlier.close()
@@ -287,25 +291,32 @@ class GradReducer(ABC):
     def _clear_bins(self) -> None:
         device = self._buckets[0].param_shard.device
         # Apart for each set of ranks, whose sums may be taken at the same time.
-        kinds = {(self._comm, True), *zip(self._comms, self._in_norm, strict=True)}
+        kinds = {(self._comm, norm) for norm in (MODEL, *self._own_norms)}
+        kinds |= set(zip(self._comms, self._norms, strict=True))
         self._bins = {
             kind: torch.zeros(NUM_WORDS, dtype=torch.int64, device=device) for kind in kinds
         }
 
     def _bins_of(self, bucket: int) -> Tensor:
-        return self._bins[self._comms[bucket], self._in_norm[bucket]]
+        return self._bins[self._comms[bucket], self._norms[bucket]]
 
     @property
     def norm_bins(self) -> Tensor:
-        """The squares of this rank's shards, of buckets that count in the norm, after `finish`."""
-        total, *more = (bins for (_, in_norm), bins in self._bins.items() if in_norm)
-        return sum(more, total) if more else total
+        """The squares of this rank's shards, norm by norm, after `finish`.
 
-    @property
-    def unclipped_norm_bins(self) -> Tensor | None:
-        """The same of all other buckets, if there are any."""
-        found = [bins for (_, in_norm), bins in self._bins.items() if not in_norm]
-        return sum(found[1:], found[0]) if found else None
+        What is not finite counts in the first, wherever it is.
+        """
+        found: dict[int, Tensor] = {}
+        for (_, norm), bins in self._bins.items():
+            found[norm] = found[norm] + bins if norm in found else bins
+        bins = found[MODEL]
+        others = [each for norm, each in found.items() if norm != MODEL]
+        if others:
+            bins = bins.clone()
+        for each in others:
+            bins[-1:].add_(each[-1:])  # `+=` would copy it once more
+        own = [found[norm] for norm in self._own_norms]
+        return torch.cat([bins, *own]) if own else bins
 
     def _drain(self) -> None:
         """Wait for all reductions that have begun."""

@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from belief_dist import async_device
-from belief_dist.options import OPTION_NAMES, shown
+from belief_dist.options import CLIPPING_NAMES, OPTION_NAMES, positive_or_none, shown
 
 ParamGroups = Sequence[Mapping[str, Any]]
-_KEYS = (*OPTION_NAMES, "clip")
+_KEYS = (*OPTION_NAMES, *CLIPPING_NAMES)
 _get = itemgetter(*_KEYS)
-_NUMBERS = (float, bool)  # as they are; asked first, for hundreds of groups
+_NUMBERS = (float, bool, type(None))  # as they are; asked first, for hundreds of groups
 
 
 def options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
@@ -28,20 +28,47 @@ def options_of(param_groups: ParamGroups) -> list[dict[str, Any]]:
     ]
 
 
-def take_own(param_group: Any) -> tuple[Any, bool, Any]:
-    """Return a param group without what this optimizer alone knows: "clip" and "process_group".
+def take_own(param_group: Any) -> tuple[Any, dict[str, Any], Any]:
+    """Return a param group without what this optimizer alone knows, and that.
+
+    Returns:
+        The group; how it is clipped, "clip" and "max_grad_norm"; and its "process_group".
 
     Raises:
-        TypeError: clip is neither True nor False.
+        TypeError: clip is neither True nor False, or max_grad_norm no number.
+        ValueError: max_grad_norm is not positive, or there is nothing to be clipped to it.
     """
-    clip, ranks = True, None
+    clip, limit, ranks = True, None, None
     if isinstance(param_group, Mapping):
         param_group = dict(param_group)
         clip = param_group.pop("clip", True)
+        limit = positive_or_none(
+            "max_grad_norm of a param group", param_group.pop("max_grad_norm", None)
+        )
         ranks = param_group.pop("process_group", None)
     if not isinstance(clip, bool):
         raise TypeError(f"clip of a param group must be True or False, got {shown(clip)}.")
-    return param_group, clip, ranks
+    if limit is not None and not clip:
+        raise ValueError(
+            f"a param group has max_grad_norm={limit}, to which its own norm is clipped, and "
+            f"clip=False, which clips nothing; leave one of them out."
+        )
+    return param_group, {"clip": clip, "max_grad_norm": limit}, ranks
+
+
+def check_split(groups: Sequence[Any], clipping: Mapping[str, Any]) -> None:
+    """Refuse a norm of a param group that `no_decay` splits.
+
+    Raises:
+        ValueError: It would be two norms.
+    """
+    limit = clipping["max_grad_norm"]
+    if len(groups) > 1 and limit is not None:
+        raise ValueError(
+            f"no_decay splits a param group whose own norm is clipped to max_grad_norm={limit} "
+            f"into {len(groups)}, which would be clipped one by one; leave no_decay out and give "
+            f"two groups, each with the limit and the weight_decay that it shall have."
+        )
 
 
 def known_options_of(param_groups: ParamGroups) -> tuple[list[dict[str, Any]], list[Tensor]]:

@@ -49,9 +49,13 @@ def compare_models(
     compare_ranks(comm, {**model, **of_groups, **options.by_name()})
     for ranks in sets:
         if not ranks.is_all:
-            own = [layout.params[index] for index in ranks.params]
-            compare_ranks(ranks.comm, {"parameter of a group with its own ranks": own})
+            specs = [layout.params[index] for index in ranks.params]
+            compare_ranks(ranks.comm, {"parameter of a group with its own ranks": specs})
         compare_order(ranks.comm, layout.params, list(map(local_part, params)), ranks.params)
     # Ranks of other parts hold tensors of other shapes, but train with the same options.
-    alike = of_groups if model_parallel.have_same_groups else {}
+    alike = of_groups
+    if not model_parallel.have_same_groups:  # but norms are those of all stages
+        limits = {number: group["max_grad_norm"] for number, group in enumerate(param_groups)}
+        own = [each for each in limits.items() if each[1] is not None]
+        alike = {"param groups with a norm of their own, and its max_grad_norm": [own]}
     compare_ranks(model_parallel.comm, {**alike, **options.by_name()})

@@ -39,19 +39,20 @@ def param_specs(
                     dtype=str(param.dtype).removeprefix("torch."),
                     itemsize=param.element_size(),
                     group=number,
-                    kind=_kind(group, param, ranks_of_group[number], len(known)),
+                    kind=_kind(group, number, param, ranks_of_group[number], len(known)),
                     ranks=ranks_of_group[number],
                 )
             )
     return specs
 
 
-def _kind(group: Mapping[str, Any], param: Tensor, ranks: int, num_known: int) -> str:
+def _kind(group: Mapping[str, Any], number: int, param: Tensor, ranks: int, num_known: int) -> str:
     """Return what sets a parameter's bucket apart: all in which its parameters must be alike."""
     marks = {
         "frozen": not param.requires_grad,
         "amsgrad": group["amsgrad"],
         "unclipped": not group["clip"],
+        f"norm of group {number}": group["max_grad_norm"] is not None,
         f"ranks {ranks}": ranks > 0,
         f"after {num_known}": num_known > 0,  # buckets that exist stay as they are
     }

@@ -16,8 +16,10 @@ from belief_dist.operands import WATCHED_NAMES, FixedOperands, Operands, cut
 from belief_dist.rule import StepScalars, step_scalars
 from belief_dist.sharding.bucket import BucketBuffers, own_fragment
 from belief_dist.sharding.cpu_offload import HostGradients
+from belief_dist.sharding.gradient_access import OwnGradient
 from belief_dist.sharding.graph_counts import GraphCounts
 from belief_dist.sharding.layout import Fragment, Layout
+from belief_dist.sharding.norms import norms_of
 from belief_dist.sharding.state_sums import Extent, StateSums
 from belief_dist.state_formats import is_stochastic, noise_key
 
@@ -140,6 +142,17 @@ class ShardUpdate:
             state["wire_error"] = buffers.wire_error[slot.start : slot.stop]
         return state
 
+    def own_gradients(
+        self, params: Sequence[Tensor], used: Sequence[bool], factor: Tensor
+    ) -> Iterator[OwnGradient]:
+        """Give what this rank has of the gradients of the parameters that are `used`."""
+        for index, param in enumerate(params):
+            if used[index]:
+                part = self.fragment(index)
+                shard = self._buckets[part.bucket].grad_shard
+                total = shard[part.in_shard : part.in_shard + part.numel]
+                yield OwnGradient(param, part.in_param, total, factor)
+
     # - Averages
 
     def start_averages(self, indices: Iterable[int]) -> None:
@@ -217,7 +230,7 @@ class ShardUpdate:
         order: Sequence[int],
         used: list[bool],
         param_groups: Sequence[Mapping[str, Any]],
-        scales: Mapping[bool, Tensor],
+        scales: Mapping[int, Tensor],
         skip: Tensor,
         *,
         turn_numel: float = 0,
@@ -229,14 +242,14 @@ class ShardUpdate:
             order: Indices of buckets, from `changed`: those on the host come last.
             used: Which parameters have a gradient, on any rank.
             param_groups: With the options of each.
-            scales: The factor on summed gradients, float64, for groups with clip True and False.
+            scales: The factor on summed gradients, float64, by norm: see `norms.GradScales`.
             skip: One element; unless it is zero, everything stays as it is.
             turn_numel: Update so many of the device's buckets at once, if they are alike in one
                 call, that their shards have this many elements; the last ones may have fewer.
             graph: Counts the steps of the CUDA graph that is captured, if one is.
         """
         on_host = [number for number in order if self._buckets[number].on_host]
-        clips = tuple(options["clip"] for options in param_groups)
+        norms = tuple(norms_of(param_groups))
         turns = self._turns(order[: len(order) - len(on_host)], turn_numel)
         host_skip, host_scales = skip, scales
         arriving: Iterator[Tensor] = iter(())
@@ -244,7 +257,7 @@ class ShardUpdate:
             arriving = self.host_gradients.fetch([self._buckets[number] for number in on_host])
             # The host must know them before it updates, and the device has nothing to do yet.
             host_skip = skip.cpu()
-            host_scales = {clip: scale.cpu() for clip, scale in scales.items()}
+            host_scales = {norm: scale.cpu() for norm, scale in scales.items()}
             turns += [[number] for number in on_host]
         if self.sums is not None:
             self.sums.begin()
@@ -252,8 +265,8 @@ class ShardUpdate:
         for numbers in turns:
             is_on_host = self._buckets[numbers[0]].on_host
             grads = arriving if is_on_host else (self._buckets[n].grad_shard for n in numbers)
-            plan = self._plan(list(zip(numbers, grads, strict=False)), clips)
-            is_even, calls = self._work_of(plan, used, clips)
+            plan = self._plan(list(zip(numbers, grads, strict=False)), norms)
+            is_even, calls = self._work_of(plan, used, norms)
             if self.sums is not None:
                 extents |= {number: self._extent(number, used, is_even) for number in numbers}
             for numbered, work in calls:
@@ -261,11 +274,11 @@ class ShardUpdate:
                     _scalars(param_groups[group], step, graph, self._ema_weight)
                     for group, step in numbered
                 ]
-                clip = clips[numbered[0][0]]
+                norm = norms[numbered[0][0]]
                 kernels.update_(
                     work,
                     together(each),
-                    grad_scale=(host_scales if is_on_host else scales)[clip],
+                    grad_scale=(host_scales if is_on_host else scales)[norm],
                     skip=host_skip if is_on_host else skip,
                 )
             for number in numbers:
@@ -296,10 +309,10 @@ class ShardUpdate:
             room -= self._buckets[number].param_shard.numel()
         return turns
 
-    def _plan(self, turn: Sequence[tuple[int, Tensor]], clips: tuple[bool, ...]) -> _Plan:
+    def _plan(self, turn: Sequence[tuple[int, Tensor]], norms: tuple[int, ...]) -> _Plan:
         """Return what to update of some buckets, each with its gradients; made once."""
         # With offload, two host buffers take turns, and views of each are made once.
-        key = clips, tuple((number, grads.data_ptr()) for number, grads in turn)
+        key = norms, tuple((number, grads.data_ptr()) for number, grads in turn)
         plan = self._plans.get(key)
         if plan is None:
             works = [self._plan_work(*each) for each in turn]
@@ -307,18 +320,18 @@ class ShardUpdate:
             for (number, _), work in zip(turn, works, strict=True):
                 if self._goes_whole(number):
                     (group,) = self.groups_of[number]
-                    alike.add((work.kind, clips[group]), group, work.whole)
+                    alike.add((work.kind, norms[group]), group, work.whole)
                     continue
                 for index, part in work.parts:
                     group = self._group_of[index]
-                    alike.add((work.kind, clips[group]), group, part)
+                    alike.add((work.kind, norms[group]), group, part)
             indices = [index for number, _ in turn for index in self._param_indices[number]]
             fixed = [(groups, FixedOperands(each)) for groups, each in alike.listed()]
             plan = self._plans[key] = _Plan(indices, works, fixed)
         return plan
 
     def _work_of(
-        self, plan: _Plan, used: list[bool], clips: Sequence[bool]
+        self, plan: _Plan, used: list[bool], norms: Sequence[int]
     ) -> tuple[bool, Iterable[tuple[list[tuple[int, int]], Sequence[Operands]]]]:
         """Return whether all parameters are alike, and each update's (group, number of the step)s.
 
@@ -338,7 +351,7 @@ class ShardUpdate:
                 if used[index]:
                     group = self._group_of[index]
                     numbered = group, self.states[index]["step"]
-                    found.add((work.kind, clips[group]), numbered, part)
+                    found.add((work.kind, norms[group]), numbered, part)
         return False, found.listed()
 
     def _plan_work(self, number: int, grads: Tensor) -> _Work:

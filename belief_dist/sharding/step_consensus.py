@@ -5,7 +5,8 @@ The message is a sum of integers, so it has the same value on every rank and no 
 ===================  ============================================================================
 words                meaning
 ===================  ============================================================================
-``norm.NUM_WORDS``   exact squares of the gradients, and how many elements are not finite
+``norm.NUM_WORDS``   exact squares of the gradients, and how many elements are not finite; as many
+                     words more for each param group that has a norm of its own
 2                    fingerprint of the step: its number, all options, the loss scale
 2                    checksum of this rank's copy of all parameters
 4                    how many ranks have a gradient that must not be taken; how many give up; how
@@ -35,7 +36,7 @@ from torch import Tensor
 
 from belief_dist.async_device import LateRead, upload
 from belief_dist.kernels import checksums
-from belief_dist.norm import NUM_WORDS, nonfinite_count
+from belief_dist.norm import nonfinite_count
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.collectives import Collectives, naming
 from belief_dist.sharding.grad_reducer import GradReducer
@@ -82,7 +83,7 @@ class Decision:
     """The outcome of a step's message, the same on every rank.
 
     Attributes:
-        norm_bins: (norm.NUM_WORDS,), int64: the squares of all gradients.
+        norm_bins: int64: the squares of all gradients, from `GradReducer.norm_bins`.
         verdict: One element, int64: a `Verdict`, on the device of the parameters.
         used: Which parameters have a gradient on some rank.
         order: Bucket indices in the order in which gradients were complete, if that was asked.
@@ -175,11 +176,7 @@ class StepConsensus:
             corrupt: One element: whether this rank has read states that it had not written.
         """
         self.calls += 1
-        bins, unclipped = reducer.norm_bins, reducer.unclipped_norm_bins
-        if unclipped is not None:
-            # What is not finite counts, in groups that are not clipped as well.
-            bins = bins.clone()
-            bins[-1:].add_(unclipped[-1:])  # `+=` would copy it once more
+        bins = reducer.norm_bins
         compares = self._compares and any(each.comm.world_size > 1 for each in rank_sets)
         if compares:
             flats = [bucket.flat_param for bucket in buckets]
@@ -282,7 +279,7 @@ def agree(
 
     Args:
         comm: The process group.
-        norm_bins: (norm.NUM_WORDS,), int64: the squares of this rank's shards.
+        norm_bins: int64: the squares of this rank's shards, from `GradReducer.norm_bins`.
         used: Which parameters have a gradient on this rank.
         dropped: Which parameters, by index, had one when it was reduced.
         step: One element, int64: equal on ranks that are at the same step, see `fingerprint`.
@@ -321,9 +318,10 @@ def agree(
     with naming(comm, "agreeing about the step"):
         comm.sum_(message)
 
-    total, rest = message[:NUM_WORDS], message[NUM_WORDS + 4 :]
+    squares = len(norm_bins)
+    total, rest = message[:squares], message[squares + 4 :]
     faults, flags, times = rest.split([num_faults, count, len(rest) - num_faults - count])
-    same = (message[NUM_WORDS : NUM_WORDS + 4] == own * comm.world_size).view(2, 2).all(1)
+    same = (message[squares : squares + 4] == own * comm.world_size).view(2, 2).all(1)
     # The graver finding wins: ranks at other steps may well have other gradients. Computed on the
     # device, so that the host need not wait.
     verdict = torch.where(nonfinite_count(total) > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
@@ -362,7 +360,8 @@ def agree_with_other_parts(
     verdicts = torch.zeros(len(Verdict), dtype=torch.int64, device=decision.norm_bins.device)
     message = torch.cat([decision.norm_bins, verdicts.index_fill_(0, decision.verdict.view(1), 1)])
     comm.sum_(message)
-    verdicts = message[NUM_WORDS:]
+    squares = len(decision.norm_bins)
+    verdicts = message[squares:]
     joint = torch.where(verdicts[Verdict.NOT_FINITE] > 0, Verdict.NOT_FINITE, Verdict.UPDATE)
     joint = torch.where(verdicts[Verdict.GIVEN_UP] > 0, Verdict.GIVEN_UP, joint)
     differ = verdicts[Verdict.REPLICAS_DIFFER] if repairs else verdicts.new_zeros(())
@@ -374,7 +373,7 @@ def agree_with_other_parts(
     is_repaired = (own == Verdict.REPLICAS_DIFFER) & repairs
     return replace(
         decision,
-        norm_bins=message[:NUM_WORDS],
+        norm_bins=message[:squares],
         verdict=torch.where(
             (own >= Verdict.STEPS_DIFFER) & ~(is_repaired & has_failed), own, joint
         ),

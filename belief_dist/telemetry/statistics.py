@@ -17,6 +17,7 @@ from belief_dist.optimizer import AdaBelief
 from belief_dist.rule import Direction, compute_dtype, step_scalars
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.dtensor import local_part
+from belief_dist.sharding.norms import UNCLIPPED, norm_of
 from belief_dist.state_formats import decode, join_master
 
 # Elements at a time, multiples of 256: what stays in the cache of a core, or fills a GPU.
@@ -69,7 +70,7 @@ def held(optimizer: AdaBelief | ShardedAdaBelief) -> Iterator[Held]:
 
 def _held_sharded(optimizer: ShardedAdaBelief) -> Iterator[Held]:
     engine = optimizer._engine
-    scales = {clip: float(scale) for clip, scale in engine.grad_scales.items()}
+    scales = {norm: float(scale) for norm, scale in engine.grad_scales.factors.items()}
     index = 0
     for number, group in enumerate(optimizer.param_groups):
         for position, param in enumerate(group["params"]):
@@ -79,8 +80,8 @@ def _held_sharded(optimizer: ShardedAdaBelief) -> Iterator[Held]:
                 step=engine.update.states[index]["step"],
                 tensors=engine.update.own_part(index),
                 has_grad=param.grad is not None and bool(scales),
-                scale=scales.get(group["clip"], 1.0),
-                mean=scales.get(False, 1.0),
+                scale=scales.get(norm_of(number, group), 1.0),
+                mean=scales.get(UNCLIPPED, 1.0),
                 copies=engine.comms[engine.layout.place(index)[0]].num_replicas,
             )
             index += 1

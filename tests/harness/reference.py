@@ -71,6 +71,10 @@ class Reference:
         """Apply one step to `grads[addend][param]`, added in this order."""
         sums: list[torch.Tensor | None] = []
         bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
+        # Of param groups with norms of their own, which tests tell apart by their limits.
+        own_bins = {
+            limit: torch.zeros_like(bins) for each in self.options if (limit := own_limit(each))
+        }
         for index, master in enumerate(self.master):
             pieces = [addend[index] for addend in grads]
             if all(piece is None for piece in pieces):
@@ -80,12 +84,18 @@ class Reference:
             total = rank_order_sum([zero if piece is None else piece for piece in pieces])
             sums.append(total)
             if self.options[index].get("clip", True):
-                squared_norm_bins_(bins, total.reshape(-1))
+                limit = own_limit(self.options[index])
+                squared_norm_bins_(own_bins.get(limit, bins), total.reshape(-1))
         mean = 1.0 / world_size
         self.norm = norm_from_bins(bins) * mean
         scale = mean
         if max_grad_norm is not None:
             scale *= min(1.0, max_grad_norm / (self.norm.item() + 1e-6))
+        self.own_norms = {limit: norm_from_bins(own_bins[limit]) * mean for limit in own_bins}
+        own_scales = {
+            limit: mean * min(1.0, limit / (norm.item() + 1e-6))
+            for limit, norm in self.own_norms.items()
+        }
         for i, total in enumerate(sums):
             if total is None:
                 continue
@@ -102,8 +112,16 @@ class Reference:
             update_stored_reference_(
                 operands,
                 step_scalars(self.options[i], self.steps[i], ema_weight=self.ema_weight),
-                grad_scale=scale if self.options[i].get("clip", True) else mean,
+                grad_scale=own_scales.get(own_limit(self.options[i]), scale)
+                if self.options[i].get("clip", True)
+                else mean,
             )
+
+
+def own_limit(options: dict[str, Any]) -> float:
+    """Return to what the norm of a param group's own is clipped; 0 if it has none."""
+    limit: float = options.get("max_grad_norm") or 0.0
+    return limit
 
 
 def collect(optimizer: ShardedAdaBelief, keys: Sequence[str]) -> list[list[torch.Tensor]]:

@@ -6,7 +6,10 @@ Every case equals, bit for bit, one process with all ranks' gradients.
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +21,8 @@ from torch import Tensor, nn
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.options import DEFAULTS
-from tests.harness.models import HYPER, SHAPES, make_grad, make_params
+from belief_dist.sharding.gradient_access import OwnGradient
+from tests.harness.models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import Reference, backward, compare
 
@@ -141,6 +145,80 @@ def group_without_clipping(stage: Stage) -> None:
     compare(optimizer, reference, "after two steps that were skipped")
 
 
+def groups_with_norms_of_their_own(stage: Stage, **options: Any) -> None:
+    """Each is clipped by itself, and counts in no other norm; one that is not finite skips all."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    params = make_params()
+    limits: list[dict[str, Any]] = [{}, {"max_grad_norm": 0.3}, {"clip": False}]
+    limits.append({"max_grad_norm": 1e-3, "lr": 0.02})
+    cuts = [params[:2], params[2:4], params[4:5], params[5:]]
+    each = [{**OPTIONS, **more} for more, part in zip(limits, cuts, strict=True) for _ in part]
+    reference = Reference(make_params(), each)
+    groups = [{"params": part, **more} for more, part in zip(limits, cuts, strict=True)]
+    seen: list[float] = []
+
+    def look(gradients: Iterator[OwnGradient]) -> None:
+        squares = sum((g.total.double() * g.factor).square().sum() for g in gradients)
+        everyone = [float(x) for x in optimizer.comm.exchange(squares)]
+        seen.append(sum(everyone) ** 0.5)
+
+    optimizer = ShardedAdaBelief(
+        groups, bucket_bytes=1500, stage=stage, max_grad_norm=0.5, **options, **HYPER
+    )
+    handle = optimizer.register_pre_clip_hook(look)
+    assert optimizer.group_grad_norms == {}
+    for step in range(3):
+        everyone = gradients(step, set(range(len(SHAPES))))
+        backward(params, everyone[rank])
+        optimizer.step()
+        reference.step(everyone, 0.5, world_size)
+        found = {number: norm.item() for number, norm in optimizer.group_grad_norms.items()}
+        own = {limit: norm.item() for limit, norm in reference.own_norms.items()}
+        assert found == {1: own[0.3], 3: own[1e-3]}
+        assert optimizer.grad_norm.item() == reference.norm.item()
+        compare(optimizer, reference, f"norms by group, stage {stage}, step {step}")
+        optimizer.zero_grad()
+    # All gradients, of norms or none, in float64.
+    total = [rank_order_sum([grads[i] for grads in everyone]) for i in range(len(params))]
+    whole = sum((t.double() / world_size).square().sum().item() for t in total) ** 0.5
+    assert math.isclose(seen[-1], whole, rel_tol=1e-9) and len(seen) == 3
+    handle.remove()
+    nans = [torch.full(SHAPES[2], float("nan"))]
+    backward(params, [None] * 2 + nans + [None] * (len(params) - 3))
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and len(seen) == 3
+    compare(optimizer, reference, "after a step that was skipped")
+    optimizer.zero_grad()
+    optimizer.param_groups[1]["max_grad_norm"] = None
+    backward(params, everyone[rank])
+    with pytest.raises(ValueError, match="max_grad_norm of param group 1 was set to None after"):
+        optimizer.step()
+    optimizer.param_groups[1]["max_grad_norm"] = 0.3
+    optimizer.step()
+    reference.step(everyone, 0.5, world_size)
+    compare(optimizer, reference, "after a mistake that was taken back")
+
+
+def a_hook_that_raises() -> None:
+    """It does so on one rank, when the step has ended on all."""
+    rank, last = dist.get_rank(), dist.get_world_size() - 1
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, **HYPER)
+    reference = Reference(make_params(), [OPTIONS] * len(params))
+
+    def fail(gradients: Iterator[OwnGradient]) -> None:
+        if rank == last:
+            raise ZeroDivisionError("no statistics")
+
+    optimizer.register_pre_clip_hook(fail)
+    everyone = gradients(0, set(range(len(SHAPES))))
+    backward(params, everyone[rank])
+    with pytest.raises(ZeroDivisionError) if rank == last else nullcontext():
+        optimizer.step()
+    reference.step(everyone, None, dist.get_world_size())
+    compare(optimizer, reference, "after a hook has raised")
+
+
 def sparse_embedding(stage: Stage) -> None:
     """A sparse gradient is made dense, with one warning; the bits are those of a dense one."""
     torch.manual_seed(0)
@@ -187,6 +265,9 @@ def test_changes(world_size: int, tmp_path: Path) -> None:
         *(partial(later_group, stage) for stage in stages),
         refused_on_one_rank,
         *(partial(group_without_clipping, stage) for stage in stages),
+        *(partial(groups_with_norms_of_their_own, stage) for stage in stages),
+        partial(groups_with_norms_of_their_own, 2, offload=0.5, overlap=False),
+        a_hook_that_raises,
         *(partial(sparse_embedding, stage) for stage in stages),
         small_parameters,
     )

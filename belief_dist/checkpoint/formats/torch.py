@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from belief_dist.checkpoint.formats.full_state import FullState
-from belief_dist.options import DEFAULTS, OPTION_NAMES
+from belief_dist.options import CLIPPING_NAMES, DEFAULTS, OPTION_NAMES
 from belief_dist.state_dict import AVERAGE, check_form, count_steps
 
 _OFFICIAL = {"exp_avg_var": "exp_avg_sq", "max_exp_avg_var": "max_exp_avg_sq"}
@@ -63,7 +63,8 @@ def from_state_dict(
     remaining = iter(found)
     for group in groups:
         members = [next(remaining) for _ in group["params"]]
-        known = {k: _plain(v) for k, v in group.items() if k in (*OPTION_NAMES, "clip")}
+        names = (*OPTION_NAMES, *CLIPPING_NAMES)
+        known = {k: _plain(v) for k, v in group.items() if k in names}
         full.groups.append({"params": members, "options": {**base, **known, **(options or {})}})
         for index, name in zip(group["params"], members, strict=True):
             entry = state_dict["state"].get(index)
@@ -130,7 +131,7 @@ def to_state_dict(full: FullState) -> dict[str, Any]:
     for group in full.groups:
         members = list(range(len(numbers), len(numbers) + len(group["params"])))
         numbers |= dict(zip(group["params"], members, strict=True))
-        options = {k: v for k, v in group["options"].items() if k != "clip"}
+        options = {k: v for k, v in group["options"].items() if k not in CLIPPING_NAMES}
         groups.append({**options, "params": members, "param_names": list(group["params"])})
     state = {
         numbers[name]: {
