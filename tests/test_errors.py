@@ -218,6 +218,16 @@ def test_sharding_needs_an_initialized_world(monkeypatch: pytest.MonkeyPatch) ->
 NEW_GROUPS: list[tuple[Callable[[Any], Any], type[Exception], str]] = [
     (lambda old: {"params": [old]}, ValueError, "parameter number 0 (shape (2,)) twice"),
     (lambda _: {"params": [p(3)], "lr": -1.0}, ValueError, "lr must be finite and >= 0, got -1.0"),
+    (
+        lambda _: {"params": [p(3)], "max_grad_norm": 0.0},
+        ValueError,
+        "max_grad_norm of a param group must be > 0 or None, got 0.0",
+    ),
+    (
+        lambda _: {"params": [p(3)], "max_grad_norm": 1.0, "clip": False},
+        ValueError,
+        "leave one of them out",
+    ),
     (lambda _: {"params": [p(3)], "clip": 1}, TypeError, "clip of a param group must be True or"),
     (lambda _: {"params": [p(3, device="meta")]}, ValueError, "on one device, got cpu, meta"),
     (lambda _: [p(3)], TypeError, "each param group to be a dict, got list"),

@@ -58,13 +58,19 @@ def batch_of(step: int, number: int) -> tuple[Tensor, Tensor]:
 class Pipeline:
     """This rank's stage of a model and its optimizer."""
 
-    def __init__(self, mesh: DeviceMesh, seed: int = 1, **options: Any) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, seed: int = 1, limit: float | None = None, **options: Any
+    ) -> None:
+        """With a limit, all but the tied weights have a norm of their own, over both stages."""
         self.stage, self.number = mesh.get_coordinate() or (0, 0)
         self.model = Stages([self.stage], seed)
         tied = [("embed", self.model.embed)]
         others = [each for each in self.model.named_parameters() if each[0] != "embed"]
         self.optimizer = ShardedAdaBelief(
-            [{"params": tied, "process_group": dist.group.WORLD}, {"params": others}],
+            [
+                {"params": tied, "process_group": dist.group.WORLD},
+                {"params": others, "max_grad_norm": limit},
+            ],
             process_group=mesh["dp"],
             model_parallel_group=mesh["pp"],
             bucket_bytes=100,
@@ -92,11 +98,14 @@ class Pipeline:
         self.optimizer.zero_grad()
 
 
-def whole_model(mesh: DeviceMesh, **options: Any) -> tuple[Stages, ShardedAdaBelief, Any]:
+def whole_model(
+    mesh: DeviceMesh, limit: float | None = None, **options: Any
+) -> tuple[Stages, ShardedAdaBelief, Any]:
     """Return the model without stages on the data-parallel ranks alone, as a reference."""
     model = Stages()
+    others = [each for each in model.named_parameters() if each[0] != "embed"]
     optimizer = ShardedAdaBelief(
-        model.named_parameters(),
+        [{"params": [("embed", model.embed)]}, {"params": others, "max_grad_norm": limit}],
         process_group=mesh["dp"],
         **{"max_grad_norm": MAX_NORM, **HYPER, **options},
     )
@@ -114,6 +123,23 @@ def assert_equal(ours: Stages, theirs: Stages, context: Any) -> None:
     expected = dict(theirs.named_parameters())
     for name, param in ours.named_parameters():
         assert torch.equal(param, expected[name]), (context, name)
+
+
+def norms_are_those_of_both_stages() -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
+    pipeline = Pipeline(mesh, limit=MAX_NORM / 2)
+    model, optimizer, step = whole_model(mesh, limit=MAX_NORM / 2)
+    for number in range(2):
+        pipeline.step(number)
+        step(number)
+        assert torch.equal(pipeline.optimizer.grad_norm, optimizer.grad_norm), number
+        (norm,), (expected,) = (
+            each.group_grad_norms.values() for each in (pipeline.optimizer, optimizer)
+        )
+        assert torch.equal(norm, expected) and norm > MAX_NORM / 2
+        assert_equal(pipeline.model, model, number)
+    with pytest.raises(ValueError, match="param groups with a norm of their own"):
+        Pipeline(mesh, limit=MAX_NORM if mesh["pp"].get_local_rank() else None)
 
 
 def trains_as_without_stages(folder: Path, **options: Any) -> None:
@@ -184,5 +210,6 @@ def test_pipeline(tmp_path: Path) -> None:
         tmp_path,
         partial(trains_as_without_stages, tmp_path / "shared"),
         partial(trains_as_without_stages, tmp_path / "sent", shared_memory=False),
+        norms_are_those_of_both_stages,
         refusals,
     )

@@ -29,6 +29,7 @@ from belief_dist.norm import NUM_WORDS, add_squares_, norm_from_bins
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars, update_reference_
 from belief_dist.sharding.dtensor import local_part
+from belief_dist.sharding.norms import MODEL
 from belief_dist.sharding.spike_guard import FEWEST
 from tests.harness.late import Slow
 from tests.harness.models import HYPER, rank_order_sum
@@ -59,13 +60,22 @@ def whole(local: Tensor, param: Tensor) -> Tensor:
     return DTensor.from_local(local, param.device_mesh, param.placements).full_tensor()
 
 
-def equals_the_uncut_rule(stage: Stage, overlap: bool) -> None:
+def equals_the_uncut_rule(stage: Stage, overlap: bool, own_limit: float | None = None) -> None:
+    """With a limit, the last three parameters, cut and not, are a group with a norm of its own."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     model = cut_model(mesh["tp"])
     single = copy.deepcopy(model)
     params = list(single.parameters())
+    first = len(params) - 3 if own_limit is not None else len(params)
+    parts = list(model.parameters())[:first], list(model.parameters())[first:]
+    limits = None, own_limit
+    groups = [
+        {"params": part, "max_grad_norm": limit}
+        for part, limit in zip(parts, limits, strict=True)
+        if part
+    ]
     optimizer = ShardedAdaBelief(
-        model.parameters(),
+        groups,
         process_group=mesh["dp"],
         bucket_bytes=200,
         stage=stage,
@@ -84,14 +94,17 @@ def equals_the_uncut_rule(stage: Stage, overlap: bool) -> None:
                 assert type(param.grad) is type(param.data)
         optimizer.step()
         sums = [rank_order_sum(list(grads)) for grads in zip(*everyone, strict=True)]
-        bins = torch.zeros(NUM_WORDS, dtype=torch.int64)
-        for total, param in zip(sums, params, strict=True):
-            squared_norm_bins_(bins, whole(total, param).reshape(-1).contiguous())
-        norm = norm_from_bins(bins).item() / 2
+        bins = torch.zeros(2, NUM_WORDS, dtype=torch.int64)
+        for i, (total, param) in enumerate(zip(sums, params, strict=True)):
+            squared_norm_bins_(bins[int(i >= first)], whole(total, param).reshape(-1).contiguous())
+        norm, own_norm = (norm_from_bins(each).item() / 2 for each in bins)
         assert optimizer.grad_norm.item() == norm, (stage, step)
-        scale = 0.5 * min(1.0, MAX_NORM / (norm + 1e-6))
-        assert scale < 0.5
-        for total, param, state in zip(sums, params, states, strict=True):
+        factors = [MAX_NORM / (norm + 1e-6), (own_limit or 0.0) / (own_norm + 1e-6)]
+        if own_limit is not None:
+            assert optimizer.group_grad_norms[1].item() == own_norm and factors[1] < 1
+        assert factors[0] < 1
+        for i, (total, param, state) in enumerate(zip(sums, params, states, strict=True)):
+            scale = 0.5 * min(1.0, factors[int(i >= first)])
             scalars = step_scalars({**DEFAULTS, **HYPER}, step)
             local = local_part(param.data)
             update_reference_(local, total, *state, scalars, grad_scale=scale)
@@ -142,7 +155,8 @@ def a_spike_of_one_part_skips_in_all() -> None:
         before = [local_part(p).clone() for p in model.parameters()]
         model(inputs).sum().backward()
         if is_spike and dist.get_rank() == 1:
-            add_squares_(optimizer._engine.reducer.norm_bins, torch.tensor([1e4]))
+            bins = optimizer._engine.reducer._bins[optimizer.comm, MODEL]
+            add_squares_(bins, torch.tensor([1e4]))
         optimizer.step()
         assert optimizer.last_step.was_taken != is_spike
         optimizer.zero_grad()
@@ -171,7 +185,7 @@ def skips_in_all_parts() -> None:
     assert grads is not None
     if dist.get_rank() == 1:
         optimizer._engine.buckets[0].grad_shard[0] = float("nan")
-        optimizer._engine.reducer.norm_bins[-1] += 1
+        optimizer._engine.reducer._bins_of(0)[-1] += 1
     optimizer.step()
     assert optimizer.skipped_steps == 1
     optimizer.zero_grad()
@@ -306,6 +320,7 @@ def test_tensor_parallel(tmp_path: Path) -> None:
         4,
         tmp_path,
         *(partial(equals_the_uncut_rule, s, o) for s in (1, 2) for o in (True, False)),
+        partial(equals_the_uncut_rule, 2, True, 0.01),
         parts_are_never_read_too_early,
         skips_in_all_parts,
         a_spike_of_one_part_skips_in_all,
