@@ -2,11 +2,11 @@
 # make test    lint, type check and all tests
 # make test-fast  the same, without the tests that start processes: a few minutes
 # make gpu     bits, speed and memory on one GPU, by PYTHON as it is: eight minutes, docs/gpu.md
-# Two processes run the tests, a file each: many tests wait for timeouts or for imports. The order of
-# files is that of tests/harness/lanes.py.
+# Three processes run the tests, a file each, for two cores: one of them has all that mostly waits, see
+# tests/harness/lanes.py.
 # All but gpu set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
 SHELL := /bin/bash
-PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PYTEST := python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=

@@ -27,6 +27,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             lanes.mark(item)
+            item.add_marker(pytest.mark.xdist_group(lanes.worker(item)))
     items.sort(key=lanes.order)
 
 

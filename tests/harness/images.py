@@ -41,6 +41,7 @@ class Podman:
         # In memory: a few gigabytes in small files, which are gone with the mount.
         self.run("mount", "-t", "tmpfs", "-o", "size=8g", "tmpfs", state)
         self.namespace = f"belief-images-{os.getpid()}"
+        self._wheels = state / "wheels"
         for file in CONFIG.glob("*.*"):
             if file.suffix in (".conf", ".json"):
                 text = file.read_text().replace("STATE", str(state))
@@ -71,19 +72,21 @@ class Podman:
         self.run("podman", "import", *self._policy, archive, BASE)
         archive.unlink()
 
-    def build(self, dockerfile: str, tag: str, **arguments: str) -> None:
-        """Build an image on `BASE` from the wheels of this environment's package index."""
-        wheels = self.state / "wheels"
-        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", wheels]
+    def make_wheels(self) -> None:
+        """Get what the image installs from this environment's package index."""
+        pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--wheel-dir", self._wheels]
         pip += ["--constraint", "constraints.txt", "--no-build-isolation", "setuptools"]
         needed = [sys.executable, "docker/requirements.py", "deepspeed", "mpi", "examples"]
         self.run(*pip, *self.run(*needed).splitlines())
+
+    def build(self, dockerfile: str, tag: str, **arguments: str) -> None:
+        """Build an image on `BASE`, with the wheels."""
         arguments |= {"BASE_IMAGE": BASE, "PIP_EXTRA_INDEX_URL": "", "PIP_NO_INDEX": "1"}
         arguments |= {"PIP_FIND_LINKS": "/wheels"}
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
         options += ["--isolation=chroot", "--network=host", "--pull=never", "--layers=false"]
         # The docker format keeps HEALTHCHECK.
-        options += ["--format=docker", f"--volume={wheels}:/wheels:ro", f"--file={dockerfile}"]
+        options += ["--format=docker", f"--volume={self._wheels}:/wheels:ro", f"--file={dockerfile}"]
         self.run("podman", "build", *self._policy, *options, f"--tag={tag}", ".")
 
     def start(self, image: str, *command: str) -> str:

@@ -1,7 +1,8 @@
-"""Which lane a test runs in, and when.
+"""Which lane a test runs in, on which worker, and when.
 
-Its folder marks the subject, what it calls marks `processes`. Files that take minutes come first:
-the last one to begin is what one of two workers waits for.
+Its folder marks the subject, what it calls marks `processes`. A worker runs a file at a time, and
+one of them all that mostly waits, so that it leaves its core to the others. Files that take minutes
+come first: the last one to begin is what the other workers wait for.
 """
 
 from __future__ import annotations
@@ -28,27 +29,30 @@ STARTERS = {"multiprocessing", "run_job", "run_ranks", "subprocess"}
 # Where functions are followed. The package may start a compiler, which makes no test slow.
 FOLLOWED = (ROOT / "tests", ROOT / "benchmarks")
 
-# Of all that takes more than a minute, the longest first.
-LONG = (
-    "launch/test_images.py",
+# Of several hosts, launchers and timeouts: of nine minutes, three were computed in.
+WAITING = (
     "cluster/test_failures.py",
     "cluster/test_slurm.py",
     "cluster/test_launchers.py",
+    "cluster/test_elastic.py",
+    "checkpoint/test_standby.py",
+    "launch/test_launch.py",
+)
+# Of all else that takes more than a minute, the longest first.
+LONG = (
+    "launch/test_images.py",
     "examples/test_train_gpt.py",
     "sharding/test_device_path.py",
     "kernels/test_triton.py",
     "kernels/test_triton_versions.py",
     "sharding/test_sharded.py",
     "examples/test_clients.py",
-    "cluster/test_elastic.py",
     "examples/test_evidence.py",
     "benchmarks/test_benchmarks.py",
     "benchmarks/test_gpu_report.py",
-    "launch/test_launch.py",
     "mpi_backend/test_mpi.py",
     "kernels/test_build.py",
     "sharding/test_micro_batches.py",
-    "checkpoint/test_standby.py",
     "sharding/test_spike_guard.py",
     "sharding/test_process_groups.py",
     "sharding/test_averages.py",
@@ -61,8 +65,18 @@ LONG = (
 
 def order(item: pytest.Item) -> int:
     """Return by what tests are sorted; those of one file stay as they are."""
-    path = item.path.relative_to(ROOT / "tests").as_posix()
-    return LONG.index(path) if path in LONG else len(LONG)
+    path, files = _path(item), (*WAITING, *LONG)
+    return files.index(path) if path in files else len(files)
+
+
+def worker(item: pytest.Item) -> str:
+    """Return a name that tests share which one worker runs, one after the other."""
+    path = _path(item)
+    return "waiting" if path in WAITING else path
+
+
+def _path(item: pytest.Item) -> str:
+    return item.path.relative_to(ROOT / "tests").as_posix()
 
 
 def mark(item: pytest.Function) -> None:

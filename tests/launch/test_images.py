@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def podman(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Podman]:
         pytest.skip(reason)
     made = Podman(tmp_path_factory.mktemp("podman"))
     try:
-        made.make_base()
+        with ThreadPoolExecutor() as threads:  # both mostly wait for a network
+            for done in [threads.submit(made.make_base), threads.submit(made.make_wheels)]:
+                done.result()
         made.build("docker/Dockerfile.cpu", IMAGE, VERSION="1.2.3", REVISION="abc")
         yield made
     finally:
