@@ -86,7 +86,8 @@ class Podman:
         options = [f"--build-arg={key}={value}" for key, value in arguments.items()]
         options += ["--isolation=chroot", "--network=host", "--pull=never", "--layers=false"]
         # The docker format keeps HEALTHCHECK.
-        options += ["--format=docker", f"--volume={self._wheels}:/wheels:ro", f"--file={dockerfile}"]
+        options += ["--format=docker", f"--volume={self._wheels}:/wheels:ro"]
+        options += [f"--file={dockerfile}"]
         self.run("podman", "build", *self._policy, *options, f"--tag={tag}", ".")
 
     def start(self, image: str, *command: str) -> str:
