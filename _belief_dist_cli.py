@@ -131,10 +131,12 @@ def _parser() -> argparse.ArgumentParser:
     made = command(
         "check",
         "find mistakes in a DeepSpeed configuration",
-        "Say what is wrong in a DeepSpeed configuration, and show it corrected. The "
-        "exit status is 1 if something was found.",
+        "Say what is wrong in a DeepSpeed configuration, a hostfile or a .deepspeed_env, and show "
+        "it corrected. Which of them a file is, its name tells. The exit status is 1 if something "
+        "was found.",
     )
-    made.add_argument("path", type=Path, help="the JSON file")
+    made.add_argument("path", type=Path, nargs="?", help="the file")
+    made.add_argument("--schema", action="store_true", help="print a JSON schema for editors")
     made.add_argument("--hf", action="store_true", help="the Transformers Trainer reads it")
     made.add_argument("--accelerate", action="store_true", help="Accelerate reads it")
     made.add_argument("--json", action="store_true", help="print the findings as JSON")

@@ -16,7 +16,15 @@ from belief_dist.checkpoint.checksummed_files import read_manifest
 from belief_dist.checkpoint.formats import convert
 from belief_dist.checkpoint.loading import read_metadata
 from belief_dist.checkpoint.run_directory import find
-from belief_dist.deepspeed_config import check_config, read_config
+from belief_dist.deepspeed_config import Report, check_config, read_config
+from belief_dist.deepspeed_launcher_files import (
+    FileReport,
+    check_environment,
+    check_hostfile,
+    kind_of,
+    read_lines,
+)
+from belief_dist.deepspeed_schema import schema
 from belief_dist.doctor import examine_ranks
 from belief_dist.memory_plan import (
     plan,
@@ -112,7 +120,18 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    report = check_config(read_config(args.path), replaces_auto=args.hf or args.accelerate)
+    if args.schema:
+        print(json.dumps(schema(), indent=2))
+        return 0
+    if args.path is None:
+        raise ValueError("check needs a file, or --schema.")
+    report: Report | FileReport
+    kind = kind_of(args.path)
+    if kind == "configuration":
+        report = check_config(read_config(args.path), replaces_auto=args.hf or args.accelerate)
+    else:
+        check = check_hostfile if kind == "hostfile" else check_environment
+        report = check(read_lines(args.path))
     if args.json:
         content = {
             "findings": [finding._asdict() for finding in report.findings],

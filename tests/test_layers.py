@@ -91,7 +91,8 @@ integrations
 integrations.mpi
 __init__
 deepspeed_keys
-deepspeed_config doctor memory_plan
+deepspeed_config deepspeed_schema doctor memory_plan
+deepspeed_launcher_files
 telemetry.records telemetry.statistics
 telemetry.monitor
 telemetry
