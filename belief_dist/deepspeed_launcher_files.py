@@ -40,8 +40,8 @@ class FileReport(NamedTuple):
 
     def diff(self) -> str:
         """Return how the corrected file differs, as a unified diff."""
-        pair = ([f"{line}\n" for line in lines] for lines in (self.given, self.corrected))
-        return "".join(difflib.unified_diff(*pair, "given", "corrected", n=2))
+        before, after = ([f"{line}\n" for line in lines] for lines in (self.given, self.corrected))
+        return "".join(difflib.unified_diff(before, after, "given", "corrected", n=2))
 
 
 def kind_of(path: Path) -> str:
