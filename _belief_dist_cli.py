@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("--ranks", type=int, required=True, help="devices of the job")
     made.add_argument("--memory", type=float, help="GiB of each that these may take")
     made.add_argument(
+        "--link", type=float, help="GB/s that each can send: tells how long that takes"
+    )
+    made.add_argument(
+        "--picture", type=Path, help="draw memory for all numbers of ranks up to these, as PNG"
+    )
+    made.add_argument(
         "--averages",
         choices=("float32", "bfloat16"),
         help="of the weights, which our ways shall keep in this dtype",

@@ -27,6 +27,7 @@ from belief_dist.deepspeed_launcher_files import (
 from belief_dist.deepspeed_schema import schema
 from belief_dist.doctor import examine_ranks
 from belief_dist.memory_plan import (
+    Row,
     plan,
     python_line,
     shapes_of,
@@ -35,6 +36,7 @@ from belief_dist.memory_plan import (
 )
 from belief_dist.migrate import migrate
 from belief_dist.options import CLIPPING_NAMES, OPTION_NAMES, is_first_rank
+from belief_dist.plan_picture import draw_plan
 from belief_dist.telemetry.report import write_report
 
 
@@ -78,6 +80,8 @@ def _plan(args: argparse.Namespace) -> int:
         raise ValueError(f"--ranks must be 1 or more, got {args.ranks}.")
     if args.memory is not None and not args.memory > 0:
         raise ValueError(f"--memory must be more than 0 GiB, got {args.memory:g}.")
+    if args.link is not None and not args.link > 0:
+        raise ValueError(f"--link must be more than 0 GB/s, got {args.link:g}.")
     try:
         count = float(args.model)
     except ValueError:
@@ -90,28 +94,31 @@ def _plan(args: argparse.Namespace) -> int:
     keeps = None if args.averages is None else {"ema_decay": 0.999, "ema_dtype": args.averages}
     rows = plan(shapes, args.ranks, memory, keeps)
     best = suggestion(rows, memory)
+    if args.picture is not None:
+        draw_plan(args.picture, shapes, args.ranks, memory, keeps)
+    link = None if args.link is None else args.link * 1e9
     if args.json:
         content = [
             {"way": row.way.name, "bytes": row.held, "bytes on the host": row.on_host}
+            | {"bytes sent": row.sent}
+            | ({} if link is None else {"seconds to send": row.sent / link})
             | ({} if memory is None else {"fits": row.held <= memory, "largest": row.largest})
             for row in rows
         ]
         print(json.dumps({"ways": content, "suggestion": best and python_line(best.way)}, indent=2))
         return int(best is None)
-    head = ["way to train", "GiB a rank", "on its host"]
-    head += [] if memory is None else ["fits", "largest model"]
-    _table(
-        head,
-        [
-            [row.way.name, f"{row.held / 2**30:.2f}", f"{row.on_host / 2**30:.2f}"]
-            + (
-                []
-                if memory is None
-                else ["yes" if row.held <= memory else "no", f"{row.largest / 1e9:.3g}e9"]
-            )
-            for row in rows
-        ],
-    )
+    columns: dict[str, Callable[[Row], str]] = {
+        "way to train": lambda row: row.way.name,
+        "GiB": lambda row: f"{row.held / 2**30:.2f}",
+        "on host": lambda row: f"{row.on_host / 2**30:.2f}",
+        "GB sent": lambda row: f"{row.sent / 1e9:.2f}",
+    }
+    if link is not None:
+        columns["which takes"] = lambda row: f"{1e3 * row.sent / link:.0f} ms"
+    if memory is not None:
+        columns["fits"] = lambda row: "yes" if row.held <= memory else "no"
+        columns["largest model"] = lambda row: f"{row.largest / 1e9:.3g}e9"
+    _table(list(columns), [[show(row) for show in columns.values()] for row in rows])
     if best is None:
         print("None of ours fits: take more ranks, or AdaBelief under ZeRO-3 or FSDP2.")
         return 1
@@ -263,6 +270,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
         return
     table = Table(*head)
+    for column, cells in zip(table.columns, zip(*rows, strict=True), strict=False):
+        # Numbers stay whole; on a narrow terminal names and sentences take more lines.
+        column.no_wrap = max(map(len, cells)) <= 12
     for row in rows:
         table.add_row(*row)
     Console().print(table)

@@ -33,12 +33,15 @@ class Way(NamedTuple):
         dtype: Of the parameters.
         options: Of `ShardedAdaBelief`; None for another engine.
         per_param: Bytes a parameter of another engine, from the number of ranks.
+        sent_per_param: Bytes that each rank of another engine sends in a step, for each parameter,
+            if there were no other ranks to keep a part: times (ranks - 1) / ranks.
     """
 
     name: str
     dtype: torch.dtype
     options: Mapping[str, Any] | None = None
     per_param: Any = None
+    sent_per_param: float = 0.0
 
 
 _BF16 = torch.bfloat16
@@ -60,12 +63,13 @@ WAYS = (
         {"stage": 2, "master": "remainder", "offload": "cpu"},
     ),
 )
-# Parameters, gradients, masters and two states, as each engine's documentation has them.
+# Parameters, gradients, masters and two states, as each engine's documentation has them. DDP's
+# all-reduce sends gradients twice; ZeRO-3 gathers parameters in forward and in backward.
 OTHERS = (
-    Way("DDP + AdamW, float32", torch.float32, per_param=lambda ranks: 16.0),
-    Way("DeepSpeed ZeRO-1, bfloat16", _BF16, per_param=lambda ranks: 4.0 + 12.0 / ranks),
-    Way("DeepSpeed ZeRO-2, bfloat16", _BF16, per_param=lambda ranks: 2.0 + 14.0 / ranks),
-    Way("DeepSpeed ZeRO-3, bfloat16", _BF16, per_param=lambda ranks: 16.0 / ranks),
+    Way("DDP + AdamW, float32", torch.float32, None, lambda ranks: 16.0, 8.0),
+    Way("DeepSpeed ZeRO-1, bfloat16", _BF16, None, lambda ranks: 4.0 + 12.0 / ranks, 4.0),
+    Way("DeepSpeed ZeRO-2, bfloat16", _BF16, None, lambda ranks: 2.0 + 14.0 / ranks, 4.0),
+    Way("DeepSpeed ZeRO-3, bfloat16", _BF16, None, lambda ranks: 16.0 / ranks, 6.0),
 )
 
 
@@ -77,12 +81,14 @@ class Row(NamedTuple):
         held: Bytes on the device of each rank.
         on_host: Bytes in the host's memory, for each rank.
         largest: How many parameters would fit on the device; 0 if its memory is not known.
+        sent: Bytes that each rank sends in a step of one backward pass.
     """
 
     way: Way
     held: int
     on_host: int
     largest: int
+    sent: int
 
 
 def shapes_of_count(params: int) -> list[tuple[int, ...]]:
@@ -191,6 +197,25 @@ def bytes_by_place(
     return on_device, on_host
 
 
+def bytes_sent(layout: Layout, ranks: int, options: EngineOptions, *, reductions: int = 1) -> int:
+    """Return what each rank sends in a step: gradients and parameters, without the small message.
+
+    Args:
+        layout: From `plan_for`.
+        ranks: How many there are.
+        options: Of the engine.
+        reductions: How often gradients are reduced: once for each backward pass at stage 2, and for
+            each round of micro-batches.
+    """
+    codec = codec_for(options.reduce_dtype)
+    total = 0
+    for bucket in layout.buckets:
+        dtype = getattr(torch, layout.params[bucket.slots[0].param].dtype)
+        wire = codec.wire_numel(bucket.numel) * codec.wire_dtype(dtype).itemsize
+        total += (reductions * wire + bucket.numel * dtype.itemsize) // ranks * (ranks - 1)
+    return total
+
+
 def plan(
     shapes: Sequence[tuple[int, ...]],
     ranks: int,
@@ -211,14 +236,16 @@ def plan(
         on_host = 0
         if way.options is None:
             held = int(way.per_param(ranks) * count)
+            sent = int(way.sent_per_param * count * (ranks - 1) / ranks)
         else:
             way = way._replace(options={**way.options, **(more or {})})
             options = options_from(way.options or {})
             layout = plan_for(specs_of_shapes(shapes, way.dtype), ranks, options)
             places = bytes_by_place(layout, ranks, options)
             held, on_host = (sum(kinds.values()) for kinds in places)
+            sent = bytes_sent(layout, ranks, options)
         largest = int(count * memory / held) if memory else 0
-        rows.append(Row(way, held, on_host, largest))
+        rows.append(Row(way, held, on_host, largest, sent))
     return rows
 
 

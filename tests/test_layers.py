@@ -92,7 +92,7 @@ integrations.mpi
 __init__
 deepspeed_keys
 deepspeed_config deepspeed_schema doctor memory_plan
-deepspeed_launcher_files
+deepspeed_launcher_files plan_picture
 telemetry.records telemetry.statistics
 telemetry.monitor
 telemetry
@@ -110,6 +110,7 @@ OPTIONAL = {
     "mpi_backend": {"mpi4py"},
     "deepspeed": {"deepspeed"},
     "memory_plan": {"transformers"},
+    "plan_picture": {"matplotlib"},
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
     "checkpoint": {"safetensors"},
