@@ -93,7 +93,7 @@ __init__
 deepspeed_keys
 deepspeed_config deepspeed_schema doctor memory_plan
 deepspeed_launcher_files plan_picture
-telemetry.records telemetry.statistics
+telemetry.records telemetry.statistics telemetry.prometheus
 telemetry.monitor
 telemetry
 telemetry.report migrate
@@ -116,7 +116,7 @@ OPTIONAL = {
     "checkpoint": {"safetensors"},
     "commands": {"rich"},
     "hf": {"transformers"},
-    "telemetry": {"matplotlib"},
+    "telemetry": {"matplotlib", "prometheus_client"},
 }
 # The only modules that may name an optional dependency at their top: no other imports them there.
 LAZY = {"triton_formats", "triton_kernel", "triton_codec", "triton_reduce", "triton_scales"}

@@ -4,6 +4,7 @@ See docs/telemetry.md. Nothing of it is imported by training itself.
 """
 
 from belief_dist.telemetry.monitor import StepMonitor
+from belief_dist.telemetry.prometheus import Prometheus
 from belief_dist.telemetry.records import JsonLines, read_records
 
-__all__ = ["JsonLines", "StepMonitor", "read_records"]
+__all__ = ["JsonLines", "Prometheus", "StepMonitor", "read_records"]

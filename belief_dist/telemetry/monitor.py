@@ -40,8 +40,11 @@ class StepMonitor:
         optimizer: A `ShardedAdaBelief` or `AdaBelief`.
         sinks: One or several, used by rank 0 alone: a path, where `JsonLines` writes; anything
             with `add_scalar(name, number, step)`, such as TensorBoard's SummaryWriter; anything
-            with `log(values, step=step)`, such as a run of Weights & Biases; or a function of
-            (step, values). One that raises is a warning, once, and training goes on.
+            with `log(values, step=step)`, such as a run of Weights & Biases, or with
+            `log_metrics(values, step=step)`, such as the module mlflow; anything with
+            `write_events([(name, number, step)])`, such as the monitor of a DeepSpeed engine; or
+            a function of (step, values), such as `Prometheus()`. One that raises is a warning,
+            once, and training goes on.
         every: Steps between records: those of which it is a divisor are logged.
         per_parameter: Also tell the same of each parameter.
         across_ranks: Measure the shards of all ranks: one all-reduce of 80 bytes for each param
@@ -266,17 +269,26 @@ def _writer(sink: Any) -> _Write:
         return JsonLines(sink)
     if hasattr(sink, "add_scalar"):
         return lambda step, values: _add_scalars(sink, step, values)
+    if hasattr(sink, "log_metrics"):  # numbers only; MLflow has them beside texts
+        return lambda step, values: sink.log_metrics(_numbers(values), step=step)
+    if hasattr(sink, "write_events"):
+        return lambda step, values: sink.write_events(
+            [(name, number, step) for name, number in _numbers(values).items()]
+        )
     if hasattr(sink, "log"):
         return lambda step, values: sink.log(values, step=step)
     if callable(sink):
         return lambda step, values: sink(step, values)
     raise TypeError(
-        f"a sink of StepMonitor is a path, a function of (step, values), or has add_scalar or log, "
-        f"got {shown(sink)}."
+        f"a sink of StepMonitor is a path, a function of (step, values), or has add_scalar, "
+        f"log_metrics, write_events or log, got {shown(sink)}."
     )
 
 
 def _add_scalars(writer: Any, step: int, values: Mapping[str, Any]) -> None:
-    for name, value in values.items():
-        if isinstance(value, (int, float)):
-            writer.add_scalar(name, value, step)
+    for name, number in _numbers(values).items():
+        writer.add_scalar(name, number, step)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, (int, float))}

@@ -6,15 +6,17 @@ import json
 from functools import partial
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
 import torch.distributed as dist
+from prometheus_client.parser import text_string_to_metric_families
 from torch import Tensor
 
 from belief_dist import AdaBelief, ShardedAdaBelief
 from belief_dist.state_formats import decode, join_master
-from belief_dist.telemetry import StepMonitor, read_records
+from belief_dist.telemetry import Prometheus, StepMonitor, read_records
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import backward, collect
@@ -328,6 +330,62 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     found = events.EventAccumulator(str(tmp_path)).Reload()
     assert {"loss", "l2_norm/moment/group0"} <= set(found.Tags()["scalars"])
     assert [(each.step, each.value) for each in found.Scalars("loss")] == [(10, 2.0)]
+
+
+class Metrics:
+    """As the module mlflow."""
+
+    def __init__(self) -> None:
+        self.told: dict[int | None, dict[str, float]] = {}
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.told[step] = metrics
+
+
+def test_metrics_and_events_are_numbers(tmp_path: Path) -> None:
+    metrics = Metrics()
+    StepMonitor(one_step(), metrics).log(10, loss=2.0, note="text")
+    assert metrics.told[10]["loss"] == 2.0 and "note" not in metrics.told[10]
+
+
+@pytest.mark.deepspeed
+def test_deepspeeds_monitor_writes_what_it_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.monitor import csv_monitor
+    from deepspeed.monitor.config import CSVConfig
+
+    monkeypatch.setattr(csv_monitor.dist, "get_rank", lambda: 0)  # no job was started
+    config = CSVConfig(enabled=True, output_path=str(tmp_path), job_name="job")
+    StepMonitor(one_step(), csv_monitor.csvMonitor(config)).log(10, loss=2.0)
+    written = {path.name: path.read_text() for path in tmp_path.rglob("*.csv")}
+    assert written["loss.csv"].splitlines() == ["step,loss", "10,2.0"]
+
+
+def test_prometheus_serves_the_newest_record() -> None:
+    sink = Prometheus(port=0)
+    monitor = StepMonitor(one_step(), sink)
+
+    def scraped() -> dict[str, float]:
+        with urlopen(f"http://127.0.0.1:{sink.port}/metrics", timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            return {
+                f"{each.name} {each.labels['of']}": each.value
+                for family in families
+                for each in family.samples
+            }
+
+    monitor.log(10, loss=2.0, note="text", own=1.0)
+    first = scraped()
+    assert first["belief_dist_step "] == 10 and first["belief_dist_loss "] == 2.0
+    assert first["belief_dist_belief_signal group0"] > 0 and "belief_dist_own " in first
+    monitor.log(20, loss=3.0)
+    second = scraped()
+    assert second["belief_dist_loss "] == 3.0 and "belief_dist_own " not in second
+    assert not any("note" in name for name in second)
+    sink.close()
+    with pytest.raises(OSError):
+        scraped()
 
 
 def test_a_sink_that_fails_does_not_end_training() -> None:
