@@ -1,13 +1,14 @@
 """The one build step beyond pyproject.toml: the compiled CPU kernel, where there is a compiler.
 
 Without one the installation succeeds all the same; the kernel is then compiled at first use, or
-replaced by plain torch.
+replaced by plain torch. One wheel with it serves every Python: it has no Python entry point.
 """
 
 import importlib.util
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("belief_dist", "kernels")
@@ -19,7 +20,11 @@ spec.loader.exec_module(build)
 
 
 class BuildKernel(build_ext):
-    """Builds a plain shared library: the kernel has no Python entry point."""
+    """Builds a plain shared library."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name it without the Python that builds it."""
+        return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
         """Compile as at first use, so that both give the same library."""
@@ -31,6 +36,14 @@ class BuildKernel(build_ext):
             self.warn(f"no compiled CPU kernel: {reason}")
 
 
+class Wheel(bdist_wheel):
+    """Says that any Python on this platform can use what was built."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Return the tags of the interpreter, its binary interface and the platform."""
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
     ext_modules=[
         Extension(
@@ -39,5 +52,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernel},
+    cmdclass={"bdist_wheel": Wheel, "build_ext": BuildKernel},
 )
