@@ -26,6 +26,7 @@ from benchmarks.compatibility import (
     table,
 )
 from benchmarks.compatibility import Result as CellResult
+from benchmarks.concepts import concepts
 from benchmarks.console import console, table_of, tell
 from benchmarks.evidence import (
     Sheet,
@@ -53,7 +54,7 @@ from benchmarks.step import run_by_json, run_step
 from benchmarks.team import Workload
 from benchmarks.telemetry import run_telemetry
 from benchmarks.update import run_tensors, run_update
-from benchmarks.updates_picture import draw_updates
+from benchmarks.updates_picture import draw_updates, plot_update
 from benchmarks.updates_report import show_updates, updates_content
 from benchmarks.warmstart import run_warmstart
 
@@ -444,16 +445,6 @@ def plot(files: list[Path], out: Path) -> None:
     draw_steps(files, out)
 
 
-def plot_update(file: Path, out: Path) -> None:
-    """Draw the result of `update --json FILE`.
-
-    Args:
-        file: What was written.
-        out: The picture, PNG or SVG.
-    """
-    draw_updates(out, json_module.loads(file.read_text()))
-
-
 def markdown(files: list[Path]) -> None:
     """Print the results of several `step --json FILE` as tables in Markdown.
 
@@ -464,7 +455,7 @@ def markdown(files: list[Path]) -> None:
 
 
 def readme() -> None:
-    """Print the tables of README."""
+    """Print the tables of one update and of one step, as docs/performance.md has them."""
     update()
     step()
 
@@ -490,7 +481,7 @@ _ON_RANKS = [
     habits,
 ]
 _PREDICTED = [simulate, scale]
-_SHOWN = [plot, plot_update, markdown]
+_SHOWN = [plot, plot_update, concepts, markdown]
 
 if __name__ == "__main__":
     auto_cli(

@@ -5,6 +5,7 @@ The table has every form and contender; the picture has the few that carry this 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,16 @@ _LABEL = 0.075  # height that a label takes, of the panel's
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 Points = dict[int, float]  # nanoseconds per parameter by the number of parameters
+
+
+def plot_update(file: Path, out: Path) -> None:
+    """Draw the result of `update --json FILE`.
+
+    Args:
+        file: What was written.
+        out: The picture, PNG or SVG.
+    """
+    draw_updates(out, json.loads(file.read_text()))
 
 
 def draw_updates(path: Path, content: dict[str, Any]) -> None:
