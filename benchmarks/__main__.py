@@ -14,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.accuracy import measure
+from benchmarks.any_world_size_picture import plot_any_world_size
 from benchmarks.checkpoint import run_checkpoint
 from benchmarks.compatibility import (
     ALL,
@@ -43,14 +44,15 @@ from benchmarks.host import run_host, run_soak
 from benchmarks.mpi import run_mpi
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
-from benchmarks.plot import draw_steps, markdown_steps
+from benchmarks.plot import markdown_steps
 from benchmarks.predictions import scale, simulate
 from benchmarks.reliability import faults, flips, network_faults, soak, standby
 from benchmarks.report import machine
-from benchmarks.resume import compare_runs, draw_resume, run_resume
+from benchmarks.resume import compare_runs, draw_resume, plot_resume, run_resume
 from benchmarks.same_bits import any_world_size, bits
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_by_json, run_step
+from benchmarks.step_picture import draw_steps
 from benchmarks.team import Workload
 from benchmarks.telemetry import run_telemetry
 from benchmarks.update import run_tensors, run_update
@@ -481,7 +483,7 @@ _ON_RANKS = [
     habits,
 ]
 _PREDICTED = [simulate, scale]
-_SHOWN = [plot, plot_update, concepts, markdown]
+_SHOWN = [plot, plot_update, plot_any_world_size, plot_resume, concepts, markdown]
 
 if __name__ == "__main__":
     auto_cli(
