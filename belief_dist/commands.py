@@ -195,7 +195,8 @@ def _inspect(args: argparse.Namespace) -> int:
     dcp_metadata, metadata, extra = read_metadata(path)
     nbytes = sum(checksum.nbytes for checksum in checksums.values())
     print(f"{path}: step {step}, {len(checksums)} files, {nbytes / 1e6:.1f} MB")
-    print(f"saved by {metadata.get('ranks', 1)} ranks; extra: {sorted(extra)}")
+    ranks = metadata.get("ranks", 1)
+    print(f"saved by {ranks} {'rank' if ranks == 1 else 'ranks'}; extra: {sorted(extra)}")
     for number, group in enumerate(metadata.get("groups", [])):
         options = ", ".join(f"{key}={value}" for key, value in group["options"].items())
         print(f"param group {number}: {len(group['params'])} parameters, {options}")

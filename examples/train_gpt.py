@@ -72,7 +72,8 @@ def train(settings: Settings, device: torch.device) -> None:
         engine.watch(run / "metrics.jsonl", settings.monitor)
     if rank == 0:
         print(
-            f"{num_params:,} parameters, {world_size} ranks on {device.type}, engine "
+            f"{num_params:,} parameters, {world_size} {'rank' if world_size == 1 else 'ranks'} "
+            f"on {device.type}, engine "
             f"{settings.engine}, {len(corpus.train):,} bytes of text, from step {done}, "
             f"writing to {run}"
         )
