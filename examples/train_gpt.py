@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 
+from belief_dist.checkpoint import CheckpointError
 from belief_dist.distributed import LaunchError
 from gpt.data import global_batch, load_corpus, unigram_entropy
 from gpt.engines import Engine, ShardedEngine, build_engine
@@ -46,7 +47,7 @@ def main() -> None:
         # Not always of all ranks, and the environment may not tell which this is.
         print(f"train_gpt.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         # Every rank comes here with the same sentence.
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error}", file=sys.stderr)

@@ -213,6 +213,9 @@ WRONG = {
     "deepspeed_config nowhere.json cannot be read": [
         *[*zero(2)[:2], "--deepspeed_config", "nowhere.json"]
     ],
+    "AdaBeleif is not a supported DeepSpeed Optimizer (belief-dist check": [
+        *[*zero(2)[:2], "--deepspeed_config", "misspelled.json"]
+    ],
     "--learning": ["--learning", "1"],
     "speed": ["--optimizer.speed", "1"],
     "batch must be a multiple of micro_batches, which": ["--micro_batches", "3"],
@@ -223,6 +226,8 @@ WRONG = {
 
 
 def test_wrong_settings_get_a_sentence_and_no_traceback(tmp_path: Path) -> None:
+    misspelled = {"optimizer": {"type": "AdaBeleif"}, "zero_optimization": {"stage": 2}}
+    (tmp_path / "misspelled.json").write_text(json.dumps(misspelled))
     jobs = [
         Job(1, [*CONFIG, *SMALL, "--accumulate", "2", *settings]) for settings in WRONG.values()
     ]
