@@ -43,6 +43,14 @@ def main() -> None:
         settings = auto_cli(Settings, as_positional=False)
         with process_group(timedelta(seconds=settings.timeout)) as device:
             train(settings, device)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "train_gpt.py: interrupted; --resume with the run's folder goes on from its last "
+                "checkpoint, of which there is one every save_every steps",
+                file=sys.stderr,
+            )
+        sys.exit(130)
     except LaunchError as error:
         # Not always of all ranks, and the environment may not tell which this is.
         print(f"train_gpt.py: {error}", file=sys.stderr)
