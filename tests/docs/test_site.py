@@ -5,12 +5,23 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from mkdocs.commands.build import build
 from mkdocs.config import load_config
 
+import belief_dist
+from belief_dist import checkpoint, distributed
 from tests.harness.paths import ROOT
+
+
+@pytest.mark.parametrize("module", [belief_dist, checkpoint, distributed])
+def test_the_reference_has_all_that_is_public(module: ModuleType) -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    described = set(re.findall(r"(?::::|heading:) ([\w.]+)", page))
+    told = {"__version__", "distributed", "TIMEOUT"}  # in words, or by their own page
+    assert {f"{module.__name__}.{name}" for name in set(module.__all__) - told} <= described
 
 
 def test_the_site_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
