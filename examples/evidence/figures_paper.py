@@ -20,7 +20,7 @@ _CURVES = ("SGD", "Adam", "AdaBelief, eps 1e-16")
 def draw_images(found: Sequence[Findings], path: Path) -> None:
     """Draw some train and test curves, and below them the test accuracy at the end."""
     shown = [(each, setting) for each in found for setting in each.settings]
-    with picture(path, 2 * len(shown), len(shown), (4.0, 2.9)) as panels:
+    with picture(path, 2 * len(shown), len(shown), (2.9, 2.9)) as panels:
         for (each, setting), curves, ends in zip(
             shown, panels[: len(shown)], panels[len(shown) :], strict=True
         ):
@@ -28,7 +28,9 @@ def draw_images(found: Sequence[Findings], path: Path) -> None:
             curves.set(title=setting, xlabel="epoch")
             names = each.contenders(setting)
             intervals(ends, [(n, each.interval(setting, n, "test_accuracy")) for n in names])
-            ends.set_xlabel("test accuracy at the end, %, with 95 % intervals")
+            ends.set_xlabel("test accuracy at the end, %,\nwith 95 % intervals")
+            if names == shown[0][0].contenders(shown[0][1]) and ends is not panels[len(shown)]:
+                ends.set_yticklabels([])  # they are those of the first one
         panels[0].set_ylabel("accuracy, %: test, and training (dotted)")
         for place, name in enumerate(_CURVES):
             shown_at = {"transform": panels[0].transAxes, "fontsize": 8, "color": colour(name)}
