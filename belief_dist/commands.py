@@ -236,13 +236,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    plain = not sys.stdout.isatty()  # a pipe has no width, and its reader wants whole names
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
+        plain = True
+    if plain:
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         for row in (head, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join(cells).rstrip())
         return
     table = Table(*head)
     for row in rows:

@@ -53,6 +53,12 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert left.value.code == 0 and re.fullmatch(r"belief-dist [\w.]+\n", capsys.readouterr().out)
 
 
+def test_a_table_that_goes_into_a_pipe_has_whole_names(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "layers." * 40
+    commands._table(["tensor", "shape"], [[name, "2x4"]])
+    assert capsys.readouterr().out.splitlines()[1] == f"{name}  2x4"
+
+
 def test_every_spelling_is_the_same_command() -> None:
     said = [python("-m", name, "--help") for name in ("belief_dist", "belief_dist.cli")]
     assert [done.returncode for done in said] == [0, 0]
