@@ -2,6 +2,7 @@
 # make test    lint, type check and all tests
 # make test-fast  the same, without the tests that start processes: a few minutes
 # make gpu     bits, speed and memory on one GPU, by PYTHON as it is: eight minutes, docs/gpu.md
+# make docs    serves the documentation as a site
 # Three processes run the tests, a file each, for two cores: one of them has all that mostly waits, see
 # tests/harness/lanes.py.
 # All but gpu set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
@@ -13,7 +14,7 @@ ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-fast lint bench gpu venv
+.PHONY: train test test-fast lint bench gpu docs venv
 train: venv
 	launch/local.sh $(ARGS)
 
@@ -33,6 +34,9 @@ bench: venv
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+docs: venv
+	NO_MKDOCS_2_WARNING=1 mkdocs serve $(ARGS)
 
 venv:
 	@launch/venv.sh "$(VENV)"

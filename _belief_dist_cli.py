@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _WHAT = "The command `belief-dist`: works on checkpoints, checks configurations and environments."
 # What `belief_dist.checkpoint.formats.convert` writes; a test compares the two.
@@ -41,8 +41,19 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(fail(self.prog, f"{message} (see {self.prog} --help)"))
 
 
+class _Version(argparse.Action):
+    """Tells the version that is installed."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"belief-dist {version('belief-dist')}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="belief-dist", description=_WHAT)
+    parser.add_argument("--version", action=_Version, nargs=0, help="tell it, and end")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, in_short: str, what: str) -> argparse.ArgumentParser:

@@ -221,7 +221,8 @@ def _inspect(args: argparse.Namespace) -> int:
     dcp_metadata, metadata, extra = read_metadata(path)
     nbytes = sum(checksum.nbytes for checksum in checksums.values())
     print(f"{path}: step {step}, {len(checksums)} files, {nbytes / 1e6:.1f} MB")
-    print(f"saved by {metadata.get('ranks', 1)} ranks; extra: {sorted(extra)}")
+    ranks = metadata.get("ranks", 1)
+    print(f"saved by {ranks} {'rank' if ranks == 1 else 'ranks'}; extra: {sorted(extra)}")
     for number, group in enumerate(metadata.get("groups", [])):
         options = ", ".join(f"{key}={value}" for key, value in group["options"].items())
         print(f"param group {number}: {len(group['params'])} parameters, {options}")
@@ -261,13 +262,17 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    plain = not sys.stdout.isatty()  # a pipe has no width, and its reader wants whole names
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
+        plain = True
+    if plain:
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         for row in (head, *rows):
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+            padded = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+            print("  ".join(padded).rstrip())
         return
     table = Table(*head)
     for column, cells in zip(table.columns, zip(*rows, strict=True), strict=False):

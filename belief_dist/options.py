@@ -67,6 +67,8 @@ DEFAULTS: dict[str, Any] = {
 OPTION_NAMES = tuple(DEFAULTS)
 # What a param group of `ShardedAdaBelief` has beside these.
 CLIPPING_NAMES = ("clip", "max_grad_norm")
+# Of a constructor's local names, those that are no option.
+_NO_OPTIONS = {"self", "params", "other_spellings", "__class__"}
 _SWITCHES = tuple(name for name, value in DEFAULTS.items() if isinstance(value, bool))
 
 
@@ -86,13 +88,16 @@ def is_one_of(value: Any, allowed: Iterable[Any]) -> bool:
     return any(value == each for each in allowed)
 
 
-def resolve_aliases(given: Mapping[str, Any], known: Iterable[str], where: str) -> dict[str, Any]:
+def resolve_aliases(
+    given: Mapping[str, Any], known: Iterable[str], where: str, *, also: Iterable[str] = ()
+) -> dict[str, Any]:
     """Return `given` with other packages' spellings replaced by ours.
 
     Args:
         given: Keyword options as the user wrote them.
         known: Every name that is allowed here.
         where: Named in the error, for example "AdaBelief".
+        also: Names that are written elsewhere, and which a misspelled one may have meant.
 
     Raises:
         TypeError: A name is unknown, or an alias and its target are both given.
@@ -102,6 +107,7 @@ def resolve_aliases(given: Mapping[str, Any], known: Iterable[str], where: str) 
     for name, value in given.items():
         target = ALIASES.get(name, name)
         if target not in allowed:
+            allowed = sorted({*allowed, *also})
             guess = difflib.get_close_matches(name, [*allowed, *ALIASES], n=1)
             hint = f" Did you mean {ALIASES.get(guess[0], guess[0])!r}?" if guess else ""
             raise TypeError(f"{where} has no option {name!r}.{hint} Allowed: {', '.join(allowed)}.")
@@ -321,7 +327,8 @@ def complete_options(
         target = ALIASES.get(name, name)
         if target in options and not is_one_of(options[target], [DEFAULTS[target]]):
             raise TypeError(f"{where} got {target!r} in two spellings; keep one of them.")
-    options.update(resolve_aliases(other_spellings, OPTION_NAMES, where))
+    arguments = given.keys() - _NO_OPTIONS
+    options.update(resolve_aliases(other_spellings, OPTION_NAMES, where, also=arguments))
     _refuse_auto(options, where)
     validate_options(options)
     no_decay = given["no_decay"]

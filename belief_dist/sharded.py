@@ -65,10 +65,10 @@ class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, 
             lie on one device. Parameters and gradients become views of flat buffers. Frozen
             parameters may be unfrozen at any time; until then their states and reductions are paid
             for, so parameters that never train are better left out.
-        lr, betas, eps, weight_decay, weight_decouple, fixed_decay, rectify, degenerated_to_sgd,
-            amsgrad, maximize: As for `AdaBelief`; each may differ per param group. A group with
-            ``"clip": False`` neither counts in the gradient norm nor is clipped; one with a
-            ``"max_grad_norm"`` has a norm of its own, to which it alone is clipped.
+        lr, betas, eps, weight_decay, amsgrad, maximize: As for `AdaBelief`; each may differ per
+            param group. A group with ``"clip": False`` neither counts in the gradient norm nor is
+            clipped; one with a ``"max_grad_norm"`` has a norm of its own, to which it is clipped.
+        weight_decouple, fixed_decay, rectify, degenerated_to_sgd: Likewise.
         no_decay: As for `AdaBelief`.
         process_group: The ranks to shard over: a process group, or a `DeviceMesh` of one
             dimension; None means all. A mesh of two dimensions shards over the last and keeps a

@@ -14,6 +14,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.accuracy import measure
+from benchmarks.any_world_size_picture import plot_any_world_size
 from benchmarks.checkpoint import run_checkpoint
 from benchmarks.compatibility import (
     ALL,
@@ -26,6 +27,7 @@ from benchmarks.compatibility import (
     table,
 )
 from benchmarks.compatibility import Result as CellResult
+from benchmarks.concepts import concepts
 from benchmarks.console import console, table_of, tell
 from benchmarks.evidence import (
     Sheet,
@@ -42,18 +44,19 @@ from benchmarks.host import run_host, run_soak
 from benchmarks.mpi import run_mpi
 from benchmarks.overhead import run_overhead
 from benchmarks.peak import peak_line
-from benchmarks.plot import draw_steps, markdown_steps
+from benchmarks.plot import markdown_steps
 from benchmarks.predictions import scale, simulate
 from benchmarks.reliability import faults, flips, network_faults, soak, standby
 from benchmarks.report import machine
-from benchmarks.resume import compare_runs, draw_resume, run_resume
+from benchmarks.resume import compare_runs, draw_resume, plot_resume, run_resume
 from benchmarks.same_bits import any_world_size, bits
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_by_json, run_step
+from benchmarks.step_picture import draw_steps
 from benchmarks.team import Workload
 from benchmarks.telemetry import run_telemetry
 from benchmarks.update import run_tensors, run_update
-from benchmarks.updates_picture import draw_updates
+from benchmarks.updates_picture import draw_updates, plot_update
 from benchmarks.updates_report import show_updates, updates_content
 from benchmarks.warmstart import run_warmstart
 
@@ -444,16 +447,6 @@ def plot(files: list[Path], out: Path) -> None:
     draw_steps(files, out)
 
 
-def plot_update(file: Path, out: Path) -> None:
-    """Draw the result of `update --json FILE`.
-
-    Args:
-        file: What was written.
-        out: The picture, PNG or SVG.
-    """
-    draw_updates(out, json_module.loads(file.read_text()))
-
-
 def markdown(files: list[Path]) -> None:
     """Print the results of several `step --json FILE` as tables in Markdown.
 
@@ -464,7 +457,7 @@ def markdown(files: list[Path]) -> None:
 
 
 def readme() -> None:
-    """Print the tables of README."""
+    """Print the tables of one update and of one step, as docs/performance.md has them."""
     update()
     step()
 
@@ -490,7 +483,7 @@ _ON_RANKS = [
     habits,
 ]
 _PREDICTED = [simulate, scale]
-_SHOWN = [plot, plot_update, markdown]
+_SHOWN = [plot, plot_update, plot_any_world_size, plot_resume, concepts, markdown]
 
 if __name__ == "__main__":
     auto_cli(

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -215,37 +214,3 @@ def any_world_size_table(found: dict[str, dict[int, Run]]) -> Table:
             cells.append(share if run.differing[-1] else "none")
         table.add_row(name, *cells)
     return table
-
-
-def draw_any_world_size(found: dict[str, dict[int, Run]], path: Path) -> None:
-    """Draw the curves of our runs, which are one line, beside how far those of peers come apart."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for number, (ranks, run) in enumerate(found[OURS].items()):
-        # Of one line nothing would be seen but the last: each is thinner than the one below.
-        width = 9.0 / 2**number
-        left.plot(
-            range(1, len(run.losses) + 1), run.losses, lw=width, c=f"C{number}", label=_ranks(ranks)
-        )
-    left.set(xlabel="step", ylabel="training loss (nats per byte)")
-    left.set_title("ShardedAdaBelief: four curves, one line", fontsize=10)
-    left.legend()
-    for number, (name, runs) in enumerate(found.items()):
-        steps = len(next(iter(runs.values())).losses)
-        for ranks, run in runs.items():
-            if ranks > 1:
-                color, label = f"C{number}", name if ranks == max(runs) else None
-                right.plot(snapshots(steps), run.largest, lw=1.2, c=color, label=label)
-    right.set_yscale("symlog", linthresh=1e-9)
-    right.set_ylim(bottom=-2e-10)
-    right.set(xlabel="step", ylabel="largest difference of a weight from 1 rank's")
-    right.set_title(
-        f"{', '.join(str(r) for r in found[OURS] if r > 1)} ranks beside 1", fontsize=10
-    )
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""What was measured, as pictures and as Markdown."""
+"""What the step benchmark has measured, as Markdown."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import BASELINE, COMPUTE, OURS
-
-_COLUMNS = 2
+from benchmarks.engines import BASELINE, OURS
 
 
-def _results(files: Sequence[Path]) -> list[dict[str, Any]]:
+def step_results(files: Sequence[Path]) -> list[dict[str, Any]]:
     """Return the results of the step benchmark.
 
     Raises:
@@ -34,7 +32,7 @@ def markdown_steps(files: Sequence[Path]) -> str:
     Raises:
         ValueError: A file holds no such result.
     """
-    return "\n\n".join(_markdown(result) for result in _results(files))
+    return "\n\n".join(_markdown(result) for result in step_results(files))
 
 
 def _markdown(result: dict[str, Any]) -> str:
@@ -66,48 +64,4 @@ def _title(result: dict[str, Any]) -> str:
     return (
         f"{settings['ranks']} ranks, {settings['link']}, {settings['million parameters']} M "
         f"parameters, {settings['dtype']}"
-    )
-
-
-def draw_steps(files: Sequence[Path], out: Path) -> None:
-    """Draw one panel of bars for each result of the step benchmark.
-
-    Raises:
-        ValueError: A file holds no such result.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    results = _results(files)
-    lines = -(-len(results) // _COLUMNS)
-    figure, axes = pyplot.subplots(
-        lines, min(_COLUMNS, len(results)), figsize=(13, 4.2 * lines), squeeze=False
-    )
-    for panel in axes.flat[len(results) :]:
-        panel.remove()
-    for panel, result in zip(axes.flat, results, strict=False):
-        _draw(panel, result)
-    figure.tight_layout()
-    figure.savefig(out, dpi=110)
-    pyplot.close(figure)
-
-
-def _draw(panel: Any, result: dict[str, Any]) -> None:
-    medians = {row["name"]: row["median_ms"] for row in result["rows"]}
-    compute = medians.pop(COMPUTE, 0.0)
-    names = list(reversed(medians))
-    colors = ["tab:blue" if name.startswith(OURS) else "tab:gray" for name in names]
-    panel.barh(names, [medians[name] for name in names], color=colors)
-    if compute:
-        panel.axvline(compute, color="black", linestyle=":", label="forward and backward alone")
-    if BASELINE in medians:
-        panel.axvline(medians[BASELINE], color="tab:red", linewidth=1, label=BASELINE)
-    panel.set_title(_title(result), fontsize=10)
-    panel.set_xlabel("milliseconds per step, median")
-    panel.tick_params(axis="y", labelsize=8)
-    # Below: wherever it lay inside, some engine's bar would reach it.
-    panel.legend(
-        fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False
     )

@@ -7,7 +7,12 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from benchmarks.pictures import DPI, GREY, SKY, canvas, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _ROOT = Path(__file__).parent.parent
 _RANKS = (4, 3, 1, 4)
@@ -80,30 +85,52 @@ def compare_runs(runs: Runs) -> list[Part]:
     return parts
 
 
+def plot_resume(file: Path, out: Path) -> None:
+    """Draw the result of `resume --json FILE`.
+
+    Args:
+        file: What was written.
+        out: The picture, PNG or SVG.
+    """
+    draw_resume(json.loads(file.read_text()), out)
+
+
 def draw_resume(runs: Runs, path: Path) -> None:
     """Draw both curves over one another, and their difference below."""
-    import matplotlib
+    resume_figure(runs).savefig(path, dpi=DPI)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(8, 6), sharex=True, layout="constrained", height_ratios=(2, 1)
-    )
+def resume_figure(runs: Runs) -> Figure:
+    """Return the figure, whose lines are named inside of it."""
+    figure = canvas(5.4)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     steps = [row["step"] for row in runs["resumed"]]
+    styles = {"uninterrupted": (SKY, 4.5), "resumed": ("black", 1.0)}
     losses = {name: [row["loss"] for row in rows] for name, rows in runs.items()}
-    above.plot(steps, losses["uninterrupted"], lw=2.5, c="C1", label="4 ranks, uninterrupted")
-    above.plot(steps, losses["resumed"], lw=0.8, c="C0", label="4, 3, 1 and 4 ranks")
-    above.set(ylabel="training loss (nats per byte)")
-    above.legend()
+    ranks = [str(ranks) for ranks in _RANKS]
+    names = {
+        "uninterrupted": f"{_RANKS[0]} ranks, never stopped (below)",
+        "resumed": f"{', '.join(ranks[:-1])} and {ranks[-1]} ranks, resumed (on top)",
+    }
+    for place, (name, (color, width)) in enumerate(styles.items()):
+        above.plot(steps, losses[name], lw=width, color=color)
+        where = {"transform": above.transAxes, "va": "center"}
+        above.plot(
+            [0.28, 0.33], [0.8 - 0.1 * place] * 2, lw=width, color=color, transform=above.transAxes
+        )
+        above.text(0.35, 0.8 - 0.1 * place, names[name], fontsize=10, **where)
+    above.set(ylabel="training loss\n(nats per byte)")
     gaps = [abs(a - b) for a, b in zip(losses["resumed"], losses["uninterrupted"], strict=True)]
-    below.semilogy(steps, [gap or float("nan") for gap in gaps], lw=0.8, c="C0")
-    below.set(xlabel="step", ylabel="|difference|, where not 0")
+    below.plot(steps, [gap * 1e7 for gap in gaps], ".", ms=3, color="black")
+    below.set(xlabel="step", ylabel="their difference\n(1e-7 of these)", ylim=(-0.4, None))
     for part in compare_runs(runs):
-        for axes in (above, below):
-            axes.axvline(part.last + 0.5, ls=":", c="grey", lw=0.8)
+        for panel in (above, below):
+            panel.axvline(part.last + 0.5, ls=":", color=GREY, lw=0.8)
         label = f"{part.ranks} ranks" if part.ranks > 1 else "1 rank"
         place = above.get_xaxis_transform()
-        above.text((part.first + part.last) / 2, 0.93, label, transform=place, ha="center")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+        above.text((part.first + part.last) / 2, 1.03, label, transform=place, ha="center")
+    for panel in (above, below):
+        plain(panel)
+    figure.align_ylabels()
+    figure.subplots_adjust(left=0.11, right=0.98, bottom=0.1, top=0.94, hspace=0.08)
+    return figure

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from benchmarks.any_world_size import (
     any_world_size_table,
-    draw_any_world_size,
     run_any_world_size,
 )
+from benchmarks.any_world_size_picture import draw_any_world_size
 from benchmarks.bits import bits_table, run_bits
 from benchmarks.console import console
 from benchmarks.report import machine

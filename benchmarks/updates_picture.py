@@ -5,11 +5,11 @@ The table has every form and contender; the picture has the few that carry this 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.pictures import BLUE, GREY, ORANGE, PINK, apart, height_of
 from benchmarks.update import ADAMW, OFFICIAL, OURS
 from benchmarks.updates_report import size_of
 
@@ -17,17 +17,27 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLOAT32 = f"{OURS}: float32"
-# Name, label, and what of Okabe and Ito's colours, which everybody tells apart, and marker it has.
+# Name, label, colour and marker.
 SHOWN = (
-    (FLOAT32, "belief_dist", "#0072B2", "o"),
-    (ADAMW, ADAMW, "#555555", "s"),
-    ("pytorch_optimizer AdaBelief", "pytorch_optimizer", "#CC79A7", "^"),
-    (OFFICIAL, OFFICIAL, "#D55E00", "D"),
+    (FLOAT32, "belief_dist", BLUE, "o"),
+    (ADAMW, ADAMW, GREY, "s"),
+    ("pytorch_optimizer AdaBelief", "pytorch_optimizer", PINK, "^"),
+    (OFFICIAL, OFFICIAL, ORANGE, "D"),
 )
 _LABEL = 0.075  # height that a label takes, of the panel's
 _TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 
 Points = dict[int, float]  # nanoseconds per parameter by the number of parameters
+
+
+def plot_update(file: Path, out: Path) -> None:
+    """Draw the result of `update --json FILE`.
+
+    Args:
+        file: What was written.
+        out: The picture, PNG or SVG.
+    """
+    draw_updates(out, json.loads(file.read_text()))
 
 
 def draw_updates(path: Path, content: dict[str, Any]) -> None:
@@ -48,7 +58,9 @@ def updates_figure(content: dict[str, Any]) -> Figure:
 
     figure = Figure(figsize=(8, 4.5))
     panel = figure.subplots()
-    heights = _apart([_height(list(points.values())[-1], low, high) for points in lines.values()])
+    heights = apart(
+        [height_of(list(points.values())[-1], low, high) for points in lines.values()], _LABEL
+    )
     styles = {name: style for name, *style in SHOWN}
     for (name, points), height in zip(lines.items(), heights, strict=True):
         label, color, marker = styles[name]
@@ -105,18 +117,3 @@ def _message(lines: dict[str, Points]) -> str:
         ratio = lines[OFFICIAL][size] / ours
         said.append(f"{OFFICIAL} takes {ratio:.1f} times as long as belief_dist")
     return f"One float32 update of {size_of(size)} parameters:\n" + ",\n".join(said)
-
-
-def _height(value: float, low: float, high: float) -> float:
-    """Return where a value lies between the ends of a logarithmic axis, from 0 to 1."""
-    return math.log(value / low) / math.log(high / low)
-
-
-def _apart(heights: Sequence[float]) -> list[float]:
-    """Return heights for labels: each at its own, or above the one that it would cover."""
-    placed: dict[int, float] = {}
-    least = 0.0
-    for index in sorted(range(len(heights)), key=lambda each: heights[each]):
-        placed[index] = max(heights[index], least)
-        least = placed[index] + _LABEL
-    return [placed[index] for index in range(len(heights))]

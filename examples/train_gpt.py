@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from jsonargparse import auto_cli
 
+from belief_dist.checkpoint import CheckpointError
 from belief_dist.distributed import LaunchError
 from gpt.data import global_batch, load_corpus, unigram_entropy
 from gpt.engines import Engine, ShardedEngine, build_engine
@@ -42,11 +43,19 @@ def main() -> None:
         settings = auto_cli(Settings, as_positional=False)
         with process_group(timedelta(seconds=settings.timeout)) as device:
             train(settings, device)
+    except KeyboardInterrupt:
+        if os.environ.get("RANK", "0") == "0":
+            print(
+                "train_gpt.py: interrupted; --resume with the run's folder goes on from its last "
+                "checkpoint, of which there is one every save_every steps",
+                file=sys.stderr,
+            )
+        sys.exit(130)
     except LaunchError as error:
         # Not always of all ranks, and the environment may not tell which this is.
         print(f"train_gpt.py: {error}", file=sys.stderr)
         sys.exit(2)
-    except ValueError as error:
+    except (ValueError, CheckpointError) as error:
         # Every rank comes here with the same sentence.
         if os.environ.get("RANK", "0") == "0":
             print(f"train_gpt.py: {error}", file=sys.stderr)
@@ -72,7 +81,8 @@ def train(settings: Settings, device: torch.device) -> None:
         engine.watch(run / "metrics.jsonl", settings.monitor)
     if rank == 0:
         print(
-            f"{num_params:,} parameters, {world_size} ranks on {device.type}, engine "
+            f"{num_params:,} parameters, {world_size} {'rank' if world_size == 1 else 'ranks'} "
+            f"on {device.type}, engine "
             f"{settings.engine}, {len(corpus.train):,} bytes of text, from step {done}, "
             f"writing to {run}"
         )

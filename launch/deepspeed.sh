@@ -15,7 +15,8 @@ set -euo pipefail
 # shellcheck source=launch/hosts.sh
 source "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
 
-hostfile=${1:?usage: launch/deepspeed.sh HOSTFILE [SETTINGS...]}
+[[ ${1:-} && $1 != -h && $1 != --help ]] || die "usage: launch/deepspeed.sh HOSTFILE [SETTINGS...]"
+hostfile=$1
 shift
 launcher=${LAUNCHER:-pdsh}
 case $launcher in

@@ -7,6 +7,10 @@
 # Any number of jobs may run side by side. Without GPUs the ranks share the processor's cores.
 set -euo pipefail
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+    sed -n 's/^# \?//p; /^set/q' "${BASH_SOURCE[0]}" | tail -n +2
+    exit 0
+fi
 root=$(realpath "$(dirname "${BASH_SOURCE[0]}")/..")
 if [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
     ranks=$1

@@ -12,7 +12,8 @@ set -euo pipefail
 # shellcheck source=launch/hosts.sh
 source "$(dirname "${BASH_SOURCE[0]}")/hosts.sh"
 
-where=${1:?usage: launch/mpirun.sh HOSTFILE|RANKS [SETTINGS...]}
+[[ ${1:-} && $1 != -h && $1 != --help ]] || die "usage: launch/mpirun.sh HOSTFILE|RANKS [SETTINGS...]"
+where=$1
 shift
 command -v mpirun >/dev/null || die "there is no mpirun on PATH: pip install mpich, or load your site's MPI module"
 scratch=$(mktemp -d)

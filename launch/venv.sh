@@ -36,5 +36,5 @@ echo "Setting up $venv: this takes a minute or two, and happens once."
 pip=("$venv/bin/python" -m pip install --disable-pip-version-check --constraint constraints.txt)
 # Packages are built with the environment's pinned setuptools, not with a freshly downloaded one.
 "${pip[@]}" setuptools
-"${pip[@]}" --no-build-isolation --editable '.[deepspeed,hf,lightning,monitor,mpi,prometheus,triton,examples,dev]'
+"${pip[@]}" --no-build-isolation --editable '.[deepspeed,docs,hf,lightning,monitor,mpi,prometheus,triton,examples,dev]'
 echo "$wanted" >"$stamp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -44,6 +45,18 @@ def test_what_needs_no_torch_imports_none(arguments: list[str], status: int) -> 
     assert done.returncode == status, done.stderr
     assert done.stdout.endswith("heavy: []\n")
     assert ("usage: belief-dist" in done.stdout) if status == 0 else (done.stderr.count("\n") == 1)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        cli.main(["--version"])
+    assert left.value.code == 0 and re.fullmatch(r"belief-dist [\w.]+\n", capsys.readouterr().out)
+
+
+def test_a_table_that_goes_into_a_pipe_has_whole_names(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "layers." * 40
+    commands._table(["tensor", "shape"], [[name, "2x4"]])
+    assert capsys.readouterr().out.splitlines()[1] == f"{name}  2x4"
 
 
 def test_every_spelling_is_the_same_command() -> None:

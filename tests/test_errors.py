@@ -135,6 +135,7 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
     (lambda: [p(2)], {"timeout": timedelta(-1)}, ValueError, "timeout must be > 0 or None, got -1"),
     (lambda: [{"params": []}], {}, ValueError, "got no parameters: every param group is empty"),
     (lambda: [p(2)], {"stage": 3}, ValueError, "stage must be 1 or 2, got 3"),
+    (lambda: [p(2)], {"stagee": 2}, TypeError, "has no option 'stagee'. Did you mean 'stage'?"),
     (lambda: [p(2)], {"stage": True}, ValueError, "stage must be 1 or 2, got True"),
     (
         lambda: [p(2)],
@@ -295,7 +296,8 @@ def test_ranks_that_disagree(tmp_path: Path) -> None:
         case("disagree about the parameter", other_param_shape),
         case("disagree about the parameter", other_order),
         case("disagree about the parameter", other_dtype),
-        case("disagree about the options of param group", same, lr=other_lr),
+        # What is equal is left out.
+        case("of param group: the group's rank 0 has lr=", same, lr=other_lr),
         case("bucket_bytes", same, bucket_bytes=other_bytes),
         case("lr must be finite and >= 0, got -1.0", same, lr=bad_lr),
         case("kind=''), rank 2 has ParamSpec", frozen_here),

@@ -76,7 +76,7 @@ def test_bytes_are_those_that_are_held(tmp_path: Path) -> None:
 
 
 def test_formulas() -> None:
-    """As README has them: bytes per parameter for many ranks."""
+    """As docs/memory.md has them: bytes per parameter for many ranks."""
     count, ranks = 7_000_000_000, 64
     held = {
         row.way.name: (row.held / count, row.on_host / count)

@@ -204,7 +204,10 @@ def find(path: Path, step: int | None) -> Path:
         return known[step]
     newest = latest(path) if path.is_dir() else None
     if newest is None:
-        raise ValueError(f"there is no checkpoint in {path}.")
+        folders = sorted(each for each in path.iterdir() if each.is_dir()) if path.is_dir() else []
+        inside = [each for each in folders if latest(each) is not None]
+        hint = f" itself; there is one in {inside[-1]}" if inside else ""
+        raise ValueError(f"there is no checkpoint in {path}{hint}.")
     return newest
 
 

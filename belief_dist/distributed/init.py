@@ -17,7 +17,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from belief_dist.distributed import handshake
 from belief_dist.distributed.errors import LaunchError
 from belief_dist.distributed.network import address_towards, interface_of, is_loopback
-from belief_dist.distributed.rank_info import RankInfo, read_rank_info
+from belief_dist.distributed.rank_info import ALONE, RankInfo, read_rank_info
 from belief_dist.distributed.store import open_store
 
 TIMEOUT = timedelta(minutes=5)
@@ -239,9 +239,14 @@ def _announce(world: World, hosts: list[str], more: str) -> None:
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     on = f" on {interface}" if interface and "gloo" in world.backend else ""
     size, num_hosts = world.world_size, len(set(hosts))
+    by = (
+        "without a launcher"
+        if world.launcher == ALONE.launcher
+        else f"launched by {world.launcher}"
+    )
     print(
         f"belief_dist: {size} rank{'s' * (size > 1)} on {num_hosts} host{'s' * (num_hosts > 1)}, "
-        f"launched by {world.launcher}; {world.device.type}, {world.backend}{on}, "
+        f"{by}; {world.device.type}, {world.backend}{on}, "
         f"{torch.get_num_threads()} threads each; {more}",
         file=sys.stderr,
         flush=True,

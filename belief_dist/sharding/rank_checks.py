@@ -58,16 +58,36 @@ def compare_ranks(comm: Collectives, mine: dict[str, list[Any]]) -> None:
     digest = hashlib.sha256(repr(mine).encode()).hexdigest()
     if len(set(comm.exchange(digest))) == 1:
         return
-    everyone = comm.exchange({what: [repr(value) for value in mine[what]] for what in mine})
+    everyone = comm.exchange({what: [_said(value) for value in mine[what]] for what in mine})
     for rank, theirs in enumerate(everyone):
         for what, values in everyone[0].items():
             for first, other in zip(values, theirs[what], strict=False):
                 if first != other:
+                    here, there = _what_differs(first, other)
                     raise ValueError(
-                        f"ranks disagree about the {what}: the group's rank 0 has {first}, rank "
-                        f"{rank} has {other}. Build the same model and optimizer on every rank."
+                        f"ranks disagree about the {what}: the group's rank 0 has {here}, rank "
+                        f"{rank} has {there}. Build the same model and optimizer on every rank."
                     )
     raise ValueError("ranks disagree about how many param groups there are.")
+
+
+def _said(value: Any) -> str | dict[str, str]:
+    """Return what ranks tell each other of a value: options one by one."""
+    if isinstance(value, dict):
+        return {str(name): repr(each) for name, each in value.items()}
+    return repr(value)
+
+
+def _what_differs(first: str | dict[str, str], other: str | dict[str, str]) -> tuple[str, str]:
+    """Return two values in words, without the options that are equal."""
+    if isinstance(first, str) or isinstance(other, str):
+        return str(first), str(other)
+    names = [name for name in first | other if first.get(name) != other.get(name)]
+    here, there = (
+        ", ".join(f"{name}={each[name]}" if name in each else f"no {name}" for name in names)
+        for each in (first, other)
+    )
+    return here, there
 
 
 def compare_order(

@@ -1,4 +1,4 @@
-"""The figure of README: by how much AdaBelief's error is smaller than that of others, by task."""
+"""The figure of docs/why.md: by how much AdaBelief's error is smaller than others', by task."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def draw_toys(same: Findings, tuned: Findings, path: Path) -> None:
                     x = 1.5 * STEPS if never else steps
                     shape = {"marker": "x" if never else mark, "color": colour(name)}
                     panel.plot(x, line, linestyle="", markersize=6, alpha=0.85, **shape)
-            panel.set(xscale="log", xlabel=f"steps to the minimum (x: not in {STEPS:,})")
+            panel.set(xscale="log", xlabel=f"steps to the minimum, log scale (x: not in {STEPS:,})")
             panel.set_xlim(15, 2 * STEPS)
             panel.set_yticks(range(len(CASES)), [case.name for case in CASES])
             panel.invert_yaxis()
@@ -105,6 +105,6 @@ def draw_direction(found: Findings, path: Path) -> None:
                     panel.plot(LEVELS, measured, "o", color=colour(rule), markersize=4)
                     ends.append((LEVELS[-1], measured[-1], f"{rule}, {metric}"))
             panel.set(xscale="log", ylim=(0.35, 1.03), title=f"{spread} noise of all elements")
-            panel.set_xlabel("noise, over the root mean square of the gradient")
+            panel.set_xlabel("noise / root mean square of the gradient (log scale)")
             name_lines(panel, ends)
         panels[0].set_ylabel("cosine of the mean update with\ngradient, or its sign (dotted)")

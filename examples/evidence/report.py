@@ -47,6 +47,6 @@ def draw(findings: Mapping[str, Findings], folder: Path) -> None:
     for name, (metric, label) in _ENDS.items():
         shown = [(findings[name], setting, metric) for setting in findings[name].settings]
         if shown:
-            draw_ends(shown, label, min(3, len(shown)), folder / f"evidence-{name}.png")
+            draw_ends(shown, label, min(2, len(shown)), folder / f"evidence-{name}.png")
     if findings["gpt"].settings:
         draw_learning_rates(findings["gpt"], "cosine", folder / "evidence-learning-rates.png")

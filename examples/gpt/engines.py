@@ -151,12 +151,18 @@ class DeepSpeedEngine:
             "gradient_accumulation_steps": settings.accumulate,
             "bf16": {"enabled": settings.dtype == "bfloat16"},
         }
-        self.engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=model.param_groups(),
-            config=config,
-            lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
-        )
+        try:
+            self.engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=model.param_groups(),
+                config=config,
+                lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
+            )
+        except (AssertionError, TypeError, ValueError) as error:  # many of its checks are assert
+            raise ValueError(
+                f"deepspeed_config {settings.deepspeed_config}: {error} "
+                f"(belief-dist check {settings.deepspeed_config} tells more)"
+            ) from error
         self.model = self.engine.module
         # "ShardedAdaBelief" shards at stage 0, where DeepSpeed does not.
         self._shards_itself = hasattr(self.engine.optimizer, "bytes_per_rank")

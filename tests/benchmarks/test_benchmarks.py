@@ -16,9 +16,9 @@ from benchmarks.any_world_size import (
     OURS,
     Run,
     any_world_size_table,
-    draw_any_world_size,
     run_any_world_size,
 )
+from benchmarks.any_world_size_picture import draw_any_world_size
 from benchmarks.bits import run_bits
 from benchmarks.engines import BY_JSON, ENGINES
 from benchmarks.faults import WAYS, Case, cases, run_case

@@ -205,6 +205,7 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     for arguments, sentence in [
         (("inspect", tmp_path / "nothing"), "there is no checkpoint in"),
+        (("inspect", tmp_path), "itself; there is one in"),
         (("diff", ours, tmp_path / "no"), "there is nothing at"),
         (("convert", state, tmp_path / "x", "--to", "torch"), "pass weights, too"),
         (("convert", ours, tmp_path / "x", "--to", "universal"), "needs a template"),

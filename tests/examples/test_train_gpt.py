@@ -6,6 +6,7 @@ Launchers start some runs; of many settings the ranks are forks, which saves the
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -213,6 +214,9 @@ WRONG = {
     "deepspeed_config nowhere.json cannot be read": [
         *[*zero(2)[:2], "--deepspeed_config", "nowhere.json"]
     ],
+    "AdaBeleif is not a supported DeepSpeed Optimizer (belief-dist check": [
+        *[*zero(2)[:2], "--deepspeed_config", "misspelled.json"]
+    ],
     "--learning": ["--learning", "1"],
     "speed": ["--optimizer.speed", "1"],
     "batch must be a multiple of micro_batches, which": ["--micro_batches", "3"],
@@ -223,6 +227,8 @@ WRONG = {
 
 
 def test_wrong_settings_get_a_sentence_and_no_traceback(tmp_path: Path) -> None:
+    misspelled = {"optimizer": {"type": "AdaBeleif"}, "zero_optimization": {"stage": 2}}
+    (tmp_path / "misspelled.json").write_text(json.dumps(misspelled))
     jobs = [
         Job(1, [*CONFIG, *SMALL, "--accumulate", "2", *settings]) for settings in WRONG.values()
     ]
@@ -230,6 +236,22 @@ def test_wrong_settings_get_a_sentence_and_no_traceback(tmp_path: Path) -> None:
         assert done.returncode == 2, expected
         assert expected in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("train_gpt")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "auto_cli", interrupt)
+    with pytest.raises(SystemExit) as left:
+        example.main()
+    assert left.value.code == 130
+    assert "interrupted; --resume with the run's folder" in capsys.readouterr().err
 
 
 def test_a_run_resumes_only_as_it_was_started(stopped: Path, tmp_path: Path) -> None:

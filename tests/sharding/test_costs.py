@@ -1,4 +1,4 @@
-"""What a sharded step costs: copies, memory, traffic and messages, as README has them."""
+"""What a sharded step costs: copies, memory, traffic and messages, as docs/memory.md has them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def check_storages(optimizer: ShardedAdaBelief) -> None:
 
 
 def smaller_memory_is_as_documented() -> None:
-    """README's bytes per parameter of the smaller states and masters."""
+    """The bytes of docs/memory.md per parameter of the smaller states and masters."""
     world_size, count = dist.get_world_size(), 3 * 128 * 1000
     for master, state_dtype, per_param in (
         ("remainder", torch.float32, 2 + 8),
@@ -97,7 +97,7 @@ def smaller_memory_is_as_documented() -> None:
 
 
 def memory_is_as_documented() -> None:
-    """README's bytes per parameter, counted on the storages that the optimizer really holds."""
+    """The bytes of docs/memory.md, counted on the storages that the optimizer really holds."""
     world_size, count = dist.get_world_size(), 3 * 128 * 1000
     per_param = {
         torch.float32: {
@@ -143,7 +143,7 @@ def test_memory_is_as_documented(world_size: int, tmp_path: Path) -> None:
 
 
 def traffic_is_as_documented() -> None:
-    """README's bytes, counted where they leave; and one small message, however many buckets."""
+    """What docs/memory.md says travels, counted where it leaves; one message for all buckets."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     sent, messages = 0, 0
     isend, all_reduce = dist.isend, dist.all_reduce

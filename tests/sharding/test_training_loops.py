@@ -24,7 +24,7 @@ from tests.harness.reference import backward
 
 
 def gradients_are_sharded() -> None:
-    """README's bytes at stage 2, during backward too: two recycled buckets, no full gradient."""
+    """The bytes of stage 2, during backward too: two recycled buckets, no full gradient."""
     world_size, count = dist.get_world_size(), 12 * 128 * 1000
     for dtype, wire in (
         (torch.float32, None),
