@@ -114,6 +114,7 @@ class AdaBelief(Optimizer):
     ) -> None:
         """See the class."""
         defaults = complete_options(locals(), other_spellings, "AdaBelief")
+        kernels.check_choice()
         for name, value in {"foreach": foreach, "fused": fused, "capturable": capturable}.items():
             if not (isinstance(value, bool) or (value is None and name != "capturable")):
                 allowed = "True or False" if name == "capturable" else "True, False or None"

@@ -18,7 +18,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim import Optimizer
 
-from belief_dist import observers
+from belief_dist import kernels, observers
 from belief_dist.engine_options import EngineOptions, Reduction, check_timeout
 from belief_dist.options import complete_options
 from belief_dist.params import (
@@ -195,6 +195,7 @@ class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, 
         try:
             check_timeout(timeout)
             defaults = complete_options(arguments, other_spellings, "ShardedAdaBelief")
+            kernels.check_choice()
             self._options = EngineOptions.from_arguments(arguments)
             check_mesh(process_group, self._options)
             super().__init__(as_groups(params, "ShardedAdaBelief"), defaults)

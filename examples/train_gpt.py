@@ -26,7 +26,14 @@ from belief_dist.distributed import LaunchError
 from gpt.data import global_batch, load_corpus, unigram_entropy
 from gpt.engines import Engine, ShardedEngine, build_engine
 from gpt.evaluate import held_out_loss, sample
-from gpt.job import STOP, last_checkpoint, process_group, run_folder, write_checkpoint
+from gpt.job import (
+    STOP,
+    last_checkpoint,
+    process_group,
+    run_folder,
+    with_stored_settings,
+    write_checkpoint,
+)
 from gpt.model import GPT
 from gpt.report import Log, draw_losses, print_table, progress_bar, unsharded_bytes
 from gpt.settings import Settings
@@ -40,7 +47,7 @@ _FREE = {
 
 def main() -> None:
     try:
-        settings = auto_cli(Settings, as_positional=False)
+        settings = auto_cli(Settings, as_positional=False, args=with_stored_settings(sys.argv[1:]))
         with process_group(timedelta(seconds=settings.timeout)) as device:
             train(settings, device)
     except KeyboardInterrupt:

@@ -34,6 +34,7 @@ __all__ = [
     "Again",
     "again",
     "backends",
+    "check_choice",
     "checksums",
     "encode_int8_",
     "foreach_update_",
@@ -68,6 +69,15 @@ def _choice() -> str:
             f"BELIEF_DIST_BACKEND must be one of {', '.join(_CHOICES)}, got {choice!r}."
         )
     return choice
+
+
+def check_choice() -> None:
+    """Refuse a wrong environment variable when an optimizer is built, and not in its first step.
+
+    Raises:
+        ValueError: BELIEF_DIST_BACKEND is none of its choices.
+    """
+    _choice()
 
 
 @lru_cache(maxsize=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -76,6 +78,24 @@ def _run_folder(out: Path | None, resume: Path | None, fixed: Path | None) -> Pa
             f"{folder} is not empty: continue it by --resume, or choose another --out."
         )
     return folder.resolve()
+
+
+def with_stored_settings(arguments: list[str]) -> list[str]:
+    """Return the arguments of a job, with the settings of the run that it resumes, if it does.
+
+    They count more than configuration files, and less than settings that are given one by one.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--config", action="append", default=[])
+    known, rest = parser.parse_known_args(arguments)
+    folder = None if known.resume is None else last_checkpoint(known.resume)
+    if folder is None:
+        return arguments
+    progress = json.loads((folder / "progress.json").read_text())
+    files = [*known.config, json.dumps(progress["settings"])]
+    configs = [part for file in files for part in ("--config", file)]
+    return [*configs, *rest, "--resume", str(known.resume)]
 
 
 def last_checkpoint(folder: Path) -> Path | None:

@@ -129,7 +129,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     whole, said = uninterrupted(launcher, *settings)
     train(launcher, tmp_path, *settings, "--out", "parts", "--stop_at", "3")
-    train(launcher, tmp_path, *settings, "--resume", "parts")
+    train(launcher, tmp_path, "--resume", "parts")  # with the settings that the run has stored
     check_resumed(whole, tmp_path / "parts", said)
 
 

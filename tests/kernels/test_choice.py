@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from belief_dist import kernels
+from belief_dist import AdaBelief, ShardedAdaBelief, kernels
 from belief_dist.operands import Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import (
@@ -74,3 +74,12 @@ def test_an_idle_core_under_torchrun_is_noticed(
         kernels._cpp()
         said = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert len(said) == len(noticed) and all(w in s for w, s in zip(noticed, said, strict=True))
+
+
+def test_an_unknown_value_is_refused_when_an_optimizer_is_built(
+    fresh_choice: pytest.MonkeyPatch,
+) -> None:
+    fresh_choice.setenv("BELIEF_DIST_BACKEND", "nonsense")
+    for kind in (AdaBelief, ShardedAdaBelief):
+        with pytest.raises(ValueError, match=r"BELIEF_DIST_BACKEND must be one of .* 'nonsense'"):
+            kind([torch.nn.Parameter(torch.ones(2))])
