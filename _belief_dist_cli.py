@@ -129,6 +129,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--json", action="store_true", help="print everything as JSON")
     made = command(
+        "bench",
+        "measure the update here",
+        "Measure the update in each form on this machine, beside a plain pass over as many bytes.",
+    )
+    made.add_argument(
+        "--elements", type=float, default=2.0**24, help="parameters of an update; default: 2**24"
+    )
+    made.add_argument("--picture", type=Path, help="draw it, as PNG")
+    made.add_argument("--json", action="store_true", help="print everything as JSON")
+    made = command(
         "migrate",
         "show how a script or DeepSpeed JSON takes AdaBelief",
         "Show how a training script, or a DeepSpeed JSON, takes AdaBelief where it has "

@@ -10,7 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from _belief_dist_cli import fail
+from belief_dist.bench import draw_bench, measure
 from belief_dist.checkpoint import CheckpointError, verify
 from belief_dist.checkpoint.checksummed_files import read_manifest
 from belief_dist.checkpoint.formats import convert
@@ -123,6 +126,29 @@ def _plan(args: argparse.Namespace) -> int:
         print("None of ours fits: take more ranks, or AdaBelief under ZeRO-3 or FSDP2.")
         return 1
     print(f"The fastest of ours that fits:\n    {python_line(best.way)}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    if not 1 <= args.elements <= 1e12:
+        raise ValueError(f"--elements must be 1 to 1e12, got {args.elements:g}.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = measure(int(args.elements), device)
+    if args.picture is not None:
+        draw_bench(args.picture, found)
+    if args.json:
+        updates = [each._asdict() for each in found.updates]
+        print(json.dumps({**found._asdict(), "updates": updates}, indent=2))
+        return 0
+    print(f"{found.device}: memory is read and written at {found.memory / 1e9:.1f} GB/s")
+    _table(
+        ("update", "bytes", "ns", "of memory's speed"),
+        [
+            (each.form, f"{each.per_param:.1f}", f"{each.seconds * 1e9:.3f}", f"{each.share:.2f}")
+            for each in found.updates
+        ],
+    )
+    print("Bytes and ns are for each parameter that a rank owns.")
     return 0
 
 
@@ -290,6 +316,7 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "convert": _convert,
     "doctor": _doctor,
     "plan": _plan,
+    "bench": _bench,
     "check": _check,
     "migrate": _migrate,
     "report": _report,

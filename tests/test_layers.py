@@ -92,7 +92,7 @@ integrations.mpi
 __init__
 deepspeed_keys
 deepspeed_config deepspeed_schema doctor memory_plan
-deepspeed_launcher_files plan_picture
+deepspeed_launcher_files plan_picture bench
 telemetry.records telemetry.statistics telemetry.prometheus
 telemetry.monitor
 telemetry
@@ -110,6 +110,7 @@ OPTIONAL = {
     "mpi_backend": {"mpi4py"},
     "deepspeed": {"deepspeed"},
     "memory_plan": {"transformers"},
+    "bench": {"matplotlib"},
     "plan_picture": {"matplotlib"},
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
