@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from belief_dist.options import (
-    DEFAULTS,
-    OPTION_NAMES,
-    as_float,
-    positive_or_none,
-    shown,
-    validate_options,
-)
+from belief_dist.options import DEFAULTS, OPTION_NAMES, as_float, shown, validate_options
 
 logger = logging.getLogger("belief_dist")
 
@@ -316,16 +309,6 @@ def check_shard(
                 f"{where}.load_state_dict: in saved param group {position}, clip must be True or "
                 f"False, got {shown(clip)}."
             )
-        limit = saved.get("max_grad_norm")
-        if limit is not None:
-            positive_or_none(
-                f"{where}.load_state_dict: in saved param group {position}, max_grad_norm", limit
-            )
-        if (limit is None) != (group["max_grad_norm"] is None):
-            raise ValueError(
-                f"{where}.load_state_dict: saved param group {position} has max_grad_norm={limit}, "
-                f"and this one {group['max_grad_norm']}; build it alike."
-            )
         if saved["amsgrad"] != group["amsgrad"]:
             raise ValueError(
                 f"{where}.load_state_dict: saved param group {position} has "
@@ -364,8 +347,10 @@ def copy_shard_(
                 value.copy_(entry[key])
         own["step"] = int(entry["step"])
         own.update(other)
+    # The limit of a group's norm stays, as that of the model's: it says how to train from here on.
+    kept = ("params", "param_names", "max_grad_norm")
     for saved, group in zip(state_dict["param_groups"], param_groups, strict=True):
-        group.update({key: saved[key] for key in saved if key not in ("params", "param_names")})
+        group.update({key: saved[key] for key in saved if key not in kept})
     pairs = enumerate(zip(states, entries, strict=True))
     without = [i for i, (own, entry) in pairs if AVERAGE in own and AVERAGE not in entry]
     if without:

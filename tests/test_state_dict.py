@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from belief_dist import AdaBelief, ShardedAdaBelief
+from belief_dist import AdaBelief, ShardedAdaBelief, checkpoint
 
 
 def label(value: Any) -> str:
@@ -181,3 +182,29 @@ def test_states_may_be_absent_or_named(state: Any) -> None:
     optimizer.load_state_dict(named(saved) if state == "named" else {**saved, "state": {0: state}})
     optimizer.step()
     assert optimizer.state_dict()["state"][0]["step"] == (2 if state == "named" else 1)
+
+
+def test_a_limit_of_a_groups_norm_stays_as_it_was_built(tmp_path: Path) -> None:
+    """As that of the model's norm does; whatever the run that has saved had."""
+
+    def built(limit: float | None) -> tuple[nn.Module, ShardedAdaBelief]:
+        model = nn.Linear(3, 2)
+        groups = [{"params": list(model.named_parameters()), "max_grad_norm": limit}]
+        optimizer = ShardedAdaBelief(groups, lr=0.1)
+        model(torch.ones(3)).sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    for saved, own in ((0.5, None), (None, 0.5), (0.5, 0.25)):
+        model, optimizer = built(saved)
+        folder = tmp_path / f"{saved}-{own}"
+        checkpoint.save(folder, 1, model=model, optimizer=optimizer)
+        other_model, other = built(own)
+        other.param_groups[0]["lr"] = 0.2
+        checkpoint.load(folder, model=other_model, optimizer=other)
+        assert (other.param_groups[0]["lr"], other.param_groups[0]["max_grad_norm"]) == (0.1, own)
+        if (saved is None) == (own is None):  # else they have other buckets
+            other.load_state_dict(optimizer.state_dict())
+            assert other.param_groups[0]["max_grad_norm"] == own
+        other_model(torch.ones(3)).sum().backward()
+        other.step()

@@ -151,21 +151,19 @@ def match_groups(
                 f"parameter {members[0]!r} was saved with amsgrad={first.get('amsgrad')}, and "
                 f"param group {number} has amsgrad={group['amsgrad']}; build it alike."
             )
-        own = group.get("max_grad_norm")
-        if "max_grad_norm" in group and (first.get("max_grad_norm") is None) != (own is None):
-            raise ValueError(
-                f"parameter {members[0]!r} was saved with "
-                f"max_grad_norm={first.get('max_grad_norm')} of its param group, and group "
-                f"{number} has {own}; build it alike."
-            )
         found.append(first)
     return found
 
 
 def apply_options(optimizer: Optimizer, options: Sequence[Mapping[str, Any]]) -> None:
-    """Set the saved options of every group; an lr that is a tensor is filled in place."""
+    """Set the saved options of every group; an lr that is a tensor is filled in place.
+
+    A limit of the group's own norm stays, as that of the model's does.
+    """
     for group, saved in zip(optimizer.param_groups, options, strict=True):
         for key, value in saved.items():
+            if key == "max_grad_norm":
+                continue
             own = group.get(key)
             if isinstance(own, Tensor):  # a captured CUDA graph reads the lr from this tensor
                 own.fill_(value)
