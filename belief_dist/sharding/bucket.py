@@ -67,8 +67,8 @@ class BucketBuffers:
             one rank it is `flat_grad`, in the parameters' dtype, if there is one.
         master: (bucket.shard_numel,): the parameters that are updated, in the compute dtype. It is
             `param_shard` itself unless parameters are 16 bits wide or it is on the host. With
-            remainders, the bfloat16 parameters whose other half is in `remainder`.
-        remainder: (bucket.shard_numel,), int16: the lower halves of the masters, or None.
+            remainders, the bfloat16 parameters that are the upper half of the masters.
+        remainder: (bucket.shard_numel,), int16 or int8: the rest of the masters, or None.
         states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each (bucket.shard_numel,),
             in the compute dtype or `state_dtype`; with uint8 also the exponents of each. With
             `ema_decay` also param_ema, likewise, in the compute dtype or `ema_dtype`.
@@ -135,10 +135,10 @@ class BucketBuffers:
             self.low_param = self._on_host_like(self.param_shard, first.dtype)
         self.remainder: Tensor | None = None
         self.master = self.param_shard
-        if is_low and options.master == "remainder":
+        if is_low and options.remainder_dtype is not None:
             assert self.low_param is not None
             self.master = self.low_param
-            self.remainder = self._zeros(torch.int16)
+            self.remainder = self._zeros(options.remainder_dtype)
         elif self.on_host:
             self.master = self._on_host_like(self.param_shard, compute)
         elif is_low:
