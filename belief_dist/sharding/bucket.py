@@ -15,7 +15,7 @@ from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype
 from belief_dist.sharding.grad_codec import codec_for
-from belief_dist.sharding.layout import Bucket, Fragment, Layout
+from belief_dist.sharding.layout import PARAM_ALIGN_BYTES, Bucket, Fragment, Layout
 from belief_dist.state_dict import AVERAGE
 from belief_dist.state_formats import join_master
 
@@ -49,7 +49,9 @@ def block_of(options: EngineOptions) -> int:
     A block that two parameters or two shards shared would be encoded by two of them.
     """
     of_states = BLOCK if options.state_dtype == torch.uint8 else 1
-    return max(codec_for(options.reduce_dtype).block, of_states)
+    # Where bytes start at a multiple of 16, a GPU reads several of them at once.
+    of_masters = PARAM_ALIGN_BYTES if options.remainder_dtype == torch.int8 else 1
+    return max(codec_for(options.reduce_dtype).block, of_states, of_masters)
 
 
 class BucketBuffers:
