@@ -335,7 +335,7 @@ PORTABLE_SIMD void split_master(int n, const float* from, uint16_t* param, int16
   }
 }
 
-// Rounds stochastically: what carries out of the lowest byte does, and no other bit of it matters.
+// Rounds stochastically: of the lowest byte, only the carry is kept.
 PORTABLE_SIMD void split_master(int n, const float* from, uint16_t* param, int8_t* remainder,
                                 uint32_t noise) {
 #pragma omp simd
