@@ -34,6 +34,10 @@ _FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
         torch.bfloat16,
         {"master": "remainder", "state_dtype": "uint8"},
     ),
+    "bfloat16, remainders of 8 bits, 8-bit states": (
+        torch.bfloat16,
+        {"master": "remainder8", "state_dtype": "uint8"},
+    ),
 }
 
 

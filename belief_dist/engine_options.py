@@ -150,8 +150,8 @@ class EngineOptions:
     reduce_dtype: torch.dtype | None = field(
         default=None, metadata={"check": _dtype(None, torch.float32, torch.bfloat16, torch.int8)}
     )
-    master: Literal["fp32", "remainder"] = field(
-        default="fp32", metadata={"check": _one_of("fp32", "remainder")}
+    master: Literal["fp32", "remainder", "remainder8"] = field(
+        default="fp32", metadata={"check": _one_of("fp32", "remainder", "remainder8")}
     )
     state_dtype: torch.dtype = field(
         default=torch.float32,
@@ -230,6 +230,11 @@ class EngineOptions:
         """Whether an average of the weights is kept."""
         return self.ema_decay is not None
 
+    @property
+    def remainder_dtype(self) -> torch.dtype | None:
+        """What is kept of the master of a bfloat16 parameter beside the parameter, if not all."""
+        return {"remainder": torch.int16, "remainder8": torch.int8}.get(self.master)
+
     def check_param(self, dtype: torch.dtype, label: str) -> None:
         """Refuse a parameter whose dtype does not go together with an option.
 
@@ -255,9 +260,9 @@ class EngineOptions:
                 f"ema_dtype={self.ema_dtype} would narrow the average of float64 parameter "
                 f"{label}; leave it out, or use float32 parameters."
             )
-        if dtype == torch.float16 and self.master == "remainder":
+        if dtype == torch.float16 and self.remainder_dtype is not None:
             raise ValueError(
-                f"master='remainder' cannot serve float16 parameter {label}, which is not the "
+                f"master={self.master!r} cannot serve float16 parameter {label}, which is not the "
                 f"upper half of a float32 number; use bfloat16, or master='fp32'."
             )
 

@@ -58,6 +58,11 @@ WAYS = (
         {"stage": 2, "master": "remainder", "state_dtype": "uint8"},
     ),
     Way(
+        "bfloat16, ZeRO-2, 8-bit remainders, 8 bits",
+        _BF16,
+        {"stage": 2, "master": "remainder8", "state_dtype": "uint8"},
+    ),
+    Way(
         "bfloat16, ZeRO-2, states on the host",
         _BF16,
         {"stage": 2, "master": "remainder", "offload": "cpu"},
@@ -179,8 +184,8 @@ def bytes_by_place(
         fits = not is_low or (codec.wire_dtype(dtype) == dtype and options.max_grad_value is None)
         if not (has_flat and fits and ranks == 1):
             on_device["gradients"] += own * compute.itemsize
-        if is_low and options.master == "remainder":
-            states["masters"] += 2 * own
+        if is_low and options.remainder_dtype is not None:
+            states["masters"] += own * options.remainder_dtype.itemsize
         elif is_low or goes:
             states["masters"] += own * compute.itemsize
         if is_low and goes:

@@ -28,7 +28,8 @@ class Operands(NamedTuple):
     exp_avg_sq: Tensor  # s, in the dtype of m; in place
     max_exp_avg_sq: Tensor | None = None  # amsgrad: largest s so far, in the dtype of m; in place
     param_out: Tensor | None = None  # 16 bits: receives the rounded new parameter
-    remainder: Tensor | None = None  # int16: lower half of the masters, param is bfloat16; in place
+    # int16: lower half of the masters, param being the upper one, bfloat16; int8: its upper byte
+    remainder: Tensor | None = None  # in place
     param_ema: Tensor | None = None  # average of the parameter: as m, but never uint8; in place
     exp_avg_exponent: Tensor | None = None  # uint8, with uint8 states only; in place
     exp_avg_sq_exponent: Tensor | None = None  # likewise

@@ -9,7 +9,7 @@ from typing import Any
 from belief_dist.memory_plan import plan
 
 # As far apart as may be for who sees few colours (Okabe and Ito); others are grey.
-_COLORS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7")
+_COLORS = ("#000000", "#0072b2", "#56b4e9", "#009e73", "#e69f00", "#d55e00", "#cc79a7", "#882255")
 _GREY = "#777777"
 # DeepSpeed's ZeRO-1 and 2 hold as much as ours.
 _NOT_DRAWN = ("DeepSpeed ZeRO-1, bfloat16", "DeepSpeed ZeRO-2, bfloat16")

@@ -94,11 +94,12 @@ class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, 
         master: "remainder" keeps the lower half only of a bfloat16 parameter's float32 master, as
             the parameter itself is the upper one: 2 bytes less, and the same masters from the same
             gradients, see `state_formats`. (Parameters round ties away from zero, and not to even.)
-            "fp32" keeps the whole.
+            "remainder8" keeps 8 bits of that half, 3 bytes less than "fp32", and rounds masters to
+            24 bits, stochastically. "fp32" keeps the whole.
         state_dtype: torch.float32, or torch.bfloat16 (2 bytes) or torch.uint8 (1 byte and 1/256)
             for each element of exp_avg and exp_avg_sq, rounded stochastically, see `state_formats`.
             The bits then are still the same for any number of ranks and any bucket size.
-        seed: Of the noise that rounds them.
+        seed: Of the noise that rounds states, masters and averages.
         ema_decay: Keep an exponential moving average of the weights with this decay, in the pass of
             the update; see `averaged_parameters` and docs/averages.md. None keeps none.
         ema_dtype: Of the average: torch.float32, or torch.bfloat16, rounded as `state_dtype`.
@@ -164,7 +165,7 @@ class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, 
         micro_batches: int | None = None,
         reduction: Reduction = "ordered",
         reduce_dtype: torch.dtype | str | None = None,
-        master: Literal["fp32", "remainder"] = "fp32",
+        master: Literal["fp32", "remainder", "remainder8"] = "fp32",
         state_dtype: torch.dtype | str = torch.float32,
         seed: int = 0,
         ema_decay: float | None = None,

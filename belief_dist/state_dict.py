@@ -183,7 +183,7 @@ def _check_tensor(what: str, loaded: Any, own: Tensor) -> None:
     if loaded.dtype != own.dtype and not (loaded.is_floating_point() and own.is_floating_point()):
         raise ValueError(
             f"{what}: its dtype is {loaded.dtype}, {own.dtype} is needed; build the optimizer with "
-            f"the state_dtype that was used when saving."
+            f"the master and state_dtype that were used when saving."
         )
 
 

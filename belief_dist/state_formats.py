@@ -12,6 +12,7 @@ exp_avg, *_sq      bfloat16                 rounded stochastically
 param_ema          as these, but no uint8   likewise, whatever form the others have
 exp_avg, *_sq      uint8, with *_exponent   8 bits each, and 8 for each block of 256
 param, remainder   bfloat16, int16          the upper and the lower half of a float32 master
+param, remainder   bfloat16, int8           the upper 24 bits of one, rounded stochastically
 =================  =======================  =============================================
 
 **Stochastic rounding.** 0.999 s is nearer to s than to any other bfloat16 or 8-bit number: rounded
@@ -41,6 +42,22 @@ one subtraction that IEEE 754 defines), so that every kernel has the same bits b
 of M as a signed number: ``M = (param << 16) + remainder`` for every M but NaNs, which become one
 NaN. (Ties to even would need one remainder more than 16 bits have.)
 
+**Remainders of 8 bits.** Masters of 24 bits have 15 of mantissa, and a step often moves them by
+less than half of what these tell apart: to nearest, they would stay for ever. So they are rounded
+stochastically, too: with 8 bits of noise n, M becomes ``M24 = (M + n) & ~0xFF``. Parameter and
+remainder follow from M24 as above, and as its lowest byte is zero, the remainder is stored without
+it: ``M24 = (param << 16) + (remainder << 8)``. A master that a step does not change stays, whatever
+the noise; so do zeros of either sign, infinities and the NaN. What is larger than the largest
+number of 24 bits may become an infinity, as wherever noise rounds, and its parameter is one
+already. Masters that do not come out of a step, such as those of a checkpoint, are rounded to
+nearest, ties away from zero.
+
+**Which noise rounds what.** Of the 32 bits of an element's noise the lower half rounds m and an
+average of weights, and the upper half s and the largest s. All of them are taken then, and the next
+step is computed from m, s and the master together: their errors must not be related. So the
+master's 8 bits are the upper ones of one further round of the hash on all 32, whatever dtype states
+have.
+
 Sources: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv:2110.02861;
 stochastic rounding of states: Zamirai et al., "Revisiting BFloat16 Training", arXiv:2010.06192;
 hash: C. Wellons, hash-prospector, "lowbias32" (public domain).
@@ -56,6 +73,8 @@ from belief_dist.rule import StepScalars, update_reference_
 
 _UINT32 = 0xFFFFFFFF
 _NAN = 0x7FC00000
+# With this as its noise, a master is rounded to nearest.
+NEAREST8 = 1 << 7
 # How far below a block's largest exponent the stored one lies.
 _M_BINADES = 7
 _S_BINADES = 31
@@ -65,8 +84,8 @@ _S_ROOM = 0xFFFF << 4
 
 
 def is_stochastic(dtype: torch.dtype) -> bool:
-    """Return whether states of this dtype are rounded stochastically."""
-    return dtype in (torch.bfloat16, torch.uint8)
+    """Return whether states, averages or remainders of this dtype are rounded stochastically."""
+    return dtype in (torch.bfloat16, torch.uint8, torch.int8)
 
 
 # - Noise
@@ -96,6 +115,11 @@ def noise(key: int, step: int, first: int, numel: int, device: torch.device) -> 
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _UINT32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _UINT32
     return x ^ (x >> 16)
+
+
+def master_noise(random: Tensor) -> Tensor:
+    """Return 8 bits, (n,), int64, that round masters, from the `noise` of their elements."""
+    return (((random ^ (random >> 15)) * 0x846CA68B) & _UINT32) >> 24
 
 
 # - Bits of float32 numbers, as int64
@@ -184,13 +208,14 @@ def decode_s(code: Tensor, exponent: Tensor) -> Tensor:
 
 
 def join_master(param: Tensor, remainder: Tensor) -> Tensor:
-    """Return the masters (n,), float32, whose halves are `param` (bfloat16) and `remainder`.
+    """Return the masters (n,), float32, whose parts are `param` (bfloat16) and `remainder`.
 
     Halves that no master has are the parameter alone: as a sum they could be a NaN. They occur
     where a parameter was set to zero through `.data`, and its remainder is still there.
     """
     upper = param.contiguous().view(torch.int16).to(torch.int64) << 16
-    joined = _float((upper + remainder.to(torch.int64)) & _UINT32)
+    unit = 1 << 8 if remainder.dtype == torch.int8 else 1
+    joined = _float((upper + remainder.to(torch.int64) * unit) & _UINT32)
     return torch.where(joined.isnan(), param.to(torch.float32), joined)
 
 
@@ -201,6 +226,17 @@ def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
     lower = bits & 0xFFFF
     remainder = torch.where(lower > 0x7FFF, lower - (1 << 16), lower).to(torch.int16)
     return _float(upper).to(torch.bfloat16), remainder
+
+
+def split_rounded_master(master: Tensor, noise8: Tensor | int) -> tuple[Tensor, Tensor]:
+    """Return the parts of float32 masters (n,) that 24 bits hold: bfloat16, and int8.
+
+    Args:
+        master: (n,), float32.
+        noise8: (n,), int64, in [0, 2**8); or `NEAREST8`, which rounds to nearest.
+    """
+    param, remainder = split_master(_float((_bits(master) + noise8) & 0xFFFFFF00))
+    return param, (remainder >> 8).to(torch.int8)
 
 
 # - Checksums
@@ -281,13 +317,15 @@ def _update_stored_(o: Operands, scalars: StepScalars, grad_scale: Tensor | floa
         param_out=o.param_out,
         param_ema=average,
     )
-    if o.remainder is not None:
-        for half, value in zip((o.param, o.remainder), split_master(param), strict=True):
-            half.copy_(value)
+    rounds_master = o.remainder is not None and is_stochastic(o.remainder.dtype)
     rounds_average = o.param_ema is not None and is_stochastic(o.param_ema.dtype)
-    if not (is_stochastic(form) or rounds_average):
+    if o.remainder is not None and not rounds_master:
+        _copy_parts_(o, split_master(param))
+    if not (is_stochastic(form) or rounds_average or rounds_master):
         return
     random = noise(o.key, scalars.step, o.first, m.numel(), m.device)
+    if rounds_master:
+        _copy_parts_(o, split_rounded_master(param, master_noise(random)))
     if rounds_average:
         assert o.param_ema is not None and average is not None
         # Nothing of the next step is computed from it, so it may share the noise of m.
@@ -306,6 +344,12 @@ def _update_stored_(o: Operands, scalars: StepScalars, grad_scale: Tensor | floa
         code, block = encode_m(new, noise16) if position == 0 else encode_s(new, noise16)
         state.copy_(code)
         exponent.copy_(block)
+
+
+def _copy_parts_(o: Operands, parts: tuple[Tensor, Tensor]) -> None:
+    assert o.remainder is not None
+    o.param.copy_(parts[0])
+    o.remainder.copy_(parts[1])
 
 
 def _states(o: Operands) -> list[tuple[Tensor | None, Tensor | None]]:

@@ -37,7 +37,7 @@ from benchmarks.evidence import (
     overview,
     training_sheet,
 )
-from benchmarks.gradients import recorded, synthetic
+from benchmarks.gradients import recorded, small_steps, synthetic
 from benchmarks.groups import groups
 from benchmarks.habits import HABITS, run_habits
 from benchmarks.host import run_host, run_soak
@@ -365,7 +365,7 @@ def accuracy(
     markdown: Path | None = None,
     picture: Path | None = None,
 ) -> None:
-    """Compare smaller states and masters with the rule in float64 (6 minutes).
+    """Compare smaller states and masters with the rule in float64 (7 minutes).
 
     Args:
         elements: Of synthetic gradients, a multiple of 256.
@@ -385,6 +385,7 @@ def accuracy(
         for each in eps or [1e-16, 1e-8]
         for spread in decades or [0.0, 2.0, 4.0, 15.0]
     ]
+    sources.append(small_steps(elements, steps))
     cases = [measure(source) for source in sources]
     _tell_sheets([accuracy_sheet(case) for case in cases], {"accuracy": cases}, json)
     if markdown is not None:

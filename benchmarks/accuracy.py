@@ -25,21 +25,27 @@ class Mode:
 
     param: torch.dtype = torch.float32  # of what is updated
     state: torch.dtype = torch.float32
-    remainder: bool = False
+    remainder: torch.dtype | None = None
     param_out: bool = False  # bfloat16 parameters beside their float32 masters
-    to_nearest: bool = False  # the control: bfloat16 states, but without noise
+    # Controls: bfloat16 states, and masters of 24 bits, but without noise.
+    to_nearest: bool = False
+    master_to_nearest: bool = False
 
 
+_BF16, _INT16, _INT8 = torch.bfloat16, torch.int16, torch.int8
 EXACT = Mode(torch.float64, torch.float64)
 MODES = {
     "float32": Mode(),
     "bf16 params, float32 masters": Mode(param_out=True),
-    "bf16 params, remainders": Mode(torch.bfloat16, remainder=True),
-    "bf16 states": Mode(state=torch.bfloat16),
+    "bf16 params, remainders": Mode(_BF16, remainder=_INT16),
+    "bf16 params, remainder8": Mode(_BF16, remainder=_INT8),
+    "bf16 states": Mode(state=_BF16),
     "8-bit states": Mode(state=torch.uint8),
-    "remainders, 8-bit states": Mode(torch.bfloat16, torch.uint8, remainder=True),
+    "remainders, 8-bit states": Mode(_BF16, torch.uint8, remainder=_INT16),
+    "remainder8, 8-bit states": Mode(_BF16, torch.uint8, remainder=_INT8),
     "control: bf16 states to nearest": Mode(to_nearest=True),
-    "control: bf16 params alone": Mode(torch.bfloat16),
+    "control: remainder8 to nearest": Mode(_BF16, remainder=_INT16, master_to_nearest=True),
+    "control: bf16 params alone": Mode(_BF16),
 }
 
 
@@ -58,8 +64,10 @@ class Contender:
             for name in list(states):
                 states[f"{name}_exponent"] = torch.zeros(-(-count // BLOCK), dtype=torch.uint8)
         param, remainder = start.to(mode.param, copy=True), None
-        if mode.remainder:
+        if mode.remainder == _INT16:
             param, remainder = storage.split_master(start)
+        elif mode.remainder == _INT8:
+            param, remainder = storage.split_rounded_master(start, storage.NEAREST8)
         return Operands(
             param=param,
             grad=start,  # until a step brings its own
@@ -80,6 +88,13 @@ class Contender:
             for own in work:
                 for state in (own.exp_avg, own.exp_avg_sq):
                     state.copy_(state.bfloat16())
+        if self._mode.master_to_nearest:
+            for own in work:
+                assert own.remainder is not None
+                master = storage.join_master(own.param, own.remainder)
+                upper, rest = storage.split_rounded_master(master, storage.NEAREST8)
+                own.param.copy_(upper)
+                own.remainder.copy_(rest).mul_(1 << 8)
 
     def values(self) -> dict[str, Tensor]:
         """Return how far all parameters have come, m and s: each (elements,), float64."""

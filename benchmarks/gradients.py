@@ -6,7 +6,7 @@ Every contender sees the same ones, in float32, whatever its parameters are.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,10 @@ class Source:
     noise: Tensor | None = None
 
 
-def synthetic(elements: int, steps: int, decades: float, eps: float) -> Source:
-    """Return gradients of all sizes from 1e-12 to 1e3, each element with a mean and noise.
+def synthetic(
+    elements: int, steps: int, decades: float, eps: float, smallest: float = _SMALLEST
+) -> Source:
+    """Return gradients of all sizes up to 1e3, each element with a mean and noise.
 
     Parameters start at zero, where float32 is as fine as their way is short: what errs are states.
 
@@ -57,9 +59,10 @@ def synthetic(elements: int, steps: int, decades: float, eps: float) -> Source:
         steps: That every element is asked to move in one direction.
         decades: Powers of ten that the elements of one block of 256 spread over.
         eps: Of the rule.
+        smallest: Power of ten of the smallest gradients.
     """
     generator = torch.Generator().manual_seed(0)
-    around = _uniform((elements // BLOCK, 1), _SMALLEST, _LARGEST - decades, generator)
+    around = _uniform((elements // BLOCK, 1), smallest, _LARGEST - decades, generator)
     within = _uniform((elements // BLOCK, BLOCK), 0.0, decades, generator)
     scale = 10.0 ** (around + within).flatten()
     noise = 10.0 ** _uniform((elements,), _CALMEST, _NOISIEST, generator)
@@ -79,6 +82,25 @@ def synthetic(elements: int, steps: int, decades: float, eps: float) -> Source:
         scale=scale,
         noise=noise,
     )
+
+
+def small_steps(elements: int, steps: int) -> Source:
+    """Return gradients for weights of 0.5 to 2 at the end of a schedule, with lr 1e-6.
+
+    Most steps are smaller than half of the last place of such a weight in 24 bits. The weights
+    start as bfloat16 numbers, which every form of a master holds, and gradients are not so small
+    beside the root of eps that steps are lost in float32, too.
+
+    Args:
+        elements: A multiple of 256.
+        steps: As for `synthetic`.
+    """
+    source = synthetic(elements, steps, 0.0, 1e-16, smallest=-5.0)
+    generator = torch.Generator().manual_seed(1)
+    size = 2.0 ** _uniform((elements,), -1.0, 1.0, generator)
+    start = size * torch.randn(elements, generator=generator).sign()
+    options = {**source.options, "lr": 1e-6}
+    return replace(source, title="small steps", options=options, start=[start.bfloat16().float()])
 
 
 def recorded(steps: int, most: int) -> Source:

@@ -19,14 +19,16 @@ _POINTS = 10  # of a curve
 
 _BF16 = ("--dtype=bfloat16",)
 _REMAINDER = "--optimizer.master=remainder"
+_BYTE = "--optimizer.state_dtype=uint8"
 # The first one of a dtype is what the others are compared with.
 MODES: dict[str, tuple[str, ...]] = {
     "float32": (),
     "bf16 states": ("--optimizer.state_dtype=bfloat16",),
-    "8-bit states": ("--optimizer.state_dtype=uint8",),
+    "8-bit states": (_BYTE,),
     "bf16 model, float32 masters": _BF16,
     "bf16 model, remainders": (*_BF16, _REMAINDER),
-    "bf16 model, remainders, 8-bit states": (*_BF16, _REMAINDER, "--optimizer.state_dtype=uint8"),
+    "bf16 model, remainders, 8-bit states": (*_BF16, _REMAINDER, _BYTE),
+    "bf16 model, remainder8, 8-bit states": (*_BF16, f"{_REMAINDER}8", _BYTE),
 }
 
 

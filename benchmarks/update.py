@@ -50,7 +50,7 @@ class Form:
     param: torch.dtype = torch.float32
     grad: torch.dtype = torch.float32
     state: torch.dtype = torch.float32
-    remainder: bool = False
+    remainder: torch.dtype | None = None
     param_out: bool = False  # bfloat16 copies beside float32 masters
     average: torch.dtype | None = None  # of the parameters
 
@@ -71,19 +71,21 @@ class Form:
             param=torch.randn(numel).to(self.param),
             grad=(1e-2 * torch.randn(numel)).to(self.grad),
             param_out=torch.zeros(numel, dtype=torch.bfloat16) if self.param_out else None,
-            remainder=torch.zeros(numel, dtype=torch.int16) if self.remainder else None,
+            remainder=None if self.remainder is None else torch.zeros(numel, dtype=self.remainder),
             **states,
         )
 
 
-_BF16 = torch.bfloat16
+_BF16, _INT16, _INT8 = torch.bfloat16, torch.int16, torch.int8
 FORMS = [
     Form("float32"),
     Form("bfloat16, float32 masters", grad=_BF16, param_out=True),
-    Form("bfloat16, remainders", param=_BF16, grad=_BF16, remainder=True),
+    Form("bfloat16, remainders", param=_BF16, grad=_BF16, remainder=_INT16),
+    Form("bfloat16, remainder8", param=_BF16, grad=_BF16, remainder=_INT8),
     Form("float32, bfloat16 states", state=_BF16),
     Form("float32, 8-bit states", state=torch.uint8),
-    Form("bfloat16, remainders, 8-bit states", _BF16, _BF16, torch.uint8, remainder=True),
+    Form("bfloat16, remainders, 8-bit states", _BF16, _BF16, torch.uint8, remainder=_INT16),
+    Form("bfloat16, remainder8, 8-bit states", _BF16, _BF16, torch.uint8, remainder=_INT8),
     Form("float32, average", average=torch.float32),
     Form("float32, bfloat16 average", average=_BF16),
 ]

@@ -107,7 +107,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "sharded": (ShardedAdaBelief, {}),
     "8 bits": (
         ShardedAdaBelief,
-        {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": "uint8"},
+        {"dtype": torch.bfloat16, "master": "remainder8", "state_dtype": "uint8"},
     ),
 }
 

@@ -22,6 +22,7 @@ def test_bytes_are_those_of_each_form() -> None:
         "bfloat16, float32 masters": 2 + 2 + 2 * (4 + 8),  # and the parameter, which is written
         "bfloat16, remainders": 2 + 2 * (2 + 2 + 8),
         "bfloat16, remainders, 8-bit states": 2 + 2 * (2 + 2 + 2 + 2 / 256),
+        "bfloat16, remainders of 8 bits, 8-bit states": 2 + 2 * (2 + 1 + 2 + 2 / 256),
     }
     for each in found.updates:
         rate = each.per_param / each.seconds

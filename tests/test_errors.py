@@ -151,7 +151,7 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
     ),
     (lambda: [p(2)], {"state_dtype": "int9"}, ValueError, "or torch.uint8, got 'int9'"),
     (lambda: [p(2)], {"state_dtype": torch.int8}, ValueError, "or torch.uint8, got torch.int8"),
-    (lambda: [p(2)], {"master": "fp16"}, ValueError, "master must be 'fp32' or 'remainder', got"),
+    (lambda: [p(2)], {"master": "fp16"}, ValueError, "'remainder' or 'remainder8', got 'fp16'"),
     (lambda: [p(2)], {"seed": 1.5}, TypeError, "seed must be an integer, got 1.5"),
     (
         lambda: [p(2, dtype=torch.float64)],
@@ -161,9 +161,9 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
     ),
     (
         lambda: [p(2, dtype=torch.float16)],
-        {"master": "remainder"},
+        {"master": "remainder8"},
         ValueError,
-        "cannot serve float16 parameter number 0",
+        "master='remainder8' cannot serve float16 parameter number 0",
     ),
     (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'ordered' or 'native'"),
     (lambda: [p(2)], {"offload": "nvme"}, ValueError, "offload must be None, 'cpu', a fraction of"),

@@ -89,6 +89,7 @@ def test_formulas() -> None:
         "bfloat16, ZeRO-2": 2.0 + 16 / ranks,
         "bfloat16, ZeRO-2, remainders": 2.0 + 14 / ranks,
         "bfloat16, ZeRO-2, remainders, 8 bits": 2.0 + (4 + 2 + 2 + 2 / 256) / ranks,
+        "bfloat16, ZeRO-2, 8-bit remainders, 8 bits": 2.0 + (4 + 1 + 2 + 2 / 256) / ranks,
         "DeepSpeed ZeRO-3, bfloat16": 16 / ranks,
     }
     for name, expected in states.items():

@@ -10,15 +10,18 @@ from torch import Tensor
 
 from belief_dist.operands import BLOCK
 from belief_dist.state_formats import (
+    NEAREST8,
     decode_m,
     decode_s,
     encode_m,
     encode_s,
     join_master,
+    master_noise,
     noise,
     noise_key,
     round_to_bfloat16,
     split_master,
+    split_rounded_master,
 )
 
 CPU = torch.device("cpu")
@@ -81,9 +84,83 @@ def test_masters_are_lossless_and_parameters_their_nearest_bfloat16() -> None:
 
 def test_a_parameter_that_was_zeroed_behind_our_back_is_zero() -> None:
     """`param.data.zero_()` leaves the remainder; as a sum of bits, both would be a NaN."""
-    remainder = torch.tensor([-5, 5, -32768], dtype=torch.int16)
-    joined = join_master(torch.zeros(3, dtype=torch.bfloat16), remainder)
-    assert joined.isfinite().all() and joined.abs().max() < 1e-38
+    for dtype in (torch.int16, torch.int8):
+        remainder = torch.tensor([-5, 5, torch.iinfo(dtype).min], dtype=dtype)
+        joined = join_master(torch.zeros(3, dtype=torch.bfloat16), remainder)
+        assert joined.isfinite().all() and joined.abs().max() < 1e-38
+
+
+# - Remainders of 8 bits
+
+
+def some_masters() -> Tensor:
+    """All upper halves with the lower halves that matter, but for NaNs."""
+    upper = torch.arange(1 << 16).view(-1, 1) << 16
+    lower = [0, 1, 0x7F, 0x80, 0xFF, 0x100, 0x7EFF, 0x7FFF, 0x8000, 0x80FF, 0xFFFF]
+    master = floats((upper + torch.tensor(lower)).flatten())
+    return master[~master.isnan()]
+
+
+def test_24_bits_are_kept_whatever_the_noise() -> None:
+    """So a master that a step does not change stays."""
+    master = some_masters()
+    for noise8 in (0, 1, NEAREST8, 255):
+        param, remainder = split_rounded_master(master, noise8)
+        joined = join_master(param, remainder)
+        assert not (joined.view(torch.int32) & 0xFF).any()
+        for other in (0, 255):
+            again = split_rounded_master(joined, other)
+            assert torch.equal(again[0].view(torch.int16), param.view(torch.int16))
+            assert torch.equal(again[1], remainder)
+        # The parameter is rounded from it as from one of 32 bits.
+        assert torch.equal(param, split_master(joined)[0])
+
+
+def test_the_expectation_of_24_bits_is_the_master() -> None:
+    """Exactly: over all noise there is, of all that is not rounded to an infinity."""
+    master = some_masters()[::17]  # still every lower half
+    master = master[master.abs() < floats(torch.tensor(0x7F7FFF00))]
+    total = torch.zeros(len(master), dtype=torch.float64)
+    for noise8 in range(256):
+        total += join_master(*split_rounded_master(master, noise8)).double() / 256
+    assert torch.equal(total, master.double())
+
+
+def test_24_bits_to_nearest() -> None:
+    master = some_masters()
+    master = master[master.abs() < 1e38]
+    joined = join_master(*split_rounded_master(master, NEAREST8)).double()
+    both = [join_master(*split_rounded_master(master, n)).double() for n in (0, 255)]
+    least = torch.minimum(*((each - master.double()).abs() for each in both))
+    assert torch.equal((joined - master.double()).abs(), least)
+
+
+def test_special_masters_of_24_bits() -> None:
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), -float("nan")])
+    largest = floats(torch.tensor([0x7F7FFFFF, 0xFF7FFFFF]))
+    tiny = floats(torch.tensor([1, 0x80000001, 0xFF, 0x100]))
+    for noise8 in (0, NEAREST8, 255):
+        joined = join_master(*split_rounded_master(special, noise8))
+        assert torch.equal(joined[:4].view(torch.int32), special[:4].view(torch.int32))
+        assert joined[4:].isnan().all()
+        # As all other stochastic rounding: up from the largest number is an infinity.
+        joined = join_master(*split_rounded_master(largest, noise8))
+        assert torch.equal(joined.isinf(), torch.full((2,), noise8 > 0))
+        assert torch.equal(joined.signbit(), largest.signbit())
+        joined = join_master(*split_rounded_master(tiny, noise8))
+        assert torch.equal(joined.signbit(), tiny.signbit())
+        assert (joined.abs() <= 2.0**-141).all()  # the smallest of 24 bits
+
+
+def test_noise_of_masters_is_unrelated_to_that_of_states() -> None:
+    """Uniform beside every byte of the word whose halves round m and s."""
+    n = 1 << 20
+    random = noise(1, 1, 0, n, CPU)
+    master = master_noise(random)
+    for shift in (0, 8, 16, 24):
+        pairs = torch.bincount((random >> shift & 255) << 8 | master, minlength=1 << 16).double()
+        # Chi squared with 65,535 degrees of freedom: its standard deviation is 362.
+        assert abs(((pairs - n / 65536).square() / (n / 65536)).sum() - 65535) < 5 * 362
 
 
 # - Stochastic rounding

@@ -13,9 +13,9 @@ key                                     tensor
 ``extra``                               plain values of the caller
 ======================================  =========================================================
 
-A master that is kept as two halves is joined when it is written and split when it is read, so the
-checkpoint does not depend on that option. A state saved in another dtype is converted when it is
-read.
+A master that is kept as two parts is joined when it is written and split when it is read, so the
+checkpoint does not depend on that option. A state saved in another dtype, and a master with more
+bits than are kept, is converted when it is read.
 """
 
 from __future__ import annotations
@@ -30,15 +30,18 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from belief_dist.checkpoint.dcp_tensor import DcpTensor
 from belief_dist.checkpoint.local_shards import LocalShard
+from belief_dist.checkpoint.metadata import SHORT_MASTERS
 from belief_dist.operands import BLOCK
 from belief_dist.state_dict import AVERAGE
 from belief_dist.state_formats import (
+    NEAREST8,
     decode_m,
     decode_s,
     encode_m,
     encode_s,
     join_master,
     split_master,
+    split_rounded_master,
 )
 
 METADATA_KEY = "belief_dist"
@@ -101,9 +104,15 @@ def join_masters(upper: Tensor, lower: Tensor) -> Tensor:
 
 
 def split_masters(masters: Tensor, upper: Tensor, lower: Tensor) -> None:
-    """Split float32 masters (n,) into `upper` and `lower`, window by window."""
+    """Split float32 masters (n,) into `upper` and `lower`, window by window.
+
+    Where `lower` has 8 bits, what is left of the masters is the nearest one of 24 bits.
+    """
     for a, b in _windows(0, masters.numel()):
-        upper[a:b], lower[a:b] = split_master(masters[a:b])
+        window = masters[a:b]
+        is_short = lower.dtype == torch.int8
+        parts = split_rounded_master(window, NEAREST8) if is_short else split_master(window)
+        upper[a:b], lower[a:b] = parts
 
 
 def _windows(start: int, stop: int) -> Iterable[tuple[int, int]]:
@@ -124,7 +133,7 @@ class ShardLoadPlan:
         entries: Filled by DCP: the shard itself where `copy_` converts the dtype, otherwise
             temporary memory.
         finish: Called when DCP has filled the entries, in any order.
-        changes: Sentences about weights and states that change precision.
+        changes: Sentences about weights, masters and states that change precision.
     """
 
     def __init__(self, dcp_metadata: Metadata, metadata: Mapping[str, Any]) -> None:
@@ -184,6 +193,9 @@ class ShardLoadPlan:
             self.entries[key] = shard.dcp_tensor(param, own)
             return param
         lower = remainder
+        is_long = saved.itemsize >= 4 and shard.name not in self._metadata.get(SHORT_MASTERS, ())
+        if is_long and lower.dtype == torch.int8:
+            self.changes.add("masters were saved with 32 bits and are read with 24, to nearest")
         joined = torch.empty(param.numel(), dtype=torch.float32, device=param.device)
         self.entries[key] = shard.dcp_tensor(joined, own)
         self.finish.append(lambda: split_masters(joined, param, lower))

@@ -10,6 +10,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -20,6 +21,8 @@ from belief_dist.sharded import ShardedAdaBelief
 
 # Version of the checkpoint format. A test loads a checkpoint of every version so far.
 FORMAT = 1
+# Names of the parameters whose float32 masters are numbers of 24 bits.
+SHORT_MASTERS = "masters_of_24_bits"
 _NOT_OPTIONS = {"params", "param_names"}
 
 
@@ -40,6 +43,7 @@ def make_metadata(
     groups: list[dict[str, Any]] = []
     steps: dict[str, int] = {}
     dtypes: dict[str, str] = {}
+    short: list[str] = []
     for group in optimizer.param_groups:
         members = [next(remaining) for _ in group["params"]]
         options = {
@@ -54,6 +58,9 @@ def make_metadata(
             state = optimizer.state.get(param)
             if state:
                 steps[name] = int(state["step"])
+                rest = state.get("remainder")
+                if rest is not None and rest.dtype == torch.int8:
+                    short.append(name)
     found |= {"groups": groups, "steps": steps, "dtypes": dtypes}
     if isinstance(optimizer, ShardedAdaBelief):
         found |= {
@@ -62,6 +69,7 @@ def make_metadata(
             "micro_batches": optimizer.options.micro_batches,
             "skipped_steps": optimizer.skipped_steps,
             "spike_history": optimizer.spike_history,
+            SHORT_MASTERS: short,
         }
     return found
 

@@ -17,7 +17,7 @@ from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import StepScalars
 
 _NUMBERS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
-_CODES = _NUMBERS | {torch.uint8: 4}
+_CODES = _NUMBERS | {torch.uint8: 4, torch.int16: 5, torch.int8: 6}
 
 # The fields of Operands that are tensors; the last three have one element for each block.
 _TENSORS = Operands._fields[:11]
@@ -41,7 +41,7 @@ class CppKernel:
         library, origin = find_library()
         size, code, pointer = ctypes.c_int64, ctypes.c_int, ctypes.c_void_p
         signatures = {
-            "belief_update": [size, pointer, *[code] * 5, pointer, code],
+            "belief_update": [size, pointer, *[code] * 6, pointer, code],
             "belief_sum": [size, pointer, pointer, code, code, code, pointer, code],
             "belief_squares": [size, pointer, code, pointer, code],
             "belief_checksum": [size, pointer, size, code],
@@ -148,11 +148,14 @@ def _in_order(scalars: StepScalars, grad_scale: float) -> tuple[float, ...]:
 
 
 @lru_cache(maxsize=256)
-def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int, int] | None:
-    """Return the codes of parameter, gradient, states, copy and average; None if unsupported.
+def _codes(dtypes: _Dtypes) -> tuple[int, ...] | None:
+    """Return the codes of parameter, gradient, states, copy, remainder and average, or None.
 
     Args:
         dtypes: Dtypes of the tensors in `Operands`, None for those that are None.
+
+    Returns:
+        None if the library does not support them.
     """
     param, grad, m, s, largest, out, remainder, average, *exponents = dtypes
     if param == torch.float64:
@@ -162,15 +165,16 @@ def _codes(dtypes: _Dtypes) -> tuple[int, int, int, int, int] | None:
             {param, grad} <= {torch.float32, torch.bfloat16, torch.float16}
             and m in (torch.float32, torch.bfloat16, torch.uint8)
             and out in (None, torch.bfloat16, torch.float16)
-            and (remainder is None or (param, remainder) == (torch.bfloat16, torch.int16))
+            and (remainder is None or param == torch.bfloat16)
+            and remainder in (None, torch.int16, torch.int8)
             and average in (None, torch.float32, torch.bfloat16)
         )
     blocks = [torch.uint8 if state == torch.uint8 else None for state in (m, s, largest)]
     if not served or s != m or largest not in (None, m) or exponents != blocks:
         return None
     assert param is not None and grad is not None and m is not None
-    copy, mean = (0 if each is None else _CODES[each] for each in (out, average))
-    return _CODES[param], _CODES[grad], _CODES[m], copy, mean
+    optional = (0 if each is None else _CODES[each] for each in (out, remainder, average))
+    return _CODES[param], _CODES[grad], _CODES[m], *optional
 
 
 def _table(work: Sequence[Operands], dtypes: _Dtypes) -> array[int] | None:

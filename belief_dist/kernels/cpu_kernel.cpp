@@ -25,8 +25,9 @@
 
 namespace {
 
-enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64, kUInt8 };  // cpp.py: _CODES
-enum Direction : int { kAdaptive, kMomentum, kNone };         // rule.py: Direction
+// cpp.py: _CODES
+enum Type : int { kFloat32, kBFloat16, kFloat16, kFloat64, kUInt8, kInt16, kInt8 };
+enum Direction : int { kAdaptive, kMomentum, kNone };  // rule.py: Direction
 
 // What is stored in fewer bits is decoded into, and encoded from, buffers of this many elements:
 // a third of an L1 cache of 32 KiB, so that the streams from memory keep their place in it.
@@ -166,6 +167,8 @@ INLINE uint32_t noise_start(uint32_t key, uint32_t step, uint64_t first) {
 // The lower half of the noise rounds m, the upper one s and the largest s.
 INLINE uint32_t lower(uint32_t noise) { return noise & 0xffff; }
 INLINE uint32_t upper(uint32_t noise) { return noise >> 16; }
+// A further round of the hash rounds masters of 24 bits.
+INLINE uint32_t master_noise(uint32_t noise) { return (noise ^ (noise >> 15)) * 0x846ca68b >> 24; }
 
 INLINE uint16_t round_to_bfloat16(float x, uint32_t noise16) {
   return static_cast<uint16_t>((bits_of(x) + noise16) >> 16);
@@ -303,41 +306,70 @@ PORTABLE_SIMD void encode(const States& to, int64_t first, int n, float* m, floa
   else encode_states<false>(to, first, n, m, s, nullptr, noise);
 }
 
-PORTABLE_SIMD void join_master(int64_t n, const uint16_t* param, const int16_t* remainder,
-                               float* to) {
+// Remainders of 16 bits are the lower half of a master, those of 8 bits its upper byte.
+template <class Remainder>
+INLINE void join(int n, const uint16_t* param, const Remainder* remainder, float* to) {
+  constexpr int kUnit = sizeof(Remainder) == 1 ? 1 << 8 : 1;
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) {
     const uint32_t upper = uint32_t{param[i]} << 16;
-    const float joined = bit_cast<float>(upper + static_cast<uint32_t>(int{remainder[i]}));
+    const float joined = bit_cast<float>(upper + static_cast<uint32_t>(remainder[i] * kUnit));
     to[i] = joined != joined ? bit_cast<float>(upper) : joined;  // halves that no master has
   }
 }
 
-PORTABLE_SIMD void split_master(int64_t n, const float* from, uint16_t* param, int16_t* remainder) {
+PORTABLE_SIMD void join_master(int n, const uint16_t* param, const int16_t* remainder, float* to) {
+  join(n, param, remainder, to);
+}
+
+PORTABLE_SIMD void join_master(int n, const uint16_t* param, const int8_t* remainder, float* to) {
+  join(n, param, remainder, to);
+}
+
+PORTABLE_SIMD void split_master(int n, const float* from, uint16_t* param, int16_t* remainder) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
+  for (int i = 0; i < n; ++i) {
     const uint32_t bits = bits_of(from[i]);
     param[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
     remainder[i] = static_cast<int16_t>(bits);
   }
 }
 
-// A parameter: an array, or the two halves of its float32 master.
+// Rounds stochastically: of the lowest byte, only the carry is kept.
+PORTABLE_SIMD void split_master(int n, const float* from, uint16_t* param, int8_t* remainder,
+                                uint32_t noise) {
+#pragma omp simd
+  for (int i = 0; i < n; ++i) {
+    const uint32_t random = lowbias32(noise + static_cast<uint32_t>(i));
+    const uint32_t bits = bits_of(from[i]) + master_noise(random);
+    param[i] = static_cast<uint16_t>((bits + 0x8000) >> 16);
+    remainder[i] = static_cast<int8_t>(bits >> 8);
+  }
+}
+
+// A parameter: an array, or the two parts of its float32 master.
 struct Param {
-  Array numbers;
-  int16_t* remainder;  // null for an array
+  Array numbers, remainder;  // remainder.data is null for an array
 
   template <class T>
-  T* read(int64_t i, int64_t n, float* buffer) const {
-    if constexpr (sizeof(T) == sizeof(float))
-      if (remainder) return join_master(n, numbers.at<uint16_t>(i), remainder + i, buffer), buffer;
+  T* read(int64_t i, int n, float* buffer) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      const uint16_t* upper = numbers.at<uint16_t>(i);
+      if (remainder.data && remainder.type == kInt8)
+        return join_master(n, upper, remainder.at<int8_t>(i), buffer), buffer;
+      if (remainder.data) return join_master(n, upper, remainder.at<int16_t>(i), buffer), buffer;
+    }
     return numbers.read<T>(i, n, buffer);
   }
 
   template <class T>
-  void write(int64_t i, int64_t n, const T* values) const {
-    if constexpr (sizeof(T) == sizeof(float))
-      if (remainder) return split_master(n, values, numbers.at<uint16_t>(i), remainder + i);
+  void write(int64_t i, int n, const T* values, uint32_t noise) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      uint16_t* upper = numbers.at<uint16_t>(i);
+      if (remainder.data && remainder.type == kInt8)
+        return split_master(n, values, upper, remainder.at<int8_t>(i), noise);
+      if (remainder.data) return split_master(n, values, upper, remainder.at<int16_t>(i));
+    }
     numbers.write(i, n, values);
   }
 };
@@ -482,7 +514,8 @@ uint32_t word_sum(const Array& from, int64_t i, int64_t n) {
   switch (from.type) {
     case kFloat64: return word_sum(2 * n, from.at<uint32_t>(2 * i));
     case kFloat32: return word_sum(n, from.at<uint32_t>(i));
-    case kUInt8: return word_sum(n, from.at<uint8_t>(i));
+    case kUInt8:
+    case kInt8: return word_sum(n, from.at<uint8_t>(i));
     default: return word_sum(n, from.at<uint16_t>(i));
   }
 }
@@ -495,8 +528,7 @@ struct WordSums {  // of what is read, and of what is written
   void add(int which, const Param& param, const States& states, const Array& average, int64_t i,
            int64_t n) {
     uint32_t* to = of + which * kWatched;
-    const Array halves{param.remainder, kBFloat16};  // 16 bits
-    to[0] += word_sum(param.remainder ? halves : param.numbers, i, n);
+    to[0] += word_sum(param.remainder.data ? param.remainder : param.numbers, i, n);
     const State* all[] = {&states.m, &states.s, &states.largest};
     if (average.data) to[4] += word_sum(average, i, n);
     for (int j = 0; j < 3; ++j) {
@@ -520,8 +552,7 @@ struct WordSums {  // of what is read, and of what is written
 struct Segment {
   int64_t numel;
   void *param, *grad, *m, *s, *largest, *out;  // the last two may be null, in all segments
-  int16_t* remainder;                          // likewise
-  void* average;                               // likewise
+  void *remainder, *average;                   // likewise
   uint8_t *m_exponents, *s_exponents, *largest_exponents;
   int64_t key, first;
   uint32_t* sums;   // null, or two times kWatched
@@ -533,7 +564,7 @@ struct Segment {
 static_assert(sizeof(Segment) == 16 * sizeof(int64_t), "cpp.py passes 64 bits each");
 
 struct Types {  // of all segments
-  int param, grad, state, out, average;
+  int param, grad, state, out, remainder, average;
 };
 
 // Has the memory of n values come into cache while others are computed.
@@ -547,7 +578,7 @@ INLINE void prefetch(const Array& from, int64_t i, int64_t n) {
 template <class T>
 void update_part(const Segment& part, const Types& types, int64_t begin, int64_t end,
                  const Scalars<T>& k) {
-  const Param param{{part.param, types.param}, part.remainder};
+  const Param param{{part.param, types.param}, {part.remainder, types.remainder}};
   const Array grad{part.grad, types.grad}, out{part.out, types.out},
       average{part.average, types.average};
   const States states{{{part.m, types.state}, part.m_exponents},
@@ -567,9 +598,9 @@ void update_part(const Segment& part, const Types& types, int64_t begin, int64_t
     T* s = states.s.read<T>(i, n, decode_positive, buffers[2]);
     T* largest = part.largest ? states.largest.read<T>(i, n, decode_positive, buffers[3]) : nullptr;
     update(n, p, grad.read<T>(i, n, buffers[4]), m, s, largest, k, k.direction);
-    param.write(i, n, p);
-    out.write(i, n, p);
     const uint32_t noise = noise_start(static_cast<uint32_t>(part.key), k.step, element);
+    param.write(i, n, p, noise);
+    out.write(i, n, p);
     if constexpr (sizeof(T) == sizeof(float))
       if (types.state != kFloat32) encode(states, i, n, m, s, largest, noise);
     if (average.data) {
@@ -827,10 +858,10 @@ EXPORT const char* belief_isa() {
 EXPORT const char* belief_source_hash() { return BELIEF_SOURCE_HASH; }
 
 EXPORT void belief_update(int64_t count, const void* segments, int param_type, int grad_type,
-                          int state_type, int out_type, int average_type, const double* scalars,
-                          int threads) {
+                          int state_type, int out_type, int remainder_type, int average_type,
+                          const double* scalars, int threads) {
   const auto update = param_type == kFloat64 ? update_all<double> : update_all<float>;
-  const Types types{param_type, grad_type, state_type, out_type, average_type};
+  const Types types{param_type, grad_type, state_type, out_type, remainder_type, average_type};
   update(count, static_cast<const Segment*>(segments), types, scalars, threads);
 }
 

@@ -107,6 +107,31 @@ def _noise(index, key, step):
     return _lowbias32(index.to(tl.uint32) + high * 0x9E3779B9 + step_key)
 
 
+# - Masters in two parts
+
+
+@triton.jit
+def _join_master(upper, remainder):
+    """Return the master, float32, from its upper half, widened, and what is left of it."""
+    lower = remainder.to(tl.int32)
+    if remainder.dtype == tl.int8:
+        lower = lower << 8
+    joined = _float(upper.to(tl.uint32, bitcast=True) + lower.to(tl.uint32, bitcast=True))
+    return tl.where(joined == joined, joined, upper)
+
+
+@triton.jit
+def _split_master(master, random, dtype: tl.constexpr):
+    """Return the upper half of a master, rounded, and the remainder of this dtype."""
+    bits = _bits(master)
+    if dtype == tl.int8:  # the noise that is `state_formats.master_noise` of `random`
+        bits += (random ^ (random >> 15)) * 0x846CA68B >> 24
+        remainder = (bits >> 8).to(tl.uint8).to(tl.int8, bitcast=True)
+    else:
+        remainder = bits.to(tl.uint16).to(tl.int16, bitcast=True)
+    return _upper_half(bits + 0x8000), remainder
+
+
 # - 8 bits
 
 

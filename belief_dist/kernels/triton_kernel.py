@@ -29,10 +29,11 @@ from belief_dist.kernels.triton_formats import (
     _divide,
     _encode_m,
     _encode_s,
-    _float,
+    _join_master,
     _narrow,
     _noise,
     _root,
+    _split_master,
     _spread,
     _upper_half,
     _widen,
@@ -48,6 +49,7 @@ DTYPES = {
     torch.float16: tl.float16,
     torch.uint8: tl.uint8,
     torch.int16: tl.int16,
+    torch.int8: tl.int8,
 }
 TILE = 1024  # elements per program
 THREADS = TILE // 4
@@ -98,7 +100,7 @@ def _word_sum(x, count, SIZE: tl.constexpr):
     elif x.dtype.primitive_bitwidth == 16:
         words = x.to(tl.uint16, bitcast=True).to(tl.uint32)
     else:
-        words = x.to(tl.uint32)
+        words = x.to(tl.uint8, bitcast=True).to(tl.uint32)
     return tl.sum(tl.where(tl.arange(0, SIZE) < count, words, 0), axis=0)
 
 
@@ -182,12 +184,9 @@ def _update_tile(
     g = _widen(_load(grad, count, TILE, MASKED), m.dtype) * grad_scale
     stored = _load(param, count, TILE, MASKED)
     if remainder is not None:
-        upper = _widen(stored, tl.float32)
-        lower_half = _load(remainder, count, TILE, MASKED)
-        _add_words(sums, _MASTER, lower_half, count, TILE)
-        lower = lower_half.to(tl.int32).to(tl.uint32, bitcast=True)
-        joined = _float(upper.to(tl.uint32, bitcast=True) + lower)
-        p = tl.where(joined == joined, joined, upper)
+        rest = _load(remainder, count, TILE, MASKED)
+        _add_words(sums, _MASTER, rest, count, TILE)
+        p = _join_master(_widen(stored, tl.float32), rest)
     else:
         _add_words(sums, _MASTER, stored, count, TILE)
         p = _widen(stored, m.dtype)
@@ -212,24 +211,27 @@ def _update_tile(
         change = _divide(m, tl.where(direction == 0, denom, 1.0)) * step_size
     p = p * decay - tl.where(direction == 2, 0.0, change)
 
-    if remainder is not None:
-        bits = _bits(p)
-        _store(param, _upper_half(bits + 0x8000), count, TILE, MASKED)
-        lower_half = bits.to(tl.uint16).to(tl.int16, bitcast=True)
-        _store_watched(remainder, lower_half, count, written, _MASTER, TILE, MASKED)
-    else:
-        rounded = _narrow(p, param.dtype.element_ty)
-        _store_watched(param, rounded, count, written, _MASTER, TILE, MASKED)
-    if param_out is not None:
-        _store(param_out, _narrow(p, param_out.dtype.element_ty), count, TILE, MASKED)
-
+    # m comes where, with its form, the fewest registers are in use at once.
     random = _noise(index + tl.arange(0, TILE), key, step)
-    _store_state(exp_avg, m_exponent, m, random & 0xFFFF, count, written, _M, TILE, MASKED)
+    if m_exponent is None:
+        _store_state(exp_avg, m_exponent, m, random & 0xFFFF, count, written, _M, TILE, MASKED)
     _store_state(exp_avg_sq, s_exponent, s, random >> 16, count, written, _S, TILE, MASKED)
     if max_exp_avg_sq is not None:
         _store_state(
             max_exp_avg_sq, max_exponent, second, random >> 16, count, written, _MAX, TILE, MASKED
         )
+    if remainder is not None:
+        upper, rest = _split_master(p, random, remainder.dtype.element_ty)
+        _store(param, upper, count, TILE, MASKED)
+        _store_watched(remainder, rest, count, written, _MASTER, TILE, MASKED)
+    else:
+        rounded = _narrow(p, param.dtype.element_ty)
+        _store_watched(param, rounded, count, written, _MASTER, TILE, MASKED)
+    if m_exponent is not None:
+        _store_state(exp_avg, m_exponent, m, random & 0xFFFF, count, written, _M, TILE, MASKED)
+    if param_out is not None:
+        _store(param_out, _narrow(p, param_out.dtype.element_ty), count, TILE, MASKED)
+
     if ema is not None:
         average = _load_state(ema, None, count, sums, _EMA, TILE, MASKED)
         average += (p - average) * ema_weight

@@ -15,7 +15,7 @@ from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.rule import compute_dtype
 from belief_dist.sharding.grad_codec import codec_for
-from belief_dist.sharding.layout import Bucket, Fragment, Layout
+from belief_dist.sharding.layout import PARAM_ALIGN_BYTES, Bucket, Fragment, Layout
 from belief_dist.state_dict import AVERAGE
 from belief_dist.state_formats import join_master
 
@@ -49,7 +49,9 @@ def block_of(options: EngineOptions) -> int:
     A block that two parameters or two shards shared would be encoded by two of them.
     """
     of_states = BLOCK if options.state_dtype == torch.uint8 else 1
-    return max(codec_for(options.reduce_dtype).block, of_states)
+    # Where bytes start at a multiple of 16, a GPU reads several of them at once.
+    of_masters = PARAM_ALIGN_BYTES if options.remainder_dtype == torch.int8 else 1
+    return max(codec_for(options.reduce_dtype).block, of_states, of_masters)
 
 
 class BucketBuffers:
@@ -67,8 +69,8 @@ class BucketBuffers:
             one rank it is `flat_grad`, in the parameters' dtype, if there is one.
         master: (bucket.shard_numel,): the parameters that are updated, in the compute dtype. It is
             `param_shard` itself unless parameters are 16 bits wide or it is on the host. With
-            remainders, the bfloat16 parameters whose other half is in `remainder`.
-        remainder: (bucket.shard_numel,), int16: the lower halves of the masters, or None.
+            remainders, the bfloat16 parameters that are the upper half of the masters.
+        remainder: (bucket.shard_numel,), int16 or int8: the rest of the masters, or None.
         states: exp_avg, exp_avg_sq and, with amsgrad, max_exp_avg_sq, each (bucket.shard_numel,),
             in the compute dtype or `state_dtype`; with uint8 also the exponents of each. With
             `ema_decay` also param_ema, likewise, in the compute dtype or `ema_dtype`.
@@ -137,10 +139,10 @@ class BucketBuffers:
             self.low_param = self._on_host_like(self.param_shard, first.dtype)
         self.remainder: Tensor | None = None
         self.master = self.param_shard
-        if is_low and options.master == "remainder":
+        if is_low and options.remainder_dtype is not None:
             assert self.low_param is not None
             self.master = self.low_param
-            self.remainder = self._zeros(torch.int16)
+            self.remainder = self._zeros(options.remainder_dtype)
         elif self.on_host:
             self.master = self._on_host_like(self.param_shard, compute)
         elif is_low:

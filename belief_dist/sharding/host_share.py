@@ -36,7 +36,7 @@ def bytes_beside(bucket: Bucket, options: EngineOptions, *, amsgrad: bool = Fals
     if stored == torch.uint8:
         held += states * own // BLOCK
     if dtype != compute:
-        held += own * (2 if options.master == "remainder" else compute.itemsize)
+        held += own * (options.remainder_dtype or compute).itemsize
     if options.keeps_averages:
         form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
         held += own * form.itemsize

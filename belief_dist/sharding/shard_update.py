@@ -296,7 +296,9 @@ class ShardUpdate:
     def _goes_whole(self, number: int) -> bool:
         """Return whether a step of all parameters of a bucket may take it as a whole."""
         # Stochastic rounding has noise that belongs to the elements of a parameter.
-        return len(self.groups_of[number]) == 1 and not self._is_stochastic
+        rest = self._buckets[number].remainder
+        rounds_masters = rest is not None and is_stochastic(rest.dtype)
+        return len(self.groups_of[number]) == 1 and not (self._is_stochastic or rounds_masters)
 
     def _turns(self, numbers: Sequence[int], numel: float) -> list[list[int]]:
         turns: list[list[int]] = []

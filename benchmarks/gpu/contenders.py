@@ -215,6 +215,9 @@ OURS: dict[str, Maker] = {
     "ShardedAdaBelief, stage 2": partial(sharded, stage=2),
     "ShardedAdaBelief, remainder": partial(sharded, master="remainder"),
     "ShardedAdaBelief, remainder, 8-bit states": partial(sharded, **SMALLEST),
+    "ShardedAdaBelief, remainder8, 8-bit states": partial(
+        sharded, **{**SMALLEST, "master": "remainder8"}
+    ),
     "ShardedAdaBelief, offload of a quarter": partial(sharded, offload=0.25),
     "ShardedAdaBelief, offload of a half": partial(sharded, offload=0.5),
     "ShardedAdaBelief, offload": partial(sharded, offload="cpu"),

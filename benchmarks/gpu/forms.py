@@ -11,11 +11,18 @@ from belief_dist import kernels
 from belief_dist.operands import BLOCK, Operands
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
-from belief_dist.state_formats import noise_key, split_master, update_stored_reference_
+from belief_dist.state_formats import (
+    NEAREST8,
+    noise_key,
+    split_master,
+    split_rounded_master,
+    update_stored_reference_,
+)
 from benchmarks.gpu.cases import SAME, Case, Outcome, Size
 
 F32, F64 = torch.float32, torch.float64
-BF16, F16, U8 = torch.bfloat16, torch.float16, torch.uint8
+BF16, F16 = torch.bfloat16, torch.float16
+U8, I8, I16 = torch.uint8, torch.int8, torch.int16
 OPTIONS = {**DEFAULTS, "lr": 1e-3, "weight_decay": 0.1}
 
 
@@ -26,7 +33,7 @@ class Form(NamedTuple):
     grad: torch.dtype
     state: torch.dtype
     out: torch.dtype | None = None
-    remainder: bool = False
+    remainder: torch.dtype | None = None
     amsgrad: bool = False
     average: torch.dtype | None = None
 
@@ -38,22 +45,26 @@ FORMS = {
     "bfloat16 parameters": Form(BF16, BF16, F32),
     "float32 masters, bfloat16": Form(F32, BF16, F32, BF16),
     "float32 masters, float16": Form(F32, F16, F32, F16),
-    "remainder": Form(BF16, BF16, F32, None, True),
+    "remainder": Form(BF16, BF16, F32, None, I16),
     "masters, bfloat16 states": Form(F32, BF16, BF16, BF16),
-    "remainder, bfloat16 states": Form(BF16, BF16, BF16, None, True),
+    "remainder, bfloat16 states": Form(BF16, BF16, BF16, None, I16),
     "masters, 8-bit states": Form(F32, BF16, U8, BF16),
-    "remainder, 8-bit states": Form(BF16, BF16, U8, None, True),
-    "remainder, 8-bit states, amsgrad": Form(BF16, BF16, U8, None, True, True),
+    "remainder, 8-bit states": Form(BF16, BF16, U8, None, I16),
+    "remainder8": Form(BF16, BF16, F32, None, I8),
+    "remainder8, 8-bit states": Form(BF16, BF16, U8, None, I8),
+    "remainder, 8-bit states, amsgrad": Form(BF16, BF16, U8, None, I16, True),
     "float32, average": Form(F32, F32, F32, average=F32),
-    "remainder, bfloat16 average": Form(BF16, BF16, F32, None, True, average=BF16),
+    "remainder, bfloat16 average": Form(BF16, BF16, F32, None, I16, average=BF16),
 }
 
 
 def make(form: Form, n: int, device: str) -> Operands:
     optional: dict[str, Any] = {}
     param = torch.randn(n, device=device)
-    if form.remainder:
-        param, optional["remainder"] = split_master(param)
+    if form.remainder is not None:
+        is_long = form.remainder == I16
+        parts = split_master(param) if is_long else split_rounded_master(param, NEAREST8)
+        param, optional["remainder"] = parts
     if form.out is not None:
         optional["param_out"] = torch.empty(n, dtype=form.out, device=device)
     if form.average is not None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, multiprocessing, nn
 
 from belief_dist import ShardedAdaBelief, kernels
+from belief_dist.engine_options import EngineOptions
 from belief_dist.kernels import eager
 from belief_dist.options import DEFAULTS
 from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES
@@ -37,6 +38,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": BF16},
     "bfloat16, stage 2, clipping": {"dtype": BF16, "stage": 2, "max_grad_norm": 0.5},
     "bfloat16, remainder, 8-bit states": {"dtype": BF16, "master": "remainder", "state_dtype": U8},
+    "bfloat16, remainder8, 8-bit states": {
+        "dtype": BF16,
+        "master": "remainder8",
+        "state_dtype": U8,
+    },
     "bfloat16 states, clipping": {"state_dtype": BF16, "max_grad_norm": 0.5},
     "no overlap": {"overlap": False},
     "bfloat16, offload": {"dtype": BF16, "offload": "cpu"},
@@ -73,7 +79,7 @@ def first_difference(form: dict[str, Any], device: str) -> str | None:
     reference = Reference(
         make_params(dtype, seed=0),
         [{**DEFAULTS, **HYPER}] * len(SHAPES),
-        remainders=options.get("master") == "remainder",
+        remainders=EngineOptions(master=options.get("master", "fp32")).remainder_dtype,
         state_dtype=options.get("state_dtype", torch.float32),
     )
     # The constructor must spread the first rank's.

@@ -172,11 +172,15 @@ def test_errors_of_smaller_states_are_measured(tmp_path: Path) -> None:
     out = [f"--json={results}", f"--markdown={table}", f"--picture={picture}"]
     done = run("accuracy", *size, "--recorded_elements=256", *out)
     assert done.returncode == 0, done.stderr
-    recorded, synthetic = json.loads(results.read_text())["accuracy"]
+    recorded, synthetic, small_steps = json.loads(results.read_text())["accuracy"]
     for name, errors in synthetic["rows"].items():
         assert name in done.stdout and name in table.read_text()
-        low = "8-bit" not in name and "bf16 states" not in name and name != CONTROL
+        low = not any(part in name for part in ("8-bit", "bf16 states", "remainder8", CONTROL))
         assert (errors["update"]["p99"] < 1e-5) == low, name
+    # Unbiased, where to nearest nothing moves.
+    ways = {name: errors["way"] for name, errors in small_steps["rows"].items()}
+    assert abs(ways["bf16 params, remainder8"] - 1.0) < 0.5
+    assert ways["control: remainder8 to nearest"] == 0.0
     # FullState masters and halves are the same numbers.
     assert recorded["rows"]["float32"] == recorded["rows"]["bf16 params, remainders"]
     assert picture.read_bytes().startswith(b"\x89PNG")

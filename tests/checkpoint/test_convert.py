@@ -173,7 +173,7 @@ def run(*arguments: Any) -> int:
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model, optimizer = build(BF16, master="remainder", state_dtype="uint8")
+    model, optimizer = build(BF16, master="remainder8", state_dtype="uint8")
     train(model, optimizer, range(2))
     ours = tmp_path / "run"
     checkpoint.save(ours, 2, model=model, optimizer=optimizer)

@@ -24,7 +24,7 @@ class Reference:
         params: list[torch.nn.Parameter],
         options: list[dict[str, Any]],
         *,
-        remainders: bool = False,
+        remainders: torch.dtype | None = None,
         state_dtype: torch.dtype = torch.float32,
         seed: int = 0,
         ema_decay: float | None = None,
@@ -50,7 +50,7 @@ class Reference:
                 state["param_ema"] = master.reshape(-1).to(form, copy=True)
             self.states.append(state)
         self.remainder = [
-            torch.zeros(p.numel(), dtype=torch.int16) if remainders else None for p in params
+            None if remainders is None else torch.zeros(p.numel(), dtype=remainders) for p in params
         ]
         self.steps = [0] * len(params)
         self.ema_weight = 0.0 if ema_decay is None else 1.0 - ema_decay

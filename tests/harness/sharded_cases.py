@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from belief_dist import ShardedAdaBelief
+from belief_dist.engine_options import EngineOptions
 from belief_dist.options import DEFAULTS
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from tests.harness.reference import Reference, backward, compare
@@ -32,7 +33,7 @@ def equals_reference(
     stage: Literal[1, 2] = 1,
     reduce_dtype: torch.dtype | None = None,
     offload: Literal["cpu"] | float | None = None,
-    master: Literal["fp32", "remainder"] = "fp32",
+    master: Literal["fp32", "remainder", "remainder8"] = "fp32",
     state_dtype: torch.dtype = torch.float32,
     process_group: dist.ProcessGroup | None = None,
     shared_memory: bool = True,
@@ -47,9 +48,8 @@ def equals_reference(
     own = [{**DEFAULTS, **hyper}] * len(first)
     own += [{**DEFAULTS, **hyper, "lr": 0.02, "weight_decay": 0.0}] * len(second)
     small = {"state_dtype": state_dtype, "seed": 3, **averages}
-    reference = Reference(
-        make_params(dtype, seed=0), own, remainders=master == "remainder", **small
-    )
+    rest = EngineOptions(master=master).remainder_dtype
+    reference = Reference(make_params(dtype, seed=0), own, remainders=rest, **small)
     optimizer = ShardedAdaBelief(
         groups,
         bucket_bytes=bucket_bytes,

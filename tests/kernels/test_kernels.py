@@ -30,6 +30,7 @@ from belief_dist.state_formats import (
     encode_m,
     encode_s,
     split_master,
+    split_rounded_master,
     update_stored_reference_,
     word_sums,
     wrapped,
@@ -37,7 +38,7 @@ from belief_dist.state_formats import (
 from tests.harness.kernels import bits, chunked, cpp, several_scalars, values
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-U8 = torch.uint8
+U8, I8, I16 = torch.uint8, torch.int8, torch.int16
 OPTIONS = {**DEFAULTS, "lr": 0.01, "eps": 1e-8, "weight_decay": 0.1}
 SWITCHES = [
     {},
@@ -58,7 +59,7 @@ class Form(NamedTuple):
     grad: torch.dtype = F32
     out: torch.dtype | None = None  # of the low-precision copy of the parameter
     state: torch.dtype | None = None  # None: as the rule computes
-    split: bool = False  # the parameter is the upper half of its master
+    split: torch.dtype | None = None  # of the rest of its master, whose upper half it is
     average: torch.dtype | None = None  # of the parameter
 
 
@@ -79,16 +80,16 @@ FORMS = [
     Form(F32, BF16, BF16, state=U8),
     Form(BF16, BF16, state=BF16),
     Form(F16, F16, state=U8),
-    Form(BF16, BF16, split=True),
-    Form(BF16, F32, F16, state=BF16, split=True),
-    Form(BF16, BF16, state=U8, split=True),
+    Form(BF16, BF16, split=I16),
+    Form(BF16, F32, F16, state=BF16, split=I8),
+    Form(BF16, BF16, state=U8, split=I16),
     Form(average=F32),
     Form(average=BF16),
     Form(F16, F16, average=F32),
     Form(F64, F64, average=F64),
     Form(F32, BF16, BF16, state=BF16, average=BF16),
-    Form(BF16, BF16, state=U8, split=True, average=BF16),
-    Form(BF16, BF16, split=True, average=F32),
+    Form(BF16, BF16, state=U8, split=I8, average=BF16),
+    Form(BF16, BF16, split=I8, average=F32),
 ]
 LENGTHS = [0, 1, 7, 8, 15, 16, 17, 255, 256, 257, 1023, 1024, 1025]
 
@@ -115,9 +116,10 @@ def make(
     made: dict[str, Any] = {"first": first}
     made["key"] = int(torch.randint(1 << 32, (), generator=generator))
     made["grad"] = values(n, offset, form.grad, generator)
-    if form.split:
-        halves = split_master(values(n, offset, F32, generator))
-        made["param"], made["remainder"] = (moved(half, offset) for half in halves)
+    if form.split is not None:
+        master = values(n, offset, F32, generator)
+        parts = split_master(master) if form.split == I16 else split_rounded_master(master, 0)
+        made["param"], made["remainder"] = (moved(part, offset) for part in parts)
     else:
         made["param"] = values(n, offset, form.param, generator)
     for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
@@ -239,7 +241,7 @@ def test_sums_tell_every_flipped_bit() -> None:
         operands = make(300, form, amsgrad=amsgrad, generator=torch.Generator().manual_seed(0))
         before = word_sums(operands)
         for name, tensor in tensors_of(operands).items():
-            watched = name not in ("grad", "param_out") and not (form.split and name == "param")
+            watched = name not in ("grad", "param_out") and (name != "param" or form.split is None)
             flat = tensor.view(torch.uint8)
             for place in range(0, flat.numel(), 37):
                 flat[place] ^= 1 << place % 8
@@ -302,7 +304,7 @@ def test_any_mixture_of_dtypes(param_dtype: torch.dtype) -> None:
     grad=st.sampled_from([F32, BF16, F16]),
     out=st.sampled_from([None, BF16, F16]),
     state=st.sampled_from([None, BF16, U8]),
-    split=st.booleans(),
+    split=st.sampled_from([None, I16, I8]),
     average=st.sampled_from([None, F32, BF16]),
     ema_weight=st.sampled_from([1e-7, 0.001, 0.1, 0.5, 1 - 1e-9]),
     first=st.integers(0, 1 << 34),
@@ -319,12 +321,12 @@ def test_any_form_length_and_hyperparameters(
     grad: torch.dtype,
     out: torch.dtype | None,
     state: torch.dtype | None,
-    split: bool,
+    split: torch.dtype | None,
     average: torch.dtype | None,
     ema_weight: float,
     first: int,
 ) -> None:
-    form = Form(BF16 if split else param, grad, out, state, split, average)
+    form = Form(param if split is None else BF16, grad, out, state, split, average)
     first = first // BLOCK * BLOCK if state == U8 else first
     options = {**hyperparameters, **switches}
     about: dict[str, Any] = {"offset": offset, "first": first, "step": step, "seed": seed}

@@ -226,14 +226,14 @@ FORMS = {
     "bfloat16 states": Form("fp32", "bf16", "bf16", out="bf16", registers=48),
     "remainder, bfloat16 states": Form("bf16", "bf16", "bf16", remainder="i16", registers=48),
     "8 bits": Form("fp32", "bf16", "u8", out="bf16", exponent="u8", registers=64),
-    "remainder, 8 bits": Form("bf16", "bf16", "u8", None, "i16", "u8", registers=64),
+    "remainder8, 8 bits": Form("bf16", "bf16", "u8", None, "i8", "u8", registers=64),
     "average": Form("fp32", "fp32", "fp32", average="fp32"),
-    "remainder, bfloat16 average": Form(
-        "bf16", "bf16", "fp32", remainder="i16", average="bf16", registers=48
+    "remainder8, bfloat16 average": Form(
+        "bf16", "bf16", "fp32", remainder="i8", average="bf16", registers=48
     ),
 }
 OPTIONS: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
-SIZES = {"fp32": 4, "bf16": 2, "i16": 2, "u8": 1}
+SIZES = {"fp32": 4, "bf16": 2, "i16": 2, "i8": 1, "u8": 1}
 
 
 def compile_ahead(
@@ -272,7 +272,8 @@ def compile_ahead(
         "scalars_at": "fp64" if several else None,
     }
     integers = {"numel": "i64", "first": "i64", "key": "i32", "direction": "i32", "step": "i32"}
-    dtypes = {"fp32": tl.float32, "bf16": tl.bfloat16, "i16": tl.int16, "u8": tl.uint8, None: None}
+    floats = {"fp32": tl.float32, "bf16": tl.bfloat16, None: None}
+    dtypes = {**floats, "i16": tl.int16, "i8": tl.int8, "u8": tl.uint8}
     constants = {name: None for name, kind in types.items() if kind is None} | {
         "PARAM": dtypes[form.param],
         "GRAD": dtypes[form.grad],
@@ -340,7 +341,7 @@ def table_reads(form: Form) -> int:
 
 
 def is_noisy(form: Form) -> bool:
-    return form.state != "fp32" or form.average == "bf16"
+    return form.state != "fp32" or form.average == "bf16" or form.remainder == "i8"
 
 
 def resources(compiled: Any, folder: Path) -> dict[str, int]:
@@ -446,7 +447,7 @@ def test_amd_code(entry: str, name: str) -> None:
     root = 2 if "v_sqrt_f32" in code else 5
     assert len(fused) + fused.count("pk_") == 8 * (6 + root)
 
-    widths = {"ubyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2}
+    widths = {"ubyte": 1, "sbyte": 1, "byte": 1, "ushort": 2, "sshort": 2, "short": 2}
     widths |= {"dword": 4, "dwordx2": 8, "dwordx4": 16}
     by_buffers = "buffer_load_" in code  # since Triton 3.6, and then all of them
     for kind, expected in zip(("load", "store"), expected_accesses(form), strict=True):

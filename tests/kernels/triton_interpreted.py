@@ -26,6 +26,7 @@ from belief_dist.state_formats import (
     encode_s,
     noise_key,
     split_master,
+    split_rounded_master,
     update_stored_reference_,
     word_sums,
     wrapped,
@@ -38,7 +39,7 @@ from tests.harness.kernels import several_scalars
 # numpy, which the interpreter computes with, warns of what special numbers do.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-U8 = torch.uint8
+U8, I8, I16 = torch.uint8, torch.int8, torch.int16
 step_scalars = partial(rule.step_scalars, ema_weight=0.3)
 device_scalars = partial(on_device.device_scalars, ema_weight=0.3)
 LENGTHS = [1, 7, 255, 256, 257, 1023, 1024, 1025, 3000]
@@ -57,7 +58,7 @@ class Form(NamedTuple):
     grad: torch.dtype
     state: torch.dtype
     out: torch.dtype | None = None
-    remainder: bool = False
+    remainder: torch.dtype | None = None
     average: torch.dtype | None = None
 
 
@@ -70,19 +71,19 @@ FORMS = [
     Form(BF16, F32, F32),
     Form(F64, F64, F64),
     Form(F64, F32, F64, BF16),
-    Form(BF16, BF16, F32, remainder=True),
+    Form(BF16, BF16, F32, remainder=I16),
     Form(F32, F32, BF16),
     Form(F32, BF16, BF16, BF16),
-    Form(BF16, BF16, BF16, remainder=True),
+    Form(BF16, BF16, BF16, remainder=I8),
     Form(F32, F32, U8),
     Form(F32, BF16, U8, BF16),
     Form(F32, F16, U8, F16),
-    Form(BF16, BF16, U8, remainder=True),
+    Form(BF16, BF16, U8, remainder=I16),
     Form(F32, F32, F32, average=F32),
     Form(F64, F64, F64, average=F64),
     Form(F32, BF16, BF16, BF16, average=BF16),
-    Form(BF16, BF16, F32, remainder=True, average=BF16),
-    Form(BF16, BF16, U8, remainder=True, average=F32),
+    Form(BF16, BF16, F32, remainder=I8, average=BF16),
+    Form(BF16, BF16, U8, remainder=I8, average=F32),
 ]
 
 
@@ -93,8 +94,10 @@ def make(
     generator = torch.Generator().manual_seed(seed)
     optional: dict[str, Any] = {}
     param = values(n, 0, form.param, generator)
-    if form.remainder:
-        param, optional["remainder"] = split_master(values(n, 0, F32, generator))
+    if form.remainder is not None:
+        master = values(n, 0, F32, generator)
+        parts = split_master(master) if form.remainder == I16 else split_rounded_master(master, 0)
+        param, optional["remainder"] = parts
     if form.out is not None:
         optional["param_out"] = torch.zeros(n, dtype=form.out)
     if form.average is not None:

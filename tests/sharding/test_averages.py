@@ -41,7 +41,7 @@ FORMS: list[dict[str, Any]] = [
     {**HALVES, "state_dtype": torch.uint8, "stage": 2},
     {"state_dtype": torch.bfloat16},
     {"offload": "cpu"},
-    {**HALVES, "offload": "cpu"},
+    {**HALVES, "master": "remainder8", "offload": "cpu"},
 ]
 
 
@@ -265,7 +265,14 @@ def test_it_starts_from_weights_that_are_loaded_before_the_first_step() -> None:
             way = (params[index] - start).double() * weight
             assert torch.allclose(lent[index].double(), start + way, atol=2e-2), form
         optimizer.restart_averages()
-        assert all(map(torch.equal, averages_of(optimizer, params), params))
+        lent = averages_of(optimizer, params)
+        if form.get("master") == "remainder8":
+            # One master of 24 bits in 256 lies between two bfloat16 numbers, and averages of such
+            # become the even one, parameters the larger one.
+            for mean, param in zip(lent, params, strict=True):
+                assert torch.allclose(mean, param, rtol=2**-7, atol=0.0)
+        else:
+            assert all(map(torch.equal, lent, params))
 
 
 def skipped(dtype: torch.dtype) -> None:
@@ -298,7 +305,7 @@ def test_a_step_that_is_skipped_does_not_count(tmp_path: Path) -> None:
     [
         (FP32, KEEP),
         (FP32, NARROW),
-        (BF16, {**KEEP, "master": "remainder", "state_dtype": "uint8"}),
+        (BF16, {**KEEP, "master": "remainder8", "state_dtype": "uint8"}),
         (BF16, {**NARROW, "stage": 2, "offload": "cpu"}),
     ],
 )
@@ -322,7 +329,7 @@ def groups_of_one(model: Odd) -> list[dict[str, Any]]:
     return [{k: v for k, v in group.items() if k != "clip"} for group in groups(model)]
 
 
-@pytest.mark.parametrize("form", [{}, {"master": "remainder"}], ids=str)
+@pytest.mark.parametrize("form", [{}, {"master": "remainder8"}], ids=str)
 def test_a_checkpoint_without_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, form: dict[str, Any]
 ) -> None:

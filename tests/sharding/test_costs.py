@@ -83,6 +83,7 @@ def smaller_memory_is_as_documented() -> None:
         ("fp32", torch.bfloat16, 4 + 4),
         ("fp32", torch.uint8, 4 + 2 + 2 / 256),
         ("remainder", torch.uint8, 2 + 2 + 2 / 256),
+        ("remainder8", torch.uint8, 1 + 2 + 2 / 256),
     ):
         params = [nn.Parameter(torch.zeros(128, 1000, dtype=torch.bfloat16)) for _ in range(3)]
         optimizer = ShardedAdaBelief(

@@ -57,13 +57,13 @@ JOBS += [Job(v, *PLANS[i]) for v, i in ((1, 0), (1, 1), (8, 2), (8, 3), (12, 0),
 JOBS += [
     SCALED,
     Job(6, {"state_dtype": torch.uint8, "master": "remainder"}, bf16),
-    Job(6, {"ema_decay": 0.9, "ema_dtype": bf16, "master": "remainder"}, bf16),
+    Job(6, {"ema_decay": 0.9, "ema_dtype": bf16, "master": "remainder8"}, bf16),
     Job(6, {"state_dtype": bf16, "overlap": False}),
     Job(6, {"offload": "cpu", "reduce_dtype": bf16}),
     Job(6, {"shared_memory": False, "stage": 2, "max_grad_norm": 0.5}),
     Job(6, {"max_grad_norm": 0.5, "ema_decay": 0.9}, mesh=True),
     Job(6, {"shared_memory": False, "max_grad_norm": 0.5}, mesh=True),
-    Job(6, {"shard_over": "mesh"}, mesh=True),
+    Job(6, {"shard_over": "mesh", "master": "remainder8"}, bf16, mesh=True),
 ]
 # Stopped and continued: at how many ranks, and until which step. Epochs have 5 steps.
 CONTINUED = replace(SCALED, options={"max_grad_norm": 0.5, "ema_decay": 0.9})

@@ -35,11 +35,11 @@ def test_smaller_states_depend_on_no_sharding(world_size: int, tmp_path: Path) -
             {"state_dtype": torch.uint8, "reduce_dtype": torch.bfloat16, "stage": 2},
             {"dtype": torch.bfloat16, "master": "remainder", "max_grad_norm": 1.0},
             {"dtype": torch.bfloat16, "state_dtype": torch.uint8, "micro_batches": 2},
-            {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.bfloat16},
             {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
+            {"dtype": torch.bfloat16, "master": "remainder8", "stage": 2},
             {
                 "dtype": torch.bfloat16,
-                "master": "remainder",
+                "master": "remainder8",
                 "state_dtype": torch.uint8,
                 "offload": "cpu",
                 "unused": True,

@@ -26,7 +26,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "ZeRO-2, remainders, 8 bits": {
         "dtype": torch.bfloat16,
         "stage": 2,
-        "master": "remainder",
+        "master": "remainder8",
         "state_dtype": torch.uint8,
     },
     "bfloat16 states": {"state_dtype": torch.bfloat16},

@@ -229,7 +229,7 @@ FORMS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "float16": (torch.float16, {}),
     "float32, offload": (torch.float32, {"offload": "cpu"}),
     "bfloat16, offload": (torch.bfloat16, {"offload": "cpu"}),
-    "bfloat16, remainder, offload": (torch.bfloat16, {"master": "remainder", "offload": "cpu"}),
+    "bfloat16, remainder8, offload": (torch.bfloat16, {"master": "remainder8", "offload": "cpu"}),
 }
 
 

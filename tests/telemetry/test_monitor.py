@@ -191,7 +191,7 @@ def test_numbers_of_all_ranks_are_those_of_whole_tensors(tmp_path: Path) -> None
         partial(sharded_numbers),
         partial(sharded_numbers, stage=2, max_grad_norm=0.5),
         partial(sharded_numbers, state_dtype=torch.bfloat16, **bf16),
-        partial(sharded_numbers, stage=2, master="remainder", state_dtype=torch.uint8, **bf16),
+        partial(sharded_numbers, stage=2, master="remainder8", state_dtype=torch.uint8, **bf16),
         partial(sharded_numbers, offload="cpu", **bf16),
     ]
     run_ranks(3, tmp_path, *cases)

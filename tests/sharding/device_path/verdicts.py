@@ -22,7 +22,7 @@ FORMS: list[dict[str, Any]] = [
     {},
     {"stage": 2, "max_grad_norm": 1.0},
     {"dtype": torch.bfloat16},
-    {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
+    {"dtype": torch.bfloat16, "master": "remainder8", "state_dtype": torch.uint8},
     {"rectify": True, "ema_decay": 0.9},
     {"ema_decay": 0.9, "ema_dtype": torch.bfloat16},
 ]

@@ -89,7 +89,7 @@ BOTH = pytest.mark.parametrize("ranks", [1, 8])
         {"spike_guard": 2.0},
         {"overlap": False},
         {"dtype": torch.bfloat16},
-        {"dtype": torch.bfloat16, "master": "remainder", "state_dtype": torch.uint8},
+        {"dtype": torch.bfloat16, "master": "remainder8", "state_dtype": torch.uint8},
         {"dtype": torch.float64},
         {"reduce_dtype": torch.bfloat16, "stage": 2},
         {"rectify": True},
