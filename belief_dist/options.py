@@ -12,7 +12,7 @@ import logging
 import math
 import numbers
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -188,7 +188,8 @@ def as_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's are, too
         raise TypeError(
             f"{name} must be a number, got {shown(value)} of type {type(value).__name__}; "
-            f"write it without quotes in JSON or YAML."
+            f"write it without quotes in JSON or YAML, and with a point in YAML: 1.0e-16, where "
+            f"1e-16 is text."
         )
     try:
         return float(value)
@@ -222,6 +223,12 @@ def _fits_float32(name: str, value: float, what: str) -> None:
             f"{name} is too large: {what} would be infinite in float32, whose largest number is "
             f"{_FLOAT32_MAX:.3g}."
         )
+
+
+def plain_pair(betas: Any) -> Any:
+    """Return another library's sequence, such as the one Hydra passes, as a tuple; else `betas`."""
+    is_foreign = isinstance(betas, Sequence) and not isinstance(betas, (tuple, list, str, bytes))
+    return tuple(betas) if is_foreign else betas
 
 
 def validate_options(group: Mapping[str, Any]) -> None:
@@ -301,7 +308,8 @@ def normalize_group_names(group: Mapping[str, Any], where: str) -> dict[str, Any
             )
     kept = {name: value for name, value in group.items() if _is_foreign(name)}
     options = {name: value for name, value in group.items() if name not in kept}
-    return {**kept, **resolve_aliases(options, OPTION_NAMES, where)}
+    named = {**kept, **resolve_aliases(options, OPTION_NAMES, where)}
+    return named | {"betas": plain_pair(named["betas"])} if "betas" in named else named
 
 
 def _is_foreign(name: str) -> bool:
@@ -330,6 +338,7 @@ def complete_options(
     arguments = given.keys() - _NO_OPTIONS
     options.update(resolve_aliases(other_spellings, OPTION_NAMES, where, also=arguments))
     _refuse_auto(options, where)
+    options["betas"] = plain_pair(options["betas"])
     validate_options(options)
     no_decay = given["no_decay"]
     if not is_one_of(no_decay, (None, "1d")) and not callable(no_decay):

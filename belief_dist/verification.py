@@ -49,9 +49,16 @@ class Running:
         return (
             f"{type(self.optimizer).__name__} runs{under} on {self.ranks} "
             f"{'rank' if self.ranks == 1 else 'ranks'} with the {self.backend} kernel, "
-            f"lr {lr:g}{schedule}, eps {group['eps']:g}"
+            f"lr {lr:g}{schedule}, eps {group['eps']:g}, {self._momenta_and_decay()}"
             + (f"; plain torch updates the GPU because {self.reason}" if self.reason else "")
         )
+
+    def _momenta_and_decay(self) -> str:
+        """Return betas and weight decay, each value that any group has, in the groups' order."""
+        groups = self.optimizer.param_groups
+        betas = dict.fromkeys(f"({', '.join(f'{b:g}' for b in each['betas'])})" for each in groups)
+        decays = dict.fromkeys(f"{float(each['weight_decay']):g}" for each in groups)
+        return f"betas {' and '.join(betas)}, weight decay {' and '.join(decays)}"
 
 
 def verify(training: Any) -> Running:
@@ -188,6 +195,8 @@ def _explain(found: Any, chain: list[Any]) -> str:
             f"what optim= says: write {_JSON}, or pass "
             "optimizer_cls_and_kwargs=(AdaBelief, {...})."
         )
+    if name == AdaBelief.__name__:
+        name = f"{type(found).__module__}.{name}"  # timm and others have one of that name, too
     return f"{name} runs instead of AdaBelief: pass belief_dist.AdaBelief where it was built."
 
 

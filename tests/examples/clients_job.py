@@ -102,6 +102,49 @@ def trainer(config: dict[str, Any], check: bool = True, **given: Any) -> float:
     return (model.linear.weight.detach() - before).abs().mean().item()
 
 
+def trainer_alone() -> float:
+    """Take one step by the Trainer without DeepSpeed, under DDP; see what it makes of the options.
+
+    Its own weight_decay replaces the class's, its learning rate and eps do not.
+    """
+    from transformers import Trainer, TrainingArguments
+
+    import belief_dist
+    from belief_dist.hf import VerifyCallback
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    arguments = TrainingArguments(
+        output_dir=str(Path(sys.argv[1]) / "trainer"),
+        per_device_train_batch_size=4,
+        max_steps=1,
+        learning_rate=0.5,
+        weight_decay=0.25,
+        lr_scheduler_type="constant",
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = Model()
+    weight = model.linear.weight
+    before = weight.detach().clone()
+    made = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=Rows(),
+        callbacks=[VerifyCallback()],
+        optimizer_cls_and_kwargs=(belief_dist.AdaBelief, {**OPTIONS, "weight_decay": 0.125}),
+    )
+    made.train()
+    running = belief_dist.verify(made)
+    assert running.ranks == 2
+    groups = running.optimizer.param_groups
+    seen = [(g["lr"], list(g["betas"]), g["eps"], g["weight_decay"]) for g in groups]
+    assert seen == [(LR, BETAS, EPS, 0.25), (LR, BETAS, EPS, 0.0)], seen
+    decayed = before * (1 - LR * 0.25)
+    return (weight.detach() - decayed).abs().mean().item()
+
+
 def accelerate(config: dict[str, Any], make: Callable[[nn.Module], Any]) -> float:
     """Take one step by Accelerate; return how far each parameter has moved."""
     from accelerate import Accelerator
@@ -210,6 +253,7 @@ def cases() -> dict[str, Callable[[], float]]:
         "trainer class": lambda: trainer(
             without, optimizer_cls_and_kwargs=(belief_dist.AdaBelief, OPTIONS)
         ),
+        "trainer class alone": trainer_alone,
         "trainer object": lambda: trainer(without, optimizers=lambda m: (ours(m), None)),
         "trainer object unchecked": lambda: trainer(
             without, check=False, optimizers=lambda m: (ours(m), None)

@@ -31,6 +31,7 @@ ADABELIEF_RUNS = [
     "trainer auto",
     "trainer json offload",
     "trainer class",
+    "trainer class alone",
     "accelerate json",
     "accelerate object",
     "accelerate object offload",
@@ -94,7 +95,8 @@ def test_the_callback_stops_every_rank_and_says_why(results):
 def test_one_line_tells_what_runs(job):
     assert re.search(
         r"AdaBelief runs under DeepSpeedOptimizerWrapper > DeepSpeedZeroOptimizer \(ZeRO-2\) "
-        r"on 2 ranks with the (cpp|eager) kernel, lr 0.01, eps 1e-30",
+        r"on 2 ranks with the (cpp|eager) kernel, lr 0.01, eps 1e-30, "
+        r"betas \(0.5, 0.9\), weight decay 0\n",
         job[1],
     )
     assert 'the DeepSpeed configuration names "adam" as its optimizer' in job[1]
@@ -153,10 +155,12 @@ def test_deepspeed_example(tmp_path):
     assert float(re.search(r"([\d.]+)% of 297 held-out digits", output)[1]) > 50  # chance is 10
 
 
-def test_lightning_example_under_ddp(tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--fsdp2"]], ids=["ddp", "fsdp2"])
+def test_lightning_example(tmp_path, flags):
     script = ROOT / "examples" / "with_lightning.py"
-    output = launch(tmp_path, sys.executable, script, "--devices", 2, "--steps", 20)
+    output = launch(tmp_path, sys.executable, script, "--devices", 2, "--steps", 20, *flags)
     assert "AdaBelief runs under Trainer on 2 ranks" in output
+    assert "betas (0.9, 0.999), weight decay 0.1 and 0\n" in output
     assert float(re.search(r"^loss ([\d.]+)", output, re.MULTILINE)[1]) < 4.5
 
 
@@ -182,9 +186,15 @@ def steps(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
 def test_verify_without_a_framework():
     model = nn.Linear(3, 2)
     running = belief_dist.verify(belief_dist.AdaBelief(model.parameters(), fused=False))
-    assert str(running) == "AdaBelief runs on 1 rank with the eager kernel, lr 0.001, eps 1e-16"
+    assert str(running) == (
+        "AdaBelief runs on 1 rank with the eager kernel, lr 0.001, eps 1e-16, "
+        "betas (0.9, 0.999), weight decay 0"
+    )
     with pytest.raises(belief_dist.NotAdaBelief, match=r"^AdamW runs instead of AdaBelief: pass"):
         belief_dist.verify(torch.optim.AdamW(model.parameters()))
+    namesake = type("AdaBelief", (torch.optim.AdamW,), {"__module__": "timm.optim"})
+    with pytest.raises(belief_dist.NotAdaBelief, match=r"^timm\.optim\.AdaBelief runs instead"):
+        belief_dist.verify(namesake(model.parameters()))
     with pytest.raises(belief_dist.NotAdaBelief, match=r"^Linear holds no single optimizer"):
         belief_dist.verify(model)
 
