@@ -7,7 +7,7 @@
 # tests/harness/lanes.py.
 # All but gpu set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
 SHELL := /bin/bash
-PYTEST := python -m pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
+PYTEST := python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 VENV ?= .venv
 PYTHON ?= python3
 ARGS ?=

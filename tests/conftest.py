@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 
@@ -27,8 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if isinstance(item, pytest.Function):
             lanes.mark(item)
-            item.add_marker(pytest.mark.xdist_group(lanes.worker(item)))
     items.sort(key=lanes.order)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Workers(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return lanes.worker(nodeid)
+
+    return Workers(config, log)
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -69,9 +69,9 @@ def order(item: pytest.Item) -> int:
     return files.index(path) if path in files else len(files)
 
 
-def worker(item: pytest.Item) -> str:
+def worker(nodeid: str) -> str:
     """Return a name that tests share which one worker runs, one after the other."""
-    path = _path(item)
+    path = nodeid.partition("::")[0].removeprefix("tests/")
     return "waiting" if path in WAITING else path
 
 
