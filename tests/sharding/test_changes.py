@@ -105,7 +105,7 @@ def refused_on_one_rank() -> None:
     group: dict[str, Any] = {"params": more, "lr": -1.0 if rank == last else 0.1}
     with pytest.raises(ValueError, match=r"lr must be finite and >= 0, got -1\.0"):
         optimizer.add_param_group(group)
-    with pytest.raises(ValueError, match=r"options of param group.*rank 1 has .*'lr': 0\.2"):
+    with pytest.raises(ValueError, match=r"options of param group.*rank 1 has lr=0\.2"):
         optimizer.add_param_group({"params": more, "lr": 0.2 if rank == 1 else 0.1})
     reference = Reference(make_params(), [OPTIONS] * len(params))
     everyone = gradients(1, set(range(len(SHAPES))))
