@@ -70,7 +70,7 @@ def check_hostfile(lines: list[str]) -> FileReport:
     """Return what is wrong in a hostfile: lines such as "node0 slots=8"."""
     findings: list[Finding] = []
     corrected: list[str] = []
-    hosts: dict[str, int] = {}  # where each is in `corrected`
+    hosts: dict[str, tuple[int, int]] = {}  # the line of each, and where it is in `corrected`
 
     def tell(number: int, sentence: str, *, is_fixed: bool) -> None:
         findings.append(Finding(f"line {number}", sentence, is_fixed))
@@ -102,18 +102,19 @@ def check_hostfile(lines: list[str]) -> FileReport:
                 number, f"gives {host} no ranks; give it at least 1, or remove it.", is_fixed=False
             )
         if host in hosts:
-            before = _HOST.fullmatch(corrected[hosts[host]].strip())
+            _, place = hosts[host]
+            before = _HOST.fullmatch(corrected[place].strip())
             assert before is not None
-            corrected[hosts[host]] = f"{host} slots={int(before[2]) + slots}"
+            corrected[place] = f"{host} slots={int(before[2]) + slots}"
             said = f"names {host} a second time, which the launcher refuses; its slots are added up"
             tell(number, f"{said} in one line.", is_fixed=True)
             continue
-        hosts[host] = len(corrected)
+        hosts[host] = number, len(corrected)
         corrected.append(given if line == given.strip() else line)
-    for host, place in hosts.items():
+    for host, (number, _) in hosts.items():
         if len(hosts) > 1 and re.fullmatch(r"localhost|127(\.\d+){3}|::1", host):
             tell(
-                lines.index(corrected[place]) + 1 if corrected[place] in lines else place + 1,
+                number,
                 f"{host} is another host for each of the others, which look for rank 0 there; "
                 f"write the name or address by which they reach it.",
                 is_fixed=False,

@@ -235,6 +235,17 @@ class EngineOptions:
         """What is kept of the master of a bfloat16 parameter beside the parameter, if not all."""
         return {"remainder": torch.int16, "remainder8": torch.int8}.get(self.master)
 
+    def stored_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """Return the dtype of states of parameters that are computed in `compute`.
+
+        Float32 is the name of "not compressed": states of float64 parameters are float64.
+        """
+        return compute if self.state_dtype == torch.float32 else self.state_dtype
+
+    def average_dtype(self, compute: torch.dtype) -> torch.dtype:
+        """Return the same of the average of the weights."""
+        return compute if self.ema_dtype == torch.float32 else self.ema_dtype
+
     def check_param(self, dtype: torch.dtype, label: str) -> None:
         """Refuse a parameter whose dtype does not go together with an option.
 

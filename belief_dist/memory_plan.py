@@ -190,12 +190,12 @@ def bytes_by_place(
             states["masters"] += own * compute.itemsize
         if is_low and goes:
             states["masters"] += own * dtype.itemsize
-        stored = compute if options.state_dtype == torch.float32 else options.state_dtype
+        stored = options.stored_dtype(compute)
         per_state = own * stored.itemsize + (own // BLOCK if stored == torch.uint8 else 0)
         states["exp_avg"] += per_state
         states["exp_avg_sq"] += per_state
         if options.keeps_averages:
-            form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
+            form = options.average_dtype(compute)
             states["averages"] += own * form.itemsize
         if codec.keeps_error:
             on_device["wire errors"] += numel * dtype.itemsize

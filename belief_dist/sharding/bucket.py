@@ -155,15 +155,14 @@ class BucketBuffers:
         else:
             self.grad_shard = torch.zeros_like(self.param_shard, dtype=compute)
 
-        # Float32 is the name of "not compressed": states of float64 parameters are float64.
-        stored = compute if options.state_dtype == torch.float32 else options.state_dtype
+        stored = options.stored_dtype(compute)
         self.states: dict[str, Tensor] = {}
         for name in ["exp_avg", "exp_avg_sq"] + ["max_exp_avg_sq"] * amsgrad:
             self.states[name] = self._zeros(stored)
             if stored == torch.uint8:
                 self.states[f"{name}_exponent"] = self._zeros(torch.uint8, BLOCK)
         if options.keeps_averages:
-            form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
+            form = options.average_dtype(compute)
             self.states[AVERAGE] = self._zeros(form)
 
     def _zeros(self, dtype: torch.dtype, per: int = 1) -> Tensor:

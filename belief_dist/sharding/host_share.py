@@ -30,7 +30,7 @@ def bytes_beside(bucket: Bucket, options: EngineOptions, *, amsgrad: bool = Fals
     """
     dtype: torch.dtype = getattr(torch, bucket.dtype)
     compute = compute_dtype(dtype)
-    stored = compute if options.state_dtype == torch.float32 else options.state_dtype
+    stored = options.stored_dtype(compute)
     own, states = bucket.shard_numel, 3 if amsgrad else 2
     held = states * own * stored.itemsize
     if stored == torch.uint8:
@@ -38,7 +38,7 @@ def bytes_beside(bucket: Bucket, options: EngineOptions, *, amsgrad: bool = Fals
     if dtype != compute:
         held += own * (options.remainder_dtype or compute).itemsize
     if options.keeps_averages:
-        form = compute if options.ema_dtype == torch.float32 else options.ema_dtype
+        form = options.average_dtype(compute)
         held += own * form.itemsize
     return held
 

@@ -148,10 +148,8 @@ class ShardUpdate:
         """Give what this rank has of the gradients of the parameters that are `used`."""
         for index, param in enumerate(params):
             if used[index]:
-                part = self.fragment(index)
-                shard = self._buckets[part.bucket].grad_shard
-                total = shard[part.in_shard : part.in_shard + part.numel]
-                yield OwnGradient(param, part.in_param, total, factor)
+                own = self.own_part(index)
+                yield OwnGradient(param, self.fragment(index).in_param, own.grad, factor)
 
     # - Averages
 
