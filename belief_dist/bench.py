@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from belief_dist import kernels
+from belief_dist.figures import new_figure
 from belief_dist.options import DEFAULTS
 from belief_dist.rule import step_scalars
 from belief_dist.sharded import ShardedAdaBelief
@@ -119,14 +120,7 @@ def draw_bench(file: Path, bench: Bench) -> None:
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib.") from None
-
-    figure = Figure(figsize=(8, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(8, 3.5)
     axes = figure.add_subplot()
     forms = [each.form for each in bench.updates]
     times = [each.seconds * 1e9 for each in bench.updates]

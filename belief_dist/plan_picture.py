@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from belief_dist.figures import new_figure
 from belief_dist.memory_plan import plan
 
 # As far apart as may be for who sees few colours (Okabe and Ito); others are grey.
@@ -34,16 +35,9 @@ def draw_plan(
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("--picture needs matplotlib: pip install matplotlib.") from None
-
     counts = sorted({2**power for power in range(ranks.bit_length())} | {ranks})
     rows = [plan(shapes, each, memory, more) for each in counts]
-    figure = Figure(figsize=(9, 5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 5)
     axes = figure.add_subplot()
     lines = [line for line in zip(*rows, strict=True) if line[0].way.name not in _NOT_DRAWN]
     ends = sorted(range(len(lines)), key=lambda number: lines[number][-1].held)

@@ -90,7 +90,7 @@ mpi_backend
 integrations
 integrations.mpi
 __init__
-deepspeed_keys
+deepspeed_keys figures
 deepspeed_config deepspeed_schema doctor memory_plan
 deepspeed_launcher_files plan_picture bench
 telemetry.records telemetry.statistics telemetry.prometheus
@@ -110,8 +110,7 @@ OPTIONAL = {
     "mpi_backend": {"mpi4py"},
     "deepspeed": {"deepspeed"},
     "memory_plan": {"transformers"},
-    "bench": {"matplotlib"},
-    "plan_picture": {"matplotlib"},
+    "figures": {"matplotlib"},
     "kernels": {"triton"},
     "distributed": {"mpi4py"},
     "checkpoint": {"safetensors"},
