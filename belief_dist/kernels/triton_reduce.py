@@ -1,8 +1,8 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
 """GPU kernels that read gradients and parameters once: ordered sums, exact squares, checksums.
 
-`reduce` adds what all ranks have sent, in their order, and splits the squares of the sums over the
-bins of `norm`, in one pass. A program takes every n-th tile, and keeps three bins in registers:
+`reduce` adds what all ranks have sent, in their order, or what lies in their memory, and splits the
+squares of the sums over the bins of `norm`, in one pass. A program takes every n-th tile, and keeps three bins in registers:
 from the highest that a square has come to so far down, as lower ones are never read. A square that
 comes higher moves them, which happens a few times at most. Integers add in any order, so the bins
 of all programs meet in atomic additions.
@@ -175,13 +175,27 @@ def _load_piece(pieces, start, numel, CODES: tl.constexpr, WIDE: tl.constexpr, T
 
 
 @triton.jit
+def _piece(pieces, addresses, rank, distance, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Return where a message begins: at a distance from the first, or at an address of its own."""
+    if addresses is None:
+        piece = pieces + rank * distance
+    else:
+        piece = tl.load(addresses + rank).to(tl.pointer_type(DTYPE))
+        piece = tl.multiple_of(piece, ALIGNED)
+    return piece
+
+
+@triton.jit
 def reduce(
     out,  # (numel,), float32 or float64: receives the sums; None leaves them out
     pieces,  # the first message; the others follow at a distance of `stride` of its elements
+    addresses,  # (num_pieces,), int64: where each message begins instead, or None
     bins,  # (norm.NUM_WORDS,), int64: receives the squares; None leaves them out
     numel,
     stride,
     num_pieces,
+    DTYPE: tl.constexpr,  # of messages at addresses
+    ALIGNED: tl.constexpr,  # bytes of which all addresses are multiples
     PIECES: tl.constexpr,  # num_pieces where loads of all of them shall be on the way, or 0
     ACCUMULATE: tl.constexpr,  # start from what is in `out`
     CODES: tl.constexpr,  # messages are blocks of 8-bit codes with a scale
@@ -202,18 +216,19 @@ def reduce(
         start = (zero + tile) * TILE
         offset = start + tl.arange(0, TILE)
         present = offset < numel
+        piece = _piece(pieces, addresses, 0, distance, DTYPE, ALIGNED)
         if ACCUMULATE:
             total = tl.load(out + offset, mask=present, other=0.0)
-            total += _load_piece(pieces, start, numel, CODES, WIDE, TILE)
+            total += _load_piece(piece, start, numel, CODES, WIDE, TILE)
         else:
-            total = _load_piece(pieces, start, numel, CODES, WIDE, TILE)
+            total = _load_piece(piece, start, numel, CODES, WIDE, TILE)
         if PIECES:
             for rank in tl.static_range(1, PIECES):
-                piece = pieces + rank * distance
+                piece = _piece(pieces, addresses, rank, distance, DTYPE, ALIGNED)
                 total += _load_piece(piece, start, numel, CODES, WIDE, TILE)
         else:
             for rank in range(1, num_pieces):
-                piece = pieces + rank * distance
+                piece = _piece(pieces, addresses, rank, distance, DTYPE, ALIGNED)
                 total += _load_piece(piece, start, numel, CODES, WIDE, TILE)
         if out is not None:
             tl.store(out + offset, total, mask=present)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -22,6 +23,7 @@ from belief_dist.rule import compute_dtype
 _UNROLLED = 8
 _CHUNK_TILES = 8  # consecutive tiles of squares that share an entry of a table
 _TABLES = 64
+_POINTERS = 1 << 12  # of buckets, a few bytes each
 
 
 class Shape(NamedTuple):
@@ -69,6 +71,7 @@ class TritonReductions:
         self.shape: Shape | None = None  # takes the place of `_shape`, for tests and tuning
         self.checksum_tile, self.checksum_chunk = 2048, 8
         self._tables: dict[tuple[Any, ...], _Table] = {}
+        self._pointers: dict[tuple[Any, ...], Tensor] = {}
         self._constants: dict[tuple[Any, ...], Tensor] = {}
         self._options: dict[str, Any] = {"num_stages": 1, "enable_fp_fusion": False}
 
@@ -123,17 +126,7 @@ class TritonReductions:
         if numel == 0:
             return
         stride = _distance(pieces)
-        if stride is None:
-            # Apart in memory: one after the other, in the same order with the same roundings.
-            assert out is not None
-            overwritten = [p for p in pieces[1:] if p.data_ptr() == out.data_ptr()]
-            if overwritten and not accumulate:
-                pieces = [p.clone() if any(p is o for o in overwritten) else p for p in pieces]
-            self.ordered_sum_(out, pieces[:1], None, accumulate=accumulate, codes=codes)
-            for number, piece in enumerate(pieces[1:], 2):
-                last = bins if number == len(pieces) else None
-                self.ordered_sum_(out, [piece], last, accumulate=True, codes=codes)
-            return
+        addresses = None if stride is not None else self._addresses(pieces)
         wide = (compute_dtype(first.dtype) if out is None else out.dtype) == torch.float64
         count = len(pieces)
         shape = self.shape or _shape(first.element_size() * count, codes=codes)
@@ -141,11 +134,14 @@ class TritonReductions:
         with current(first.device):
             self._kernels.reduce[(programs,)](
                 out,
-                first,
+                first if addresses is None else None,
+                addresses,
                 bins,
                 numel,
-                stride,
+                stride or 0,
                 count,
+                DTYPE=self._dtypes[first.dtype],
+                ALIGNED=math.gcd(16, *(piece.data_ptr() for piece in pieces)),
                 PIECES=count if count <= _UNROLLED else 0,
                 ACCUMULATE=accumulate,
                 CODES=codes,
@@ -153,6 +149,17 @@ class TritonReductions:
                 TILE=shape.tile,
                 **self._launch(shape.threads),
             )
+
+    def _addresses(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Return (len(pieces),), int64, of pieces that have no distance in common."""
+        # What other ranks keep in their memory stays where it is.
+        key = (pieces[0].device, *(piece.data_ptr() for piece in pieces))
+        table = self._pointers.get(key)
+        if table is None:
+            if len(self._pointers) >= _POINTERS:
+                self._pointers.clear()
+            table = self._pointers[key] = upload(key[1:], torch.int64, key[0])
+        return table
 
     def add_squares_(self, bins: Tensor, values: Sequence[Tensor]) -> None:
         """Add the squares of contiguous tensors of one dtype to `bins`; see `norm.add_squares_`."""

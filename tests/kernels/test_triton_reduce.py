@@ -26,6 +26,7 @@ class Sum(NamedTuple):
     accumulate: bool = False
     codes: bool = False
     squares: bool = True
+    apart: bool = False  # each message lies at an address of its own
 
     def loads(self) -> Counter[int]:
         """Return how many bytes a thread reads at once: four elements of each message."""
@@ -36,6 +37,8 @@ class Sum(NamedTuple):
             loads[4] += messages  # scales
         if self.accumulate:
             loads[16] += 1
+        if self.apart:
+            loads[8] += messages
         return loads
 
 
@@ -44,6 +47,9 @@ SUMS = {
     "bfloat16, 8 ranks": Sum("fp32", "bf16", 8),
     "bfloat16, any ranks, accumulated": Sum("fp32", "bf16", 0, accumulate=True),
     "8-bit codes, 4 ranks": Sum("fp32", "u8", 4, codes=True),
+    "float32, 4 ranks' memory": Sum("fp32", "fp32", 4, apart=True),
+    "bfloat16, any ranks' memory, accumulated": Sum("fp32", "bf16", 0, accumulate=True, apart=True),
+    "8-bit codes, 2 ranks' memory": Sum("fp32", "u8", 2, codes=True, apart=True),
     "squares of bfloat16": Sum(None, "bf16"),
     "sum alone": Sum("fp32", "fp32", 2, squares=False),
 }
@@ -72,15 +78,21 @@ def compile_ahead(
 
 
 def compile_sum(form: Sum, target: Any, warps: int) -> Any:
+    import triton.language as tl
+
     from belief_dist.kernels import triton_reduce
 
+    dtypes = {"fp32": tl.float32, "bf16": tl.bfloat16, "u8": tl.uint8}
     kinds = {
         "out": form.out and f"*{form.out}",
-        "pieces": f"*{form.pieces}",
+        "pieces": None if form.apart else f"*{form.pieces}",
+        "addresses": "*i64" if form.apart else None,
         "bins": "*i64" if form.squares else None,
         **dict.fromkeys(("numel", "stride", "num_pieces"), "i32"),
     }
     constants = {
+        "DTYPE": dtypes[form.pieces],
+        "ALIGNED": 16,
         "PIECES": form.count,
         "ACCUMULATE": form.accumulate,
         "CODES": form.codes,
