@@ -63,6 +63,14 @@ def _true_or_false(name: str, value: Any) -> Any:
     return value
 
 
+def _shared_memory(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value == "cuda":
+        return value
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True, False or 'cuda', got {shown(value)}.")
+    return value
+
+
 def _integer(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {shown(value)}.")
@@ -167,7 +175,7 @@ class EngineOptions:
     max_grad_value: float | None = field(default=None, metadata={"check": positive_or_none})
     overlap: bool = field(default=True, metadata={"check": _true_or_false})
     offload: Literal["cpu"] | float | None = field(default=None, metadata={"check": _offload})
-    shared_memory: bool = field(default=True, metadata={"check": _true_or_false})
+    shared_memory: bool | Literal["cuda"] = field(default=True, metadata={"check": _shared_memory})
     check_replicas: bool = field(default=True, metadata={"check": _true_or_false})
     check_states: bool = field(default=False, metadata={"check": _true_or_false})
     spike_guard: float | None = field(default=None, metadata={"check": _factor_or_none})

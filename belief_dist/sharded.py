@@ -113,7 +113,8 @@ class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, 
             gradients come over and parameters go back bucket by bucket. A float (> 0, <= 1) does so
             with at least this fraction of their bytes, an integer with at least so many bytes of
             this rank, see `sharding.host_share`. The bits are the same.
-        shared_memory: On CPUs, ranks of one host read each other's memory instead of messages.
+        shared_memory: On CPUs, ranks of one host read each other's memory instead of messages;
+            with "cuda" GPUs of one host do, too: see docs/shared-memory.md.
         check_replicas: In every step, compare a checksum of the ranks' parameters.
         check_states: In every step, compare what the update reads of masters and states with what
             the last one has written: see `sharding.state_sums`.
@@ -175,7 +176,7 @@ class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, 
         max_grad_value: float | None = None,
         overlap: bool = True,
         offload: Literal["cpu"] | float | None = None,
-        shared_memory: bool = True,
+        shared_memory: bool | Literal["cuda"] = True,
         check_replicas: bool = True,
         check_states: bool = False,
         spike_guard: float | None = None,

@@ -205,15 +205,21 @@ def mpi(
 
 
 def host(
-    ranks: int = 2, mib: int = 64, rounds: int = 9, soak: int = 0, json: Path | None = None
+    ranks: int = 2,
+    mib: int = 64,
+    rounds: int = 9,
+    soak: int = 0,
+    device: Literal["cpu", "cuda"] = "cpu",
+    json: Path | None = None,
 ) -> None:
     """Time what ranks of one host do through shared memory, beside messages and a copy.
 
     Args:
-        ranks: Processes.
+        ranks: Processes; with "cuda" each has a GPU, or all share the one that there is.
         mib: Of the buffer that is summed and gathered, in MiB.
         rounds: How often all take turns.
         soak: Instead, train a small model for so many steps and tell what a rank holds meanwhile.
+        device: Where the memory is that they share.
         json: Write all timings here.
     """
     if soak:
@@ -221,7 +227,7 @@ def host(
         title = f"{soak} steps on {ranks} ranks, of the first"
         console().print(table_of(title, held, left=()))
         return
-    tell(run_host(ranks, mib, rounds), json)
+    tell(run_host(ranks, mib, rounds, device), json)
 
 
 def overhead(count: int = 2000, rounds: int = 9, json: Path | None = None) -> None:

@@ -1,5 +1,7 @@
 """Ranks of one host: sums and gathers beside a copy in memory, steps of small models, and a soak.
 
+On GPUs, sums and gathers alone.
+
 All contenders take turns in the same processes.
 """
 
@@ -21,7 +23,8 @@ from torch.optim import AdamW
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.sharding.collectives import Collectives, ReduceRequest
-from benchmarks.local_ranks import on_ranks, threads_of
+from belief_dist.sharding.symmetric_memory import SymmetricMemory
+from benchmarks.local_ranks import backend_of, on_ranks, threads_of
 from benchmarks.report import Result, Row
 
 COPY = "a copy in memory"
@@ -29,20 +32,24 @@ DDP = "DDP + AdamW"
 _STEPS = 100  # of a small model in each turn
 
 
-def run_host(ranks: int, mib: int, rounds: int) -> dict[str, Result]:
-    """Time what moves gradients and parameters, and steps of a small model."""
-    settings = {"ranks": ranks, "threads per rank": threads_of(ranks)}
-    timed = on_ranks(ranks, _time_all, mib, rounds)
+def run_host(ranks: int, mib: int, rounds: int, device: str = "cpu") -> dict[str, Result]:
+    """Time what moves gradients and parameters, and on a CPU steps of a small model."""
+    settings: dict[str, Any] = {"ranks": ranks, "threads per rank": threads_of(ranks)}
+    if device == "cuda":
+        gpus, backend = torch.cuda.device_count(), backend_of(ranks, device)
+        settings = {"ranks": ranks, "GPUs": gpus, "backend": backend}
+    timed = on_ranks(ranks, _time_all, mib, rounds, device, device=device)
+    transport = Result(
+        title="Sum and gather alone",
+        settings={**settings, "MiB": mib},
+        rows=[Row(name, seconds) for name, seconds in timed["transport"].items()],
+        baselines={COPY: "copy"},
+        notes=["A copy reads and writes as many bytes as the buffer has, on every rank at once."],
+    )
+    if device == "cuda":
+        return {"transport": transport}
     return {
-        "transport": Result(
-            title="Sum and gather alone",
-            settings={**settings, "MiB": mib},
-            rows=[Row(name, seconds) for name, seconds in timed["transport"].items()],
-            baselines={COPY: "copy"},
-            notes=[
-                "A copy reads and writes as many bytes as the buffer has, on every rank at once."
-            ],
-        ),
+        "transport": transport,
         "small": Result(
             title="Steps of a small model",
             settings={**settings, "parameters": timed["parameters"]},
@@ -58,14 +65,14 @@ def run_soak(ranks: int, steps: int) -> list[dict[str, int]]:
     return held
 
 
-def _comm(**options: Any) -> Collectives:
-    return ShardedAdaBelief([nn.Parameter(torch.zeros(8))], **options).comm
+def _comm(device: torch.device, **options: Any) -> Collectives:
+    return ShardedAdaBelief([nn.Parameter(torch.zeros(8, device=device))], **options).comm
 
 
-def _time_all(mib: int, rounds: int) -> dict[str, Any]:
-    turns = _transports(mib)
+def _time_all(mib: int, rounds: int, device: str) -> dict[str, Any]:
+    turns = _transports(mib, torch.device(device))
     timed: dict[str, list[float]] = {name: [] for name in turns}
-    small = _small_models()
+    small = _small_models() if device == "cpu" else {}
     steps: dict[str, list[float]] = {name: [] for name in small}
     for number in range(-1, rounds):  # the first one allocates and does not count
         for contenders, found, repeats in ((turns, timed, 1), (small, steps, _STEPS)):
@@ -74,6 +81,8 @@ def _time_all(mib: int, rounds: int) -> dict[str, Any]:
                 begin = time.perf_counter()
                 for _ in range(repeats):
                     run()
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 dist.barrier()
                 if number >= 0:
                     found[name].append((time.perf_counter() - begin) / repeats)
@@ -84,18 +93,22 @@ def _time_all(mib: int, rounds: int) -> dict[str, Any]:
     }
 
 
-def _transports(mib: int) -> dict[str, Callable[[], Any]]:
+def _transports(mib: int, device: torch.device) -> dict[str, Callable[[], Any]]:
     world_size = dist.get_world_size()
     numel = (mib << 18) // world_size // 64 * 64 * world_size
-    source, target = torch.ones(numel), torch.ones(numel)
-    shard = torch.zeros(numel // world_size)
+    source, target = (torch.ones(numel, device=device) for _ in range(2))
+    shard = torch.zeros(numel // world_size, device=device)
     turns: dict[str, Callable[[], Any]] = {COPY: lambda: target.copy_(source)}
-    for name, comm in (
-        ("shared memory", _comm()),
-        ("messages", _comm(shared_memory=False)),
-        ("gloo's own", _comm(reduction="native")),
-    ):
-        flat = comm.buffer(numel, torch.float32, torch.device("cpu")).fill_(1.0)
+    comms = {
+        "shared memory": _comm(device, shared_memory="cuda"),
+        "messages": _comm(device, shared_memory=False),
+        f"{dist.get_backend()}'s own": _comm(device, reduction="native"),
+    }
+    shares = isinstance(comms["shared memory"], SymmetricMemory)
+    if device.type == "cuda" and not shares:
+        raise RuntimeError("the GPUs do not read each other's memory: a line above says why.")
+    for name, comm in comms.items():
+        flat = comm.buffer(numel, torch.float32, device).fill_(1.0)
         turns[f"sum, {name}"] = partial(_sum, comm, flat, shard)
         turns[f"gather, {name}"] = partial(_gather, comm, flat)
     return turns

@@ -22,17 +22,34 @@ def threads_of(ranks: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // ranks)
 
 
-def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what `work` returns on the first of `ranks` processes, which JSON can hold."""
+def backend_of(ranks: int, device: str) -> str:
+    """Return what connects the ranks: NCCL refuses those that share a GPU."""
+    return "nccl" if device == "cuda" and torch.cuda.device_count() >= ranks else "gloo"
+
+
+def on_ranks(ranks: int, work: Callable[..., Any], *arguments: Any, device: str = "cpu") -> Any:
+    """Return what `work` returns on the first of `ranks` processes, which JSON can hold.
+
+    On "cuda" each has a GPU, or all share what there is.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_main, (ranks, folder, work, arguments), nprocs=ranks)
+        mp.spawn(_main, (ranks, folder, device, work, arguments), nprocs=ranks)
         return json.loads(Path(folder, "result").read_text())
 
 
-def _main(rank: int, ranks: int, folder: str, work: Callable[..., Any], arguments: Any) -> None:
+def _main(
+    rank: int, ranks: int, folder: str, device: str, work: Callable[..., Any], arguments: Any
+) -> None:
     torch.set_num_threads(threads_of(ranks))
+    if device == "cuda":
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+        os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/s", rank=rank, world_size=ranks, timeout=_TIMEOUT
+        backend_of(ranks, device),
+        init_method=f"file://{folder}/s",
+        rank=rank,
+        world_size=ranks,
+        timeout=_TIMEOUT,
     )
     result = work(*arguments)
     if rank == 0:

@@ -19,8 +19,8 @@ engine_options device_scalars norm params state_dict state_formats data replay
 kernels.build kernels.threads kernels.foreach kernels.triton_formats kernels.triton_tables
 kernels.triton_kernel
 kernels.cpp kernels.signals kernels.eager
-kernels.triton_reduce kernels.triton_scales kernels.triton_codec
-kernels.triton_reduce_launch
+kernels.triton_reduce kernels.triton_scales kernels.triton_codec kernels.triton_meet
+kernels.triton_reduce_launch kernels.triton_meet_launch
 kernels.triton_launch
 kernels
 
@@ -37,7 +37,7 @@ sharding.module_buffers
 sharding.param_storage sharding.data_edits sharding.reduce_stream
 sharding.host_lines sharding.point_to_point
 sharding.host_collectives
-sharding.shared_memory sharding.across_hosts
+sharding.shared_memory sharding.across_hosts sharding.symmetric_memory
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.masters sharding.process_groups sharding.rank_sets sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus sharding.own_ranks
@@ -119,7 +119,7 @@ OPTIONAL = {
     "telemetry": {"matplotlib", "prometheus_client"},
 }
 # The only modules that may name an optional dependency at their top: no other imports them there.
-LAZY = {"triton_formats", "triton_kernel", "triton_codec", "triton_reduce", "triton_scales"}
+LAZY = {f"triton_{name}" for name in ("formats", "kernel", "codec", "reduce", "scales", "meet")}
 
 
 def module_of(path: Path) -> str:

@@ -13,6 +13,7 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from datetime import timedelta
 from functools import lru_cache
 
 import torch
@@ -26,6 +27,7 @@ from belief_dist.kernels.cpp import CppKernel
 from belief_dist.kernels.foreach import foreach_update_
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence
 from belief_dist.kernels.triton_launch import OLDEST, Again, TritonKernel
+from belief_dist.kernels.triton_meet_launch import Meetings
 from belief_dist.kernels.triton_reduce_launch import TritonReductions
 from belief_dist.operands import Operands
 from belief_dist.rule import compute_dtype
@@ -39,6 +41,7 @@ __all__ = [
     "encode_int8_",
     "foreach_update_",
     "grad_scales",
+    "meetings",
     "ordered_sum_",
     "prefers_foreach",
     "require_fused",
@@ -336,6 +339,18 @@ def checksums(flats: Sequence[Tensor], firsts: Sequence[int]) -> Tensor:
     if isinstance(kernel, CppKernel) and flats[0].is_cpu:
         return torch.tensor([kernel.checksum(*pair) for pair in pairs])
     return torch.stack([eager.checksum(*pair) for pair in pairs])
+
+
+def meetings(pads: Sequence[Tensor], rank: int, timeout: timedelta) -> Meetings:
+    """Return how ranks meet on their GPUs; the arguments are those of `Meetings`.
+
+    Raises:
+        RuntimeError: Triton does not serve them.
+    """
+    kernel = _kernel(pads[rank].device)
+    if not isinstance(kernel, TritonKernel):
+        raise RuntimeError(f"ranks can meet on GPUs by Triton alone, but {kernel}.")
+    return Meetings(pads, rank, timeout, interprets=kernel.interprets)
 
 
 def grad_scales(

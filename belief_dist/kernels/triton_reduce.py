@@ -2,10 +2,10 @@
 """GPU kernels that read gradients and parameters once: ordered sums, exact squares, checksums.
 
 `reduce` adds what all ranks have sent, in their order, or what lies in their memory, and splits the
-squares of the sums over the bins of `norm`, in one pass. A program takes every n-th tile, and keeps three bins in registers:
-from the highest that a square has come to so far down, as lower ones are never read. A square that
-comes higher moves them, which happens a few times at most. Integers add in any order, so the bins
-of all programs meet in atomic additions.
+squares of the sums over the bins of `norm`, in one pass. A program takes every n-th tile, and keeps
+three bins in registers: from the highest that a square has come to so far down, as lower ones are
+never read. A square that comes higher moves them, which happens a few times at most. Integers add
+in any order, so the bins of all programs meet in atomic additions.
 
 Splitting is that of `norm`, digit by digit: adding 1.5 * 2**52 units rounds a number to a multiple
 of the unit, and leaves the multiple in the lowest bits of the sum, where integers add it up.

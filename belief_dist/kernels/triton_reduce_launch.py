@@ -153,12 +153,13 @@ class TritonReductions:
     def _addresses(self, pieces: Sequence[Tensor]) -> Tensor:
         """Return (len(pieces),), int64, of pieces that have no distance in common."""
         # What other ranks keep in their memory stays where it is.
-        key = (pieces[0].device, *(piece.data_ptr() for piece in pieces))
+        device, starts = pieces[0].device, tuple(piece.data_ptr() for piece in pieces)
+        key = (device, starts)
         table = self._pointers.get(key)
         if table is None:
             if len(self._pointers) >= _POINTERS:
                 self._pointers.clear()
-            table = self._pointers[key] = upload(key[1:], torch.int64, key[0])
+            table = self._pointers[key] = upload(starts, torch.int64, device)
         return table
 
     def add_squares_(self, bins: Tensor, values: Sequence[Tensor]) -> None:

@@ -9,6 +9,8 @@ Ways to sum a bucket over the ranks, all writing only this rank's shard:
   and adds what arrives in rank order. gloo's own reduce-scatter is an all-reduce inside: twice the
   bytes.
 * `AllToAll` (default elsewhere): one all-to-all, then the same sum.
+* `symmetric_memory.SymmetricMemory` (by choice, for GPUs of one host): one kernel reads the addends
+  where they lie, in the other GPUs' memory.
 * `BackendReduceScatter`: the backend's reduce-scatter, whose order of summation is its own affair.
 * `hsdp.HybridShard`: one of these inside each row of a mesh, and again across the rows.
 
@@ -138,9 +140,11 @@ def naming(comm: Collectives, what: str) -> Iterator[None]:
     except CommunicationError:
         raise  # of an operation that had to end first
     except RuntimeError as error:
+        late = comm.late()
+        who = f" Late: {'rank' if len(late) == 1 else 'ranks'} {', '.join(map(str, late))}."
         raise CommunicationError(
             f"rank {comm.rank} of {comm.world_size}, {what}: {error}. A rank has ended, or is late "
-            f"by more than the timeout; its own error is the one to look at."
+            f"by more than the timeout; its own error is the one to look at.{who if late else ''}"
         ) from error
 
 
@@ -224,8 +228,27 @@ class Collectives(ABC):
         return self._group
 
     def buffer(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a flat tensor of zeros, from which sums and gathers need no copy."""
+        """Return a flat tensor of zeros, from which sums and gathers need no copy.
+
+        Called by all ranks together.
+        """
         return torch.zeros(numel, dtype=dtype, device=device)
+
+    def scratch(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a flat tensor for addends, whenever this rank needs one."""
+        return torch.empty(numel, dtype=dtype, device=device)
+
+    def reserve(self, nbytes: int, device: torch.device) -> None:  # noqa: B027
+        """Take what sums of `scratch` need; called by all ranks together.
+
+        Args:
+            nbytes: Of the longest one.
+            device: Where they are.
+        """
+
+    def late(self) -> list[int]:
+        """Return the ranks of which it is known that they did not come in time."""
+        return []
 
     @abstractmethod
     def start_reduce(self, request: ReduceRequest) -> Handle:

@@ -172,7 +172,9 @@ class GradReducer(ABC):
         sizes: dict[Collectives, int] = {}
         for each, buffers in zip(comms, buckets, strict=True):
             sizes[each] = max(sizes.get(each, 0), self._message_nbytes(buffers))
-        self._pools = {each: BufferPool(_RECYCLED, n, each.buffer) for each, n in sizes.items()}
+        self._pools = {each: BufferPool(_RECYCLED, n, each.scratch) for each, n in sizes.items()}
+        for each, nbytes in sizes.items():
+            each.reserve(nbytes, buckets[0].flat_param.device)
         self._bins: dict[tuple[Collectives, int], Tensor] = {}
         # An optimizer of an earlier phase, or of a cell that was run before, may still be alive.
         for earlier in {id(each): each for p in params for each in _reducers_of(p)}.values():

@@ -48,6 +48,10 @@ class HostCollectives(Collectives):
         """See `Collectives.buffer`; in memory that the host's other ranks have mapped."""
         return self._arena.zeros(numel, dtype, device)
 
+    def scratch(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Collectives.scratch`; likewise."""
+        return self._arena.zeros(numel, dtype, device)
+
     def _shared(self, flat: Tensor, pool: BufferPool) -> Tensor:
         """Return `flat`, or a buffer of its size from `pool` if `flat` is not in shared memory.
 

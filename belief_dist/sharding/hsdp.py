@@ -69,6 +69,21 @@ class HybridShard(Collectives):
         """See `Collectives.buffer`; of the row."""
         return self._row.buffer(numel, dtype, device)
 
+    def scratch(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """See `Collectives.scratch`; of the row."""
+        return self._row.scratch(numel, dtype, device)
+
+    def reserve(self, nbytes: int, device: torch.device) -> None:
+        """See `Collectives.reserve`."""
+        self._row.reserve(nbytes, device)
+        if self._mesh_sums is not None:
+            self._mesh_sums.reserve(nbytes, device)
+
+    def late(self) -> list[int]:
+        """See `Collectives.late`; in the group of the whole mesh."""
+        ranks = [self._row.members[rank] for rank in self._row.late()]
+        return [self.members.index(rank) for rank in ranks]
+
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; with copies, the shard must divide by the rows."""
         if self._mesh_sums is not None:
@@ -193,7 +208,10 @@ class _MeshSums:
         # Of each rank, which part of the bucket it sums.
         mine = row.shard_index * column.num_shards + column.shard_index
         self._parts = everyone.exchange(mine)
-        self._outgoing = BufferPool(RECEIVING, allocate=everyone.buffer)
+        self._outgoing = BufferPool(RECEIVING, allocate=everyone.scratch)
+
+    def reserve(self, nbytes: int, device: torch.device) -> None:
+        self._everyone.reserve(nbytes, device)
 
     def start(self, request: ReduceRequest) -> Handle:
         flat = request.flat

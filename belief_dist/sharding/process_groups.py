@@ -19,8 +19,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from belief_dist import async_device
 from belief_dist.engine_options import EngineOptions
 from belief_dist.host_memory import Team, meet
+from belief_dist.sharding import symmetric_memory
 from belief_dist.sharding.across_hosts import AcrossHosts
 from belief_dist.sharding.collectives import (
     AllToAll,
@@ -79,7 +81,13 @@ def connect(
         if len(members) == 1:
             return SingleRank()
         own = _new_group(members, backend, timeout)
-        team = _meet(own, may_share and _may_share(options, device))
+        shares = may_share and options.reduction == "ordered"
+        if async_device.runs_behind(device):
+            wanted = shares and options.shared_memory == "cuda"
+            gpus = symmetric_memory.connect(own, device, timeout, wanted=wanted)
+            if gpus is not None:
+                return gpus
+        team = _meet(own, shares and bool(options.shared_memory) and device.type == "cpu")
         is_gloo = "gloo" in backend and device.type == "cpu"
         if team is not None and len(set(team.hosts)) == 1:
             return SharedMemory(own, team, timeout)
@@ -124,10 +132,6 @@ def check_ranks(ranks: Any) -> None:
             f"{type(ranks).__name__}; "
             f"torch.distributed.new_group(ranks) makes one."
         )
-
-
-def _may_share(options: EngineOptions, device: torch.device) -> bool:
-    return options.shared_memory and options.reduction == "ordered" and device.type == "cpu"
 
 
 def _meet(group: dist.ProcessGroup, may_share: bool) -> Team | None:

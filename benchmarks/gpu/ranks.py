@@ -1,7 +1,8 @@
 """Ranks that share one GPU, against one process on the CPU that adds their gradients in order.
 
 One rank talks by NCCL; several by gloo, which carries CUDA tensors: NCCL refuses two ranks on a
-GPU. What they run is `AllToAll`, as with NCCL on several GPUs.
+GPU. What they run is `AllToAll`, as with NCCL on several GPUs, and then `SymmetricMemory`: torch
+lets ranks of one GPU map each other's memory where an environment variable asks for it.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from belief_dist.engine_options import EngineOptions
 from belief_dist.kernels import eager
 from belief_dist.options import DEFAULTS
 from belief_dist.sharding.grad_codec import BLOCK, BLOCK_BYTES
+from belief_dist.sharding.symmetric_memory import SymmetricMemory
 from benchmarks.gpu.cases import SAME, Case, Outcome, Size, describe
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.reference import Reference, backward
@@ -48,6 +50,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "bfloat16, offload": {"dtype": BF16, "offload": "cpu"},
     "bfloat16 sent": {"reduce_dtype": BF16},
     "int8 sent, clipping": {"reduce_dtype": torch.int8, "max_grad_norm": 0.5},
+}
+# The same without messages.
+PEERS = {
+    f"{name}, peers' memory": {**FORMS[name], "shared_memory": "cuda"}
+    for name in (
+        "float32",
+        "bfloat16, stage 2, clipping",
+        "bfloat16, remainder, 8-bit states",
+        "int8 sent, clipping",
+    )
 }
 
 
@@ -85,6 +97,9 @@ def first_difference(form: dict[str, Any], device: str) -> str | None:
     # The constructor must spread the first rank's.
     params = [nn.Parameter(p.detach().to(device)) for p in make_params(dtype, seed=rank)]
     optimizer = ShardedAdaBelief(params, bucket_bytes=4096, **options, **HYPER)
+    reads = isinstance(optimizer.comm, SymmetricMemory)
+    if options.get("shared_memory") == "cuda" and not reads:
+        raise RuntimeError("GPUs do not read each other's memory: the log says why not")
     wire = Wire(ranks, options.get("reduce_dtype") or dtype)
     found = None
     for step in range(_STEPS):
@@ -126,6 +141,7 @@ def _rank(rank: int, ranks: int, backend: str, device: str, names: list[str], fo
     torch.set_num_threads(1)
     if device == "cuda":
         torch.cuda.set_device(0)
+        os.environ["TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES"] = "1"
     dist.init_process_group(
         backend,
         init_method=f"file://{folder}/store",
@@ -136,7 +152,8 @@ def _rank(rank: int, ranks: int, backend: str, device: str, names: list[str], fo
     with Path(folder, f"{rank}.jsonl").open("w", buffering=1) as file:
         for name in names:
             try:
-                line = {"name": name, "differs": first_difference(FORMS[name], device)}
+                form = {**FORMS, **PEERS}[name]
+                line = {"name": name, "differs": first_difference(form, device)}
             except Exception as error:  # the others wait for this rank: all have to end
                 traceback.print_exc()
                 line = {"name": name, "error": describe(error)}
@@ -188,4 +205,7 @@ def cases(device: str, size: Size) -> list[Case]:
         run = partial(compare, ranks, backend, device)
         table = f"{ranks} rank{'s' * (ranks > 1)}, {backend}"
         found.append(Case(table, f"{ranks} {backend}", run))
+        if device == "cuda" and ranks > 1:
+            peers = partial(compare, ranks, backend, device, tuple(PEERS))
+            found.append(Case(table, f"{ranks} {backend}, peers' memory", peers))
     return found

@@ -43,6 +43,7 @@ LONG = (
     "launch/test_images.py",
     "examples/test_train_gpt.py",
     "sharding/test_device_path.py",
+    "sharding/test_symmetric_memory.py",
     "kernels/test_triton.py",
     "kernels/test_triton_versions.py",
     "sharding/test_sharded.py",

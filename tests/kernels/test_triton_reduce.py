@@ -56,7 +56,12 @@ SUMS = {
 
 
 def compile_ahead(
-    function: Any, kinds: dict[str, str | None], constants: dict[str, Any], target: Any, warps: int
+    function: Any,
+    kinds: dict[str, str | None],
+    constants: dict[str, Any],
+    target: Any,
+    warps: int,
+    options: dict[str, Any] | None = None,
 ) -> Any:
     """Compile for a target that need not be here; a kind of None is an absent pointer."""
     import triton
@@ -73,7 +78,12 @@ def compile_ahead(
     return triton.compile(
         ASTSource(function, signature, constants, aligned),
         target=target,
-        options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": False},
+        options={
+            "num_warps": warps,
+            "num_stages": 1,
+            "enable_fp_fusion": False,
+            **(options or {}),
+        },
     )
 
 
@@ -169,6 +179,28 @@ def test_reduce_checksums_compile(target: tuple[str, Any, int]) -> None:
         ptx = compiled.asm["ptx"]
         assert ".local" not in ptx and "ld.global.v2.b64" in ptx
         assert len(re.findall(r"\batom\.|\bred\.", ptx)) == 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_reduce_meetings_compile(target: tuple[str, Any, int]) -> None:
+    """Numbers are released to, and acquired from, the whole system; whoever waits in vain ends."""
+    from triton.backends.compiler import GPUTarget
+
+    from belief_dist.kernels import triton_meet
+
+    kinds: dict[str, str | None] = dict.fromkeys(("pads", "own", "late"), "*i64")
+    kinds |= {"rank": "i32", "world_size": "i32", "limit": "i64"}
+    constants = {"CLOCK": target[0] == "cuda", "WIDTH": 8}
+    compiled = compile_ahead(
+        triton_meet.meet, kinds, constants, GPUTarget(*target), 1, {"debug": True}
+    )
+    if target[0] == "cuda":
+        ptx = compiled.asm["ptx"]
+        atomics = re.findall(r"\batom\.global\.(\S+)", ptx)
+        assert atomics == ["sys.release.exch.b64", "sys.acquire.add.u64"]
+        assert "%globaltimer" in ptx and "trap;" in ptx
+    else:
+        assert "s_trap" in compiled.asm["amdgcn"]
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -1,0 +1,63 @@
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+"""The GPU kernel by which ranks wait for each other: numbers in memory that all have mapped.
+
+Every rank has a *pad*: lines of one number of its own, how often it has come there, and a slot for
+each rank, which that rank writes its number to. Numbers only grow, so that a slot that is as high
+as the own number tells that its rank has come, too; and they are kept on the device, so that a CUDA
+graph may replay the kernel.
+
+What a rank has written before it came is seen by all that have waited for it: the number is
+released to the whole system, and acquired from it.
+
+Only `triton_meet_launch` imports this module, and only if Triton is usable.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _now(CLOCK: tl.constexpr, polls):
+    """Return nanoseconds, or without a clock how often it was looked."""
+    if CLOCK:
+        return tl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer;", "=l", [], dtype=tl.int64, is_pure=False, pack=1
+        )
+    else:
+        return polls
+
+
+@triton.jit
+def meet(
+    pads,  # (world_size,), int64: addresses of the ranks' lines
+    own,  # (1 + WIDTH,), int64: this rank's line
+    late,  # (WIDTH,), int64, of the host: receives a 1 for each rank that did not come
+    rank,
+    world_size,
+    limit,  # how long is waited, in units of `_now`
+    CLOCK: tl.constexpr,  # there is a clock of nanoseconds
+    WIDTH: tl.constexpr,  # slots of a line: a power of 2
+):
+    """Tell all ranks that this one has come, and wait until all have; one program."""
+    peer = tl.arange(0, WIDTH)
+    is_rank = peer < world_size
+    number = tl.load(own) + 1
+    tl.store(own, number)
+    slots = tl.load(pads + peer, mask=is_rank, other=0) + (1 + rank) * 8
+    slots = slots.to(tl.pointer_type(tl.int64))
+    numbers = tl.zeros([WIDTH], tl.int64) + number
+    tl.atomic_xchg(slots, numbers, mask=is_rank, sem="release", scope="sys")
+    nothing = tl.zeros([WIDTH], tl.int64)
+    polls = number * 0
+    start = _now(CLOCK, polls)
+    missing = polls + 1
+    while (missing > 0) & (_now(CLOCK, polls) - start < limit):
+        seen = tl.atomic_add(own + 1 + peer, nothing, mask=is_rank, sem="acquire", scope="sys")
+        missing = tl.sum(((seen < number) & is_rank).to(tl.int64), axis=0)
+        polls += 1
+    if missing > 0:
+        seen = tl.load(own + 1 + peer, mask=is_rank, other=0)
+        tl.store(late + peer, 1, mask=(seen < number) & is_rank)
+        tl.debug_barrier()
+    # Ends the work of this device: nothing that follows would be right.
+    tl.device_assert(missing == 0, "belief_dist: a rank has not come in time")

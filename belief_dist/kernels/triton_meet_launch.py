@@ -1,0 +1,108 @@
+"""Ranks that wait for each other on their GPUs, in the order of a stream; the host waits for none.
+
+See `triton_meet` for how. A pad is memory that every rank has mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from belief_dist.async_device import current
+
+# Of a pad: one for every kind of meeting, all of whose launches are on one stream.
+LINES = 2
+_WORD = 8  # bytes of a number
+_LINE_BYTES = 128  # lines begin in lines of the cache of their own
+
+# How often a second looks, where there is no clock: in the interpreter, and on AMD's GPUs about.
+_LOOKS_INTERPRETED, _LOOKS = 1_000, 1_000_000
+
+
+def pad_nbytes(world_size: int) -> int:
+    """Return the bytes of a rank's pad, which must be zero before the first meeting."""
+    return LINES * _line_nbytes(world_size)
+
+
+def _line_nbytes(world_size: int) -> int:
+    return -(-(1 + _width(world_size)) * _WORD // _LINE_BYTES) * _LINE_BYTES
+
+
+def _width(world_size: int) -> int:
+    return 1 << (world_size - 1).bit_length()
+
+
+class Meetings:
+    """The meetings of one rank."""
+
+    def __init__(
+        self, pads: Sequence[Tensor], rank: int, timeout: timedelta, *, interprets: bool
+    ) -> None:
+        """Meet with the ranks to whom `pads` belong.
+
+        Args:
+            pads: Of all ranks, in their order, (pad_nbytes,), uint8, as this process has them
+                mapped.
+            rank: This one among them.
+            timeout: After which a rank that is missing ends the work of the device.
+            interprets: The pads are in memory of the host.
+        """
+        from belief_dist.kernels import triton_meet
+
+        self._kernel = triton_meet.meet
+        self._rank, self._world_size = rank, len(pads)
+        self._interprets = interprets
+        device = pads[rank].device
+        size = _line_nbytes(len(pads))
+        # The host reads it whatever has become of the device.
+        self._late = torch.zeros(
+            _width(len(pads)), dtype=torch.int64, pin_memory=device.type == "cuda"
+        )
+        self._own = [
+            pads[rank][line * size : (line + 1) * size].view(torch.int64) for line in range(LINES)
+        ]
+        self._pads = [
+            torch.tensor([pad.data_ptr() + line * size for pad in pads]).to(device)
+            for line in range(LINES)
+        ]
+        has_clock = device.type == "cuda" and torch.version.hip is None
+        units = 10**9 if has_clock else _LOOKS_INTERPRETED if interprets else _LOOKS
+        self._limit = int(timeout.total_seconds() * units)
+        self._timeout = timeout
+        self._options: dict[str, Any] = {"CLOCK": has_clock, "WIDTH": _width(len(pads))}
+        if not interprets:
+            self._options |= {"num_warps": 1, "num_stages": 1, "debug": True}  # assertions count
+
+    def meet(self, line: int) -> None:
+        """Let what follows on the current stream wait until all ranks have come as often as this.
+
+        What a rank has written before, on the stream of its meeting, can be read after it.
+
+        Args:
+            line: The kind of meeting, below LINES; all ranks have them in one order.
+
+        Raises:
+            RuntimeError: A rank is late, where kernels are interpreted; on a GPU that surfaces as
+                an error of the device, and `late` tells who it was.
+        """
+        with current(self._own[line].device):
+            self._kernel[(1,)](
+                self._pads[line],
+                self._own[line],
+                self._late,
+                self._rank,
+                self._world_size,
+                self._limit,
+                **self._options,
+            )
+        if self._interprets and self.late():
+            raise RuntimeError("a rank has not come in time")
+
+    def late(self) -> list[int]:
+        """Return the ranks that did not come in time, as far as is known by now."""
+        found: list[int] = self._late.nonzero().view(-1).tolist()
+        return found
