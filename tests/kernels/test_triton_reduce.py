@@ -162,7 +162,10 @@ def test_nvidia_reduce_squares_of_many(dtype: str, capability: int) -> None:
     assert f"ld.global.v{4 if dtype == 'fp32' else 2}.b32" in ptx
 
 
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64)]
+TARGETS = [
+    pytest.param(target, id=f"{target[0]}-{target[1]}")
+    for target in (("cuda", 80, 32), ("cuda", 90, 32), ("cuda", 100, 32), ("hip", "gfx942", 64))
+]
 
 
 @pytest.mark.parametrize("target", TARGETS)
