@@ -9,6 +9,8 @@ graph may replay the kernel.
 What a rank has written before it came is seen by all that have waited for it: the number is
 released to the whole system, and acquired from it.
 
+`add_words` adds up a small message of all ranks between two meetings.
+
 Only `triton_meet_launch` imports this module, and only if Triton is usable.
 """
 
@@ -61,3 +63,20 @@ def meet(
         tl.debug_barrier()
     # Ends the work of this device: nothing that follows would be right.
     tl.device_assert(missing == 0, "belief_dist: a rank has not come in time")
+
+
+@triton.jit
+def add_words(
+    out,  # (numel,), int64
+    addresses,  # (num_pieces,), int64: where the ranks' words lie
+    numel,
+    num_pieces,
+    TILE: tl.constexpr,
+):
+    """Add up the words of all ranks."""
+    word = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.int64)
+    for rank in range(num_pieces):
+        piece = tl.load(addresses + rank).to(tl.pointer_type(tl.int64))
+        total += tl.load(piece + word, mask=word < numel, other=0)
+    tl.store(out + word, total, mask=word < numel)

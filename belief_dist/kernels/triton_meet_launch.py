@@ -15,17 +15,20 @@ from torch import Tensor
 from belief_dist.async_device import current
 
 # Of a pad: one for every kind of meeting, all of whose launches are on one stream.
-LINES = 2
+SUMS, GATHERS, MESSAGES = _LINES = range(3)
+# Longer ones go elsewhere.
+MESSAGE_BYTES = 1 << 16
 _WORD = 8  # bytes of a number
 _LINE_BYTES = 128  # lines begin in lines of the cache of their own
 
 # How often a second looks, where there is no clock: in the interpreter, and on AMD's GPUs about.
 _LOOKS_INTERPRETED, _LOOKS = 1_000, 1_000_000
+_TILE = 256
 
 
 def pad_nbytes(world_size: int) -> int:
     """Return the bytes of a rank's pad, which must be zero before the first meeting."""
-    return LINES * _line_nbytes(world_size)
+    return len(_LINES) * _line_nbytes(world_size) + MESSAGE_BYTES
 
 
 def _line_nbytes(world_size: int) -> int:
@@ -53,7 +56,7 @@ class Meetings:
         """
         from belief_dist.kernels import triton_meet
 
-        self._kernel = triton_meet.meet
+        self._kernels = triton_meet
         self._rank, self._world_size = rank, len(pads)
         self._interprets = interprets
         device = pads[rank].device
@@ -62,20 +65,21 @@ class Meetings:
         self._late = torch.zeros(
             _width(len(pads)), dtype=torch.int64, pin_memory=device.type == "cuda"
         )
-        self._own = [
-            pads[rank][line * size : (line + 1) * size].view(torch.int64) for line in range(LINES)
-        ]
-        self._pads = [
-            torch.tensor([pad.data_ptr() + line * size for pad in pads]).to(device)
-            for line in range(LINES)
-        ]
+        lines = [pads[rank][line * size :][:size].view(torch.int64) for line in _LINES]
+        self._message = pads[rank][len(_LINES) * size :].view(torch.int64)
+        self._own = lines
+        *self._pads, self._messages = (
+            torch.tensor([pad.data_ptr() + start * size for pad in pads]).to(device)
+            for start in (*_LINES, len(_LINES))
+        )
         has_clock = device.type == "cuda" and torch.version.hip is None
         units = 10**9 if has_clock else _LOOKS_INTERPRETED if interprets else _LOOKS
         self._limit = int(timeout.total_seconds() * units)
         self._timeout = timeout
         self._options: dict[str, Any] = {"CLOCK": has_clock, "WIDTH": _width(len(pads))}
+        self._warps = {} if interprets else {"num_warps": 1, "num_stages": 1}
         if not interprets:
-            self._options |= {"num_warps": 1, "num_stages": 1, "debug": True}  # assertions count
+            self._options |= {**self._warps, "debug": True}  # assertions count
 
     def meet(self, line: int) -> None:
         """Let what follows on the current stream wait until all ranks have come as often as this.
@@ -83,14 +87,14 @@ class Meetings:
         What a rank has written before, on the stream of its meeting, can be read after it.
 
         Args:
-            line: The kind of meeting, below LINES; all ranks have them in one order.
+            line: The kind of meeting; all ranks have those of a kind in one order.
 
         Raises:
             RuntimeError: A rank is late, where kernels are interpreted; on a GPU that surfaces as
                 an error of the device, and `late` tells who it was.
         """
         with current(self._own[line].device):
-            self._kernel[(1,)](
+            self._kernels.meet[(1,)](
                 self._pads[line],
                 self._own[line],
                 self._late,
@@ -101,6 +105,24 @@ class Meetings:
             )
         if self._interprets and self.late():
             raise RuntimeError("a rank has not come in time")
+
+    def add_up(self, message: Tensor) -> None:
+        """Add a small message over the ranks, in place, on the current stream.
+
+        Args:
+            message: (n,), int64, contiguous, MESSAGE_BYTES at most.
+
+        Raises:
+            RuntimeError: See `meet`.
+        """
+        numel = message.numel()
+        self._message[:numel].copy_(message.view(-1))
+        self.meet(MESSAGES)
+        with current(message.device):
+            self._kernels.add_words[(-(-numel // _TILE),)](
+                message, self._messages, numel, self._world_size, TILE=_TILE, **self._warps
+            )
+        self.meet(MESSAGES)
 
     def late(self) -> list[int]:
         """Return the ranks that did not come in time, as far as is known by now."""

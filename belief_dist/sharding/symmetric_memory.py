@@ -27,13 +27,12 @@ from torch import Tensor
 from belief_dist import async_device, kernels
 from belief_dist.host_memory.team import Exchange, Place, own_place
 from belief_dist.kernels.build import one_line
-from belief_dist.kernels.triton_meet_launch import pad_nbytes
+from belief_dist.kernels.triton_meet_launch import GATHERS, MESSAGE_BYTES, SUMS, pad_nbytes
 from belief_dist.sharding.buffer_pool import Handle
 from belief_dist.sharding.collectives import AllToAll, Done, ReduceRequest
 
 logger = logging.getLogger("belief_dist")
 
-SUMS, GATHERS = range(2)  # lines of `Meetings`
 _CHECKED = 4096  # elements that each rank sums when ranks connect
 
 
@@ -198,6 +197,13 @@ class SymmetricMemory(AllToAll):
                 own[peer].copy_(_as(mapped.all[peer], flat).view(own.shape)[peer])
             self._meetings.meet(GATHERS)
             return _Gather(stream)
+
+    def sum_(self, message: Tensor) -> None:
+        """See `Collectives.sum_`."""
+        if message.dtype == torch.int64 and 0 < message.nbytes <= MESSAGE_BYTES:
+            self._meetings.add_up(message)
+        else:
+            super().sum_(message)
 
 
 def _as(buffer: Tensor, like: Tensor) -> Tensor:

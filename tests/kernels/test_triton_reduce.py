@@ -204,6 +204,8 @@ def test_reduce_meetings_compile(target: tuple[str, Any, int]) -> None:
         assert "%globaltimer" in ptx and "trap;" in ptx
     else:
         assert "s_trap" in compiled.asm["amdgcn"]
+    kinds = {"out": "*i64", "addresses": "*i64", "numel": "i32", "num_pieces": "i32"}
+    compile_ahead(triton_meet.add_words, kinds, {"TILE": 256}, GPUTarget(*target), 1)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -30,6 +30,7 @@ from tests.harness.host_gpus import HostMemory, on_gpus
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import backward
+from tests.harness.replay import recording
 from tests.harness.sharded_cases import equals_reference
 
 # numpy, which the interpreter computes with, warns of what special numbers do.
@@ -69,6 +70,7 @@ def reads_peers(**form: Any) -> None:
     with (
         patch.object(dist, "all_to_all_single", side_effect=refuse),
         patch.object(dist, "isend", side_effect=refuse),
+        patch.object(symmetric_memory.AllToAll, "sum_", side_effect=refuse),
         patch.object(symmetric_memory.AllToAll, "start_gather", side_effect=refuse),
     ):
         equals_reference(shared_memory="cuda", **options)
@@ -81,6 +83,7 @@ def test_bits_are_those_of_the_reference(ranks: int, tmp_path: Path) -> None:
     cases: list[Callable[[], None]] = [partial(reads_peers, **form) for form in forms]
     if ranks == 3:
         cases += [codes_travel, what_is_dropped_is_given_back, launches_and_waits]
+        cases += [a_captured_iteration_replays]
         cases += [those_that_cannot_do_without, one_that_does_not_want]
         cases += [partial(a_late_rank_is_named, tmp_path)]
     if ranks == 4:
@@ -133,8 +136,47 @@ def launches_and_waits() -> None:
             optimizer.step()
             optimizer.wait_pending()
         optimizer.zero_grad()
-        assert watch.launched["meet"] == 4 * buckets
+        assert watch.launched["meet"] == 4 * buckets + 2
         assert watch.launched["reduce"] == buckets
+
+
+def a_captured_iteration_replays() -> None:
+    """A graph of all ranks, which no collective of a backend is part of, has the bits of steps."""
+    exact = {"betas": (0.5, 0.75), "lr": 0.0625}  # whose powers anybody may raise
+    options = {"bucket_bytes": 1500, "shared_memory": "cuda", "max_grad_norm": 0.5}
+    captured, plain = (
+        ShardedAdaBelief(make_params(), **options, **{**HYPER, **exact}) for _ in range(2)
+    )
+    places = [torch.zeros_like(param) for param in captured._params]
+
+    def iterate(optimizer: ShardedAdaBelief) -> None:
+        optimizer.zero_grad()
+        torch.autograd.backward(optimizer._params, [place * 1 for place in places])
+        optimizer.step()
+        optimizer.wait_pending()  # a graph must not end before what it has begun
+
+    def fill(step: int) -> None:
+        for index, place in enumerate(places):
+            place.copy_(make_grad(place.shape, step, dist.get_rank(), index, 0))
+
+    for step in range(5):
+        fill(step)
+        iterate(plain)
+    fill(0)
+    iterate(captured)
+    fill(1)
+    with recording() as graph:
+        iterate(captured)
+    for step in (2, 3, 4):
+        fill(step)
+        graph.replay()
+    captured.wait_pending()  # the host learns what has run
+    for ours, theirs in zip(captured._params, plain._params, strict=True):
+        assert torch.equal(ours, theirs)
+        for name, state in plain.state[theirs].items():
+            mine = torch.as_tensor(captured.state[ours][name])
+            assert torch.equal(mine, torch.as_tensor(state)), (name, mine, state)
+    assert torch.equal(captured.grad_norm, plain.grad_norm)
 
 
 def what_is_dropped_is_given_back() -> None:
