@@ -208,7 +208,8 @@ class WrongMemory(HostMemory):
 
     def share(self, own: Tensor) -> Mapped:
         found = super().share(own)
-        if dist.get_rank() == 2 and own.numel() > 10_000:
+        is_first = own.numel() == 3 * 4 * symmetric_memory._CHECKED
+        if dist.get_rank() == 2 and is_first:
             found.all[1] = found.own
         return found
 
