@@ -65,6 +65,7 @@ class Meetings:
         self._late = torch.zeros(
             _width(len(pads)), dtype=torch.int64, pin_memory=device.type == "cuda"
         )
+        self._late_words = self._late.numpy()
         lines = [pads[rank][line * size :][:size].view(torch.int64) for line in _LINES]
         self._message = pads[rank][len(_LINES) * size :].view(torch.int64)
         self._own = lines
@@ -126,5 +127,5 @@ class Meetings:
 
     def late(self) -> list[int]:
         """Return the ranks that did not come in time, as far as is known by now."""
-        found: list[int] = self._late.nonzero().view(-1).tolist()
+        found: list[int] = self._late_words.nonzero()[0].tolist()
         return found
