@@ -184,8 +184,9 @@ def test_reduce_checksums_compile(target: tuple[str, Any, int]) -> None:
         assert len(re.findall(r"\batom\.|\bred\.", ptx)) == 1
 
 
+@pytest.mark.parametrize("rank", [0, 1])  # Triton takes ones for constants
 @pytest.mark.parametrize("target", TARGETS)
-def test_reduce_meetings_compile(target: tuple[str, Any, int]) -> None:
+def test_reduce_meetings_compile(target: tuple[str, Any, int], rank: int) -> None:
     """Numbers are released to, and acquired from, the whole system; whoever waits in vain ends."""
     from triton.backends.compiler import GPUTarget
 
@@ -193,7 +194,9 @@ def test_reduce_meetings_compile(target: tuple[str, Any, int]) -> None:
 
     kinds: dict[str, str | None] = dict.fromkeys(("pads", "own", "late"), "*i64")
     kinds |= {"rank": "i32", "world_size": "i32", "limit": "i64"}
-    constants = {"CLOCK": target[0] == "cuda", "WIDTH": 8}
+    constants: dict[str, Any] = {"CLOCK": target[0] == "cuda", "WIDTH": 8}
+    if rank == 1:
+        constants["rank"] = 1
     compiled = compile_ahead(
         triton_meet.meet, kinds, constants, GPUTarget(*target), 1, {"debug": True}
     )
