@@ -93,7 +93,8 @@ __init__
 deepspeed_keys figures
 deepspeed_config deepspeed_schema doctor memory_plan
 deepspeed_launcher_files plan_picture bench
-telemetry.records telemetry.statistics telemetry.prometheus
+telemetry.records telemetry.quantiles telemetry.prometheus
+telemetry.statistics
 telemetry.monitor
 telemetry
 telemetry.report migrate
