@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from belief_dist.optimizer import AdaBelief
 from belief_dist.options import is_first_rank, shown
 from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.telemetry.costs import StepTimes, Traffic, memory_of_process
 from belief_dist.telemetry.quantiles import QUANTILES, SIGNAL, SURPRISE
 from belief_dist.telemetry.records import JsonLines
 from belief_dist.telemetry.statistics import ROW, Held, Measured, Sums, held, measure, nothing
@@ -86,7 +86,7 @@ class StepMonitor:
         self._every = every
         self._per_parameter = per_parameter
         self._across_ranks = across_ranks
-        self._last: tuple[int, float] | None = None  # step and time of the last record
+        self._times, self._traffic = StepTimes(optimizer), Traffic(optimizer)
         self._has_warned_of_eps = False
         self._failed: set[int] = set()
 
@@ -116,11 +116,9 @@ class StepMonitor:
         record |= self._measure()
         if not is_first_rank():
             return None
-        now = time.monotonic()
-        if self._last is not None and step > self._last[0]:
-            record["time/seconds"] = now - self._last[1]
-            record["time/seconds_per_step"] = (now - self._last[1]) / (step - self._last[0])
-        self._last = step, now
+        record |= self._traffic.since_last()
+        record |= memory_of_process(self._optimizer.param_groups[0]["params"][0].device)
+        record |= self._times.since_last(step)
         for number, write in enumerate(self._sinks):
             self._write(number, write, step, record)
         return record

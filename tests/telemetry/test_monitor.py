@@ -260,6 +260,60 @@ def sharded_numbers(*, sample: int = quantiles.SAMPLE, **options: Any) -> None:
     assert written == ([2, 4] if rank == 0 else [])
 
 
+IN_STEP = {"reduce", "consensus", "update", "gather"}
+
+
+def phases_are_named_and_timed(**options: Any) -> None:
+    """Each phase is a range of the profiler, and has its seconds, which add up to the step's."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=1500, **TINY, **options)
+    records: dict[int, dict[str, Any]] = {}
+    monitor = StepMonitor(optimizer, records.__setitem__, every=2)
+    for step in range(1, 6):
+        with torch.autograd.profiler.profile(enabled=step == 5) as profile:
+            backward(params, [make_grad(shape, step, 0, i) for i, shape in enumerate(SHAPES)])
+            optimizer.step()
+            monitor.log(step)
+            optimizer.zero_grad()
+            [param.square() for param in params]  # as a forward reads them
+    ranges = {event.name for event in profile.function_events}
+    overlaps = options.get("overlap", True)
+    expected = {"step", "reduce_wait", "gather_wait", *IN_STEP}
+    assert {f"belief_dist::{name}" for name in expected} <= ranges
+    if dist.get_rank() > 0:
+        assert not records
+        return
+    times = {key: value for key, value in records[4].items() if key.startswith("time/")}
+    places = {f"time/step/{name}" for name in IN_STEP} | {"time/step", "time/seconds_per_step"}
+    places |= {"time/backward/reduce"}
+    assert {"time/backward/reduce_wait", "time/step/reduce_wait"} & times.keys()
+    places |= {f"time/{'forward' if overlaps else 'step'}/gather_wait"}
+    assert places <= times.keys() and min(times.values()) >= 0
+    parts = [value for key, value in times.items() if key.startswith("time/step/")]
+    assert 0 < sum(parts) <= times["time/step"] <= times["time/seconds_per_step"]
+    outside = sum(value for key, value in times.items() if key[5:12] in ("backwar", "forward"))
+    exposed = sum(parts) - times["time/step/update"] + outside
+    assert times["time/exposed_communication"] == pytest.approx(exposed)
+
+
+def test_phases_of_one_process() -> None:
+    """And nothing is measured for whom nobody asks."""
+    for optimizer in (one_step(), AdaBelief([torch.nn.Parameter(torch.ones(8))])):
+        param = optimizer.param_groups[0]["params"][0]
+        param.grad = torch.ones_like(param)
+        with torch.autograd.profiler.profile() as profile:
+            optimizer.step()
+        assert "belief_dist::step" in {event.name for event in profile.function_events}
+        assert not optimizer._phases.seconds() and not optimizer._phases.steps
+        monitor = StepMonitor(optimizer, [], every=1)
+        optimizer.step()
+        record = monitor.log(1)
+        assert record is not None and record["time/step"] > 0
+        # Of this process with torch in it.
+        assert 50 << 20 < record["memory/resident"] <= record["memory/resident_peak"] < 64 << 30
+        assert not {"time/exposed_communication", "time/seconds"} & record.keys()
+
+
 def test_numbers_of_all_ranks_are_those_of_whole_tensors(tmp_path: Path) -> None:
     bf16: dict[str, Any] = {"dtype": torch.bfloat16}
     cases = [
@@ -269,6 +323,9 @@ def test_numbers_of_all_ranks_are_those_of_whole_tensors(tmp_path: Path) -> None
         partial(sharded_numbers, state_dtype=torch.bfloat16, **bf16),
         partial(sharded_numbers, stage=2, master="remainder8", state_dtype=torch.uint8, **bf16),
         partial(sharded_numbers, offload="cpu", **bf16),
+        *(partial(phases_are_named_and_timed, stage=stage) for stage in (1, 2)),
+        partial(phases_are_named_and_timed, stage=2, overlap=False),
+        partial(phases_are_named_and_timed, offload="cpu", shared_memory=False),
     ]
     run_ranks(3, tmp_path, *cases)
 
