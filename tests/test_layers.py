@@ -94,8 +94,8 @@ deepspeed_keys figures
 deepspeed_config deepspeed_schema doctor memory_plan
 deepspeed_launcher_files plan_picture bench
 telemetry.records telemetry.quantiles telemetry.prometheus telemetry.costs
-telemetry.statistics
-telemetry.monitor
+telemetry.statistics telemetry.events
+telemetry.monitor telemetry.drawings
 telemetry
 telemetry.report migrate
 commands

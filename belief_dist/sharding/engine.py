@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -63,6 +64,7 @@ from belief_dist.sharding.step_consensus import (
     NO_STEP,
     RAISED,
     LastStep,
+    Skip,
     StepConsensus,
     Verdict,
 )
@@ -71,6 +73,8 @@ logger = logging.getLogger("belief_dist")
 
 # Elements of shards that a GPU updates in one launch, before they start on their way: about 0.1 ms.
 _TURN = 1 << 23
+# Skipped steps that are remembered, until somebody asks for them.
+_MOST_SKIPS = 256
 
 
 class ShardEngine:
@@ -95,6 +99,7 @@ class ShardEngine:
         gradient_hooks: Look at the gradients of each step.
         grad_scales: The norms of the last step, and by what it multiplied sums; first empty.
         skipped_steps: How many steps were skipped, among those whose verdict has been read.
+        skips: The last of these, without those of replayed CUDA graphs.
         last_step: What became of the last one, as far as its verdict has been read.
     """
 
@@ -159,6 +164,7 @@ class ShardEngine:
         self.gradient_hooks = GradientHooks()
         self.spikes = SpikeGuard(options.spike_guard, device)
         self.skipped_steps = 0
+        self.skips: deque[Skip] = deque(maxlen=_MOST_SKIPS)
         self.last_step = NO_STEP
         self._graph = GraphCounts(device)
         self.build(params, param_groups, state, keep_buckets=False)
@@ -428,6 +434,7 @@ class ShardEngine:
         if self.consensus.defers:  # else it was raised before anything was updated
             self._raise_if_apart(verdict, param_groups)
         self.skipped_steps += 1
+        self.skips.append(Skip(self.last_step.number, verdict, why))
         self.reducer.forget_errors()
         if self.comm.shard_index == 0:
             logger.warning("%s: step skipped on all ranks (%d so far)", why, self.skipped_steps)

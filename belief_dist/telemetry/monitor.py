@@ -15,10 +15,18 @@ from torch import Tensor
 from belief_dist.optimizer import AdaBelief
 from belief_dist.options import is_first_rank, shown
 from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.sharding.step_consensus import Verdict
 from belief_dist.telemetry.costs import StepTimes, Traffic, memory_of_process
 from belief_dist.telemetry.quantiles import QUANTILES, SIGNAL, SURPRISE
 from belief_dist.telemetry.records import JsonLines
 from belief_dist.telemetry.statistics import ROW, Held, Measured, Sums, held, measure, nothing
+
+# Of skipped steps, for reports.
+_KINDS = {
+    Verdict.SPIKE: "spike",
+    Verdict.REPLICAS_DIFFER: "repair",
+    Verdict.PEER_REPAIRS: "repair",
+}
 
 _Write = Callable[[int, dict[str, Any]], object]
 
@@ -87,6 +95,10 @@ class StepMonitor:
         self._per_parameter = per_parameter
         self._across_ranks = across_ranks
         self._times, self._traffic = StepTimes(optimizer), Traffic(optimizer)
+        # Of the last step whose skip was told.
+        self._seen = 0
+        if isinstance(optimizer, ShardedAdaBelief):
+            self._seen = optimizer._engine.consensus.calls
         self._has_warned_of_eps = False
         self._failed: set[int] = set()
 
@@ -113,7 +125,7 @@ class StepMonitor:
             key: value if isinstance(value, (str, int, float)) else float(value.detach())
             for key, value in values.items()
         }
-        record |= self._measure()
+        record |= self._measure(step)
         if not is_first_rank():
             return None
         record |= self._traffic.since_last()
@@ -137,7 +149,7 @@ class StepMonitor:
 
     # - What is measured
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self, step: int) -> dict[str, Any]:
         optimizer = self._optimizer
         found: dict[str, Any] = {}
         was_taken = True
@@ -147,6 +159,17 @@ class StepMonitor:
             found["skipped_steps"] = optimizer.skipped_steps
             if last.why_not:
                 found["why_skipped"] = last.why_not
+            skips = [skip for skip in optimizer._engine.skips if skip.number > self._seen]
+            if skips:  # by the numbers that the script gives its steps
+                found["skips"] = [
+                    {
+                        "step": step - (last.number - skip.number),
+                        "kind": _KINDS.get(skip.verdict, "skip"),
+                        "why": skip.why,
+                    }
+                    for skip in skips
+                ]
+            self._seen = last.number
             if was_taken:  # else it may lack what is not finite
                 found["l2_norm/grad/global"] = float(optimizer.grad_norm)
         for number, group in enumerate(optimizer.param_groups):

@@ -388,6 +388,8 @@ def test_a_skipped_step_says_why_and_no_more(tmp_path: Path) -> None:
         monitor.log(step, loss=float("nan") if step == 2 else 1.0)
         optimizer.zero_grad()
     first, second, third = read_records(path)
+    assert second["skips"] == [{"step": 2, "kind": "skip", "why": second["why_skipped"]}]
+    assert "skips" not in third
     assert "why_skipped" not in first and "finite" in second["why_skipped"]
     assert [row["skipped_steps"] for row in (first, second, third)] == [0, 1, 1]
     assert "l2_norm/moment/group0" in third and "l2_norm/moment/group0" not in second
