@@ -212,13 +212,26 @@ def bytes_sent(layout: Layout, ranks: int, options: EngineOptions, *, reductions
         reductions: How often gradients are reduced: once for each backward pass at stage 2, and for
             each round of micro-batches.
     """
+    gradients, parameters = bytes_on_wire(layout, [ranks] * len(layout.buckets), options)
+    return reductions * gradients + parameters
+
+
+def bytes_on_wire(layout: Layout, ranks: Sequence[int], options: EngineOptions) -> tuple[int, int]:
+    """Return what each rank sends of gradients, each time they are reduced, and of parameters.
+
+    Args:
+        layout: From `plan_for`, or of an optimizer.
+        ranks: Of each bucket, how many share it and hold no copies of its shards.
+        options: Of the engine.
+    """
     codec = codec_for(options.reduce_dtype)
-    total = 0
-    for bucket in layout.buckets:
+    gradients = parameters = 0
+    for bucket, count in zip(layout.buckets, ranks, strict=True):
         dtype = getattr(torch, layout.params[bucket.slots[0].param].dtype)
         wire = codec.wire_numel(bucket.numel) * codec.wire_dtype(dtype).itemsize
-        total += (reductions * wire + bucket.numel * dtype.itemsize) // ranks * (ranks - 1)
-    return total
+        gradients += wire // count * (count - 1)
+        parameters += bucket.numel * dtype.itemsize // count * (count - 1)
+    return gradients, parameters
 
 
 def plan(

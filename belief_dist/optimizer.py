@@ -16,6 +16,7 @@ from belief_dist.device_scalars import DeviceScalars, device_scalars
 from belief_dist.operands import Operands
 from belief_dist.options import complete_options, shown
 from belief_dist.params import NoDecay, as_groups, prepare_group, split_by_decay
+from belief_dist.phases import Phases
 from belief_dist.rule import StepScalars, compute_dtype, step_scalars, update_reference_
 from belief_dist.sharding.dtensor import local_part
 from belief_dist.state_dict import check_state_dict, check_state_entry, check_values, load_hooks
@@ -133,6 +134,7 @@ class AdaBelief(Optimizer):
         self._capturable = capturable
         self._no_decay = no_decay
         self._plans: dict[int, Plan] = {}
+        self._phases = Phases()
         super().__init__(as_groups(params, "AdaBelief"), defaults)
         observers.notify(observers.on_built, self)
 
@@ -158,14 +160,15 @@ class AdaBelief(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         creates_states_only = not self.state and is_state_init_step()
-        for number, group in enumerate(self.param_groups):
-            params = [param for param in group["params"] if param.grad is not None]
-            if params and self._update_again(number, params, group):
-                continue
-            for param in params:
-                self._complete_state(param, group)
-            if params and not creates_states_only:
-                self._update(params, group)
+        with self._phases("step"):
+            for number, group in enumerate(self.param_groups):
+                params = [param for param in group["params"] if param.grad is not None]
+                if params and self._update_again(number, params, group):
+                    continue
+                for param in params:
+                    self._complete_state(param, group)
+                if params and not creates_states_only:
+                    self._update(params, group)
         return loss
 
     def _complete_state(self, param: Tensor, group: Mapping[str, Any]) -> None:
@@ -333,6 +336,7 @@ class AdaBelief(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what `__getstate__` returned; plans are of other tensors."""
         self._plans = {}
+        self._phases = Phases()
         super().__setstate__(state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -366,14 +366,15 @@ class ShardedAdaBelief(Driven, GradientAccess, AverageAccess, CheckpointAccess, 
             with torch.enable_grad():
                 loss = closure()
         refuse_edits(self.param_groups, self._params, self.state, self._engine.update.states)
-        self._wait()
-        # What follows looks at thousands of tensors, each through every torch function mode there
-        # is: another optimizer's guard, say. It needs none of them.
-        with torch._C.DisableTorchFunction():
-            loss_scale = None if grad_scaler is None else grad_scaler._get_scale_async()
-            verdict = self._engine.step(self.param_groups, loss_scale)
-            if grad_scaler is not None:
-                tell_scaler(grad_scaler, self, verdict)
+        with self._engine.phases("step"):
+            self._wait()
+            # What follows looks at thousands of tensors, each through every torch function mode
+            # there is: another optimizer's guard, say. It needs none of them.
+            with torch._C.DisableTorchFunction():
+                loss_scale = None if grad_scaler is None else grad_scaler._get_scale_async()
+                verdict = self._engine.step(self.param_groups, loss_scale)
+                if grad_scaler is not None:
+                    tell_scaler(grad_scaler, self, verdict)
         self._engine.gradient_hooks.raise_failure()
         return loss
 

@@ -53,6 +53,8 @@ from benchmarks.same_bits import any_world_size, bits
 from benchmarks.smallstates import MODES, train
 from benchmarks.step import run_by_json, run_step
 from benchmarks.step_picture import draw_steps
+from benchmarks.step_trace import record_steps
+from benchmarks.step_trace_picture import draw_trace, plot_trace
 from benchmarks.team import Workload
 from benchmarks.telemetry import run_telemetry
 from benchmarks.update import run_tensors, run_update
@@ -261,6 +263,40 @@ def telemetry(
     work = Workload(ranks, every, layers, 128, 16, 128, "float32")
     for name, value in run_telemetry(work, pairs, per_parameter, across_ranks).items():
         print(f"{name}: {value:.4g}")
+
+
+def trace(
+    ranks: int = 2,
+    layers: int = 4,
+    width: int = 512,
+    context: int = 32,
+    bucket_mib: int = 8,
+    iterations: int = 20,
+    json: Path | None = None,
+    png: Path | None = None,
+) -> None:
+    """Record an iteration of training with torch.profiler, at stage 1 and 2.
+
+    Args:
+        ranks: Processes; the first one is recorded.
+        layers: Of the model, which is trained on one sequence a rank.
+        width: Of the model.
+        context: Bytes of a sequence.
+        bucket_mib: Size of a bucket.
+        iterations: Of which the shortest is told.
+        json: Also write its phases here.
+        png: Also draw them here.
+    """
+    work = Workload(ranks, iterations, layers, width, 1, context, "float32")
+    found = record_steps(work, bucket_mib << 20)
+    for stage, ranges in found.items():
+        for name, start, stop in ranges:
+            print(f"{stage}  {start:9.3f} ms {stop - start:9.3f} ms  {name}")
+    if json is not None:
+        content = {"machine": machine(), "workload": asdict(work), "step trace": found}
+        json.write_text(json_module.dumps(content) + "\n")
+    if png is not None:
+        draw_trace(found, png)
 
 
 def habits(only: list[str] | None = None, json: Path | None = None) -> None:
@@ -481,6 +517,7 @@ _ON_RANKS = [
     any_world_size,
     overhead,
     telemetry,
+    trace,
     host,
     faults,
     network_faults,
@@ -490,7 +527,7 @@ _ON_RANKS = [
     habits,
 ]
 _PREDICTED = [simulate, scale]
-_SHOWN = [plot, plot_update, plot_any_world_size, plot_resume, concepts, markdown]
+_SHOWN = [plot, plot_update, plot_any_world_size, plot_resume, plot_trace, concepts, markdown]
 
 if __name__ == "__main__":
     auto_cli(

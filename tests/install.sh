@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Usage: tests/install.sh
 # Installs what some tests need beyond Python from Debian's packages, if it is missing and this is root:
-# several hosts on one machine (tests/cluster), images (tests/launch/test_images.py), DeepSpeed's NVMe offload.
+# several hosts on one machine (tests/cluster), images (tests/launch/test_images.py), DeepSpeed's NVMe offload,
+# and a browser (tests/telemetry/test_report_in_browser.py).
 # Without it those tests are skipped and say why.
 set -euo pipefail
 
@@ -9,7 +10,7 @@ declare -A package=(
     [ip]=iproute2 [sshd]=openssh-server [pdsh]=pdsh [mpirun.openmpi]=openmpi-bin
     [slurmctld]=slurm-wlm [munged]=munge
     [mmdebstrap]=mmdebstrap [podman]=podman [buildah]=buildah [runc]=runc [catatonit]=catatonit
-    [iptables]=iptables
+    [iptables]=iptables [chromium]=chromium
 )
 declare -A file=(
     [/usr/include/libaio.h]=libaio-dev

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "belief_dist"
 
 # A module imports only from rows above its own. A folder stands for its `__init__`.
 CHAIN = """
-version deprecations rule operands options observers state_init_step async_device
+version deprecations rule operands options observers state_init_step async_device phases
 engine_options device_scalars norm params state_dict state_formats data replay
 
 kernels.build kernels.threads kernels.foreach kernels.triton_formats kernels.triton_tables
@@ -31,7 +31,7 @@ host_memory
 
 sharding sharding.layout sharding.dtensor sharding.driver sharding.buffer_pool sharding.read_guard
 sharding.outer_reducers sharding.sharded_grad sharding.group_options sharding.norms
-sharding.grad_codec sharding.param_specs
+sharding.schedule sharding.grad_codec sharding.param_specs
 sharding.bucket sharding.collectives sharding.host_share
 sharding.module_buffers
 sharding.param_storage sharding.data_edits sharding.reduce_stream
@@ -41,7 +41,7 @@ sharding.shared_memory sharding.across_hosts sharding.symmetric_memory
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.masters sharding.process_groups sharding.rank_sets sharding.grad_reducer
 sharding.zero1 sharding.zero2 sharding.step_consensus sharding.own_ranks
-sharding.micro_batches sharding.model_checks
+sharding.micro_batches sharding.model_checks sharding.gathers
 sharding.graph_counts sharding.disagreements sharding.replica_repair sharding.spike_guard
 sharding.state_sums sharding.gradient_access
 sharding.shard_update
@@ -93,8 +93,9 @@ __init__
 deepspeed_keys figures
 deepspeed_config deepspeed_schema doctor memory_plan
 deepspeed_launcher_files plan_picture bench
-telemetry.records telemetry.statistics telemetry.prometheus
-telemetry.monitor
+telemetry.records telemetry.quantiles telemetry.prometheus telemetry.costs
+telemetry.statistics telemetry.events
+telemetry.monitor telemetry.drawings
 telemetry
 telemetry.report migrate
 commands

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import weakref
+from collections import deque
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -27,13 +28,15 @@ from torch import Tensor
 from belief_dist import async_device
 from belief_dist.async_device import LateRead
 from belief_dist.engine_options import EngineOptions
+from belief_dist.phases import Phases
 from belief_dist.sharding import norms
 from belief_dist.sharding.bucket import BucketBuffers, block_of, bytes_of
-from belief_dist.sharding.collectives import Collectives, start_gather
+from belief_dist.sharding.collectives import Collectives
 from belief_dist.sharding.cpu_offload import warn_of_one_thread
 from belief_dist.sharding.disagreements import copies_of, raise_if_apart, why_skipped
 from belief_dist.sharding.driver import Driver
 from belief_dist.sharding.dtensor import local_part, stands_for_part
+from belief_dist.sharding.gathers import Gathers
 from belief_dist.sharding.grad_reducer import INTERRUPTED, GradReducer
 from belief_dist.sharding.gradient_access import GradientHooks
 from belief_dist.sharding.graph_counts import GraphCounts
@@ -61,6 +64,7 @@ from belief_dist.sharding.step_consensus import (
     NO_STEP,
     RAISED,
     LastStep,
+    Skip,
     StepConsensus,
     Verdict,
 )
@@ -69,6 +73,8 @@ logger = logging.getLogger("belief_dist")
 
 # Elements of shards that a GPU updates in one launch, before they start on their way: about 0.1 ms.
 _TURN = 1 << 23
+# Skipped steps that are remembered, until somebody asks for them.
+_MOST_SKIPS = 256
 
 
 class ShardEngine:
@@ -88,10 +94,12 @@ class ShardEngine:
         consensus: What all ranks decide about each step.
         spikes: Skips steps whose gradients are far larger than those before.
         read_guard: Waits for parameters that travel.
+        phases: What the host is doing.
         grad_norm: One element, float64: the L2 norm of the last step's mean gradient, unclipped.
         gradient_hooks: Look at the gradients of each step.
         grad_scales: The norms of the last step, and by what it multiplied sums; first empty.
         skipped_steps: How many steps were skipped, among those whose verdict has been read.
+        skips: The last of these, without those of replayed CUDA graphs.
         last_step: What became of the last one, as far as its verdict has been read.
     """
 
@@ -139,7 +147,8 @@ class ShardEngine:
         self._model_parallel = model_parallel
         # Replaced by an adapter's, where an engine drives the steps.
         self.driver = Driver(options.max_grad_norm)
-        self.read_guard = ReadGuard()
+        self.phases = Phases()
+        self.read_guard = ReadGuard(self.phases)
         # Torch's stack of modes would keep a guard that has something to wait for.
         weakref.finalize(self, self.read_guard.abandon).atexit = False
         self.consensus = StepConsensus(
@@ -155,6 +164,7 @@ class ShardEngine:
         self.gradient_hooks = GradientHooks()
         self.spikes = SpikeGuard(options.spike_guard, device)
         self.skipped_steps = 0
+        self.skips: deque[Skip] = deque(maxlen=_MOST_SKIPS)
         self.last_step = NO_STEP
         self._graph = GraphCounts(device)
         self.build(params, param_groups, state, keep_buckets=False)
@@ -213,18 +223,12 @@ class ShardEngine:
             kept.get(plan) or self._new_bucket(plan, param_groups, on_host=goes)
             for plan, goes in zip(layout.buckets, on_host, strict=True)
         ]
-        self.update = ShardUpdate(layout, self.buckets, options)
+        self.update = ShardUpdate(layout, self.buckets, options, self.phases)
         for index, param in enumerate(params):
             if param not in state:  # now, or torch.distributed.checkpoint takes a step for it
                 state[param] = self.update.new_state(index)
         self.update.adopt([state[param] for param in params])
-        # What must not be read while a bucket's gather is on the way: its parameters, and the parts
-        # of DTensors, which `to_local` reads.
-        self._gathered_with = [
-            [params[slot.param] for slot in plan.slots] for plan in layout.buckets
-        ]
-        for tensors in self._gathered_with:
-            tensors += [part for p in list(tensors) if (part := local_part(p)) is not p]
+        self._gathers = Gathers(params, layout, self.buckets, sets, self.read_guard, self.phases)
         self._label = partial(param_label, param_groups)
         self.masters = Masters(
             params,
@@ -248,6 +252,7 @@ class ShardEngine:
             options,
             self.driver,
             self.masters.storage,
+            self.phases,
             norms=[self._norm_of(plan) for plan in layout.buckets],
             own_norms=[norm for norm in self._norms if norm > norms.MODEL],
             label=self._label,
@@ -307,19 +312,21 @@ class ShardEngine:
         reducer, consensus = self.reducer, self.consensus
         if reducer.is_interrupted and not gives_up:
             reducer.spoiled = INTERRUPTED
-        reducer.finish()
+        with self.phases("reduce"):
+            reducer.finish()
         known, late = known_options_of(param_groups)
-        decision = consensus.decide(
-            reducer,
-            self.buckets,
-            self._rank_sets,
-            known,
-            [*late, *self.spikes.words()],
-            loss_scale,
-            gives_up=gives_up,
-            edited=edited,
-            corrupt=self.update.has_faults(self.grad_norm.device),
-        )
+        with self.phases("consensus"):
+            decision = consensus.decide(
+                reducer,
+                self.buckets,
+                self._rank_sets,
+                known,
+                [*late, *self.spikes.words()],
+                loss_scale,
+                gives_up=gives_up,
+                edited=edited,
+                corrupt=self.update.has_faults(self.grad_norm.device),
+            )
         if not consensus.defers:
             self._raise_if_apart(Verdict(int(decision.verdict)), param_groups)
         has_largest = ["max_exp_avg_sq" in bucket.states for bucket in self.buckets]
@@ -347,9 +354,7 @@ class ShardEngine:
         # Forward needs first what backward has reached last.
         order = self.update.changed(reversed(reducer.schedule.order), decision.used)
         is_sharded = any(comm.num_shards > 1 for comm in self.comms)
-        for ranks in self._rank_sets:
-            own = [number for number in order if self.comms[number] is ranks.comm]
-            ranks.comm.open_gathers([self.buckets[number].flat_param for number in own])
+        self._gathers.open(order)
         for number in self.update.run(
             order,
             decision.used,
@@ -359,16 +364,8 @@ class ShardEngine:
             turn_numel=(_TURN if is_sharded else math.inf) if self._runs_behind else 0,
             graph=graph,
         ):
-            comm = self.comms[number]
-            if comm.num_shards > 1:
-                gather = start_gather(comm, self.buckets[number].flat_param, number)
-                self.read_guard.expect(self._gathered_with[number], gather.wait, gather.has_ended)
-        for ranks in self._rank_sets:
-            ranks.comm.close_gathers()
-        if self.options.overlap:
-            self.read_guard.arm()
-        else:
-            self.read_guard.wait_all()
+            self._gathers.start(number)
+        self._gathers.close(overlap=self.options.overlap)
         self.last_step = LastStep(consensus.calls, True, "")
         self.masters.note_update()
         reducer.end_step()
@@ -437,6 +434,7 @@ class ShardEngine:
         if self.consensus.defers:  # else it was raised before anything was updated
             self._raise_if_apart(verdict, param_groups)
         self.skipped_steps += 1
+        self.skips.append(Skip(self.last_step.number, verdict, why))
         self.reducer.forget_errors()
         if self.comm.shard_index == 0:
             logger.warning("%s: step skipped on all ranks (%d so far)", why, self.skipped_steps)

@@ -45,6 +45,7 @@ from belief_dist import async_device
 from belief_dist.engine_options import EngineOptions
 from belief_dist.kernels import squared_norm_bins_
 from belief_dist.norm import NUM_WORDS
+from belief_dist.phases import Phases, TimedWait
 from belief_dist.sharding.bucket import BucketBuffers
 from belief_dist.sharding.buffer_pool import BufferPool
 from belief_dist.sharding.collectives import Collectives, Named, ReduceRequest, naming
@@ -54,6 +55,7 @@ from belief_dist.sharding.grad_codec import codec_for
 from belief_dist.sharding.norms import MODEL
 from belief_dist.sharding.param_storage import ParamStorage
 from belief_dist.sharding.reduce_stream import ReduceStream
+from belief_dist.sharding.schedule import Schedule
 
 INTERRUPTED = "a backward pass has raised, and was not taken back: call optimizer.zero_grad()"
 
@@ -64,36 +66,6 @@ _RECYCLED = 2
 # Bytes from which a CPU's gradient is copied into its place at once, while it is in cache. Smaller
 # ones, and all on a GPU, wait for their bucket and go together: one kernel for thousands.
 _AT_ONCE = 1 << 16
-
-
-class Schedule:
-    """In which order buckets are reduced, and how far the running round has come.
-
-    Attributes:
-        order: Bucket indices in the order in which reductions start; the same on all ranks.
-        turn: The position of each bucket in `order`.
-        next: The position of the bucket that is reduced next.
-        pending_grads: How many gradients each bucket still lacks; None before the first one.
-        arrived: Which parameters' gradients have been counted.
-        completed: Buckets that became full in the last backward pass, in this order.
-    """
-
-    def __init__(self, num_buckets: int, num_params: int) -> None:
-        self._num_params = num_params
-        self.completed: list[int] = []
-        self.set_order(range(num_buckets))
-        self.begin_round()
-
-    def set_order(self, order: Sequence[int]) -> None:
-        """Start reductions in this order from the next round on."""
-        self.order = list(order)
-        self.turn = {bucket: turn for turn, bucket in enumerate(order)}
-
-    def begin_round(self) -> None:
-        """Count all buckets down anew."""
-        self.next = 0
-        self.pending_grads: list[int] | None = None
-        self.arrived = [False] * self._num_params
 
 
 class GradReducer(ABC):
@@ -107,6 +79,7 @@ class GradReducer(ABC):
         options: Overlap, and in which form gradients travel.
         driver: Knows which backward pass is the last one before a step.
         storage: Looks whether parameters still lie in their buckets.
+        phases: Of the optimizer.
         norms: Of each bucket the norm in which its gradients count on this rank, see `norms`.
         own_norms: Those that are of one param group, on any rank.
         label: Names a parameter in errors.
@@ -129,6 +102,7 @@ class GradReducer(ABC):
         options: EngineOptions,
         driver: Driver,
         storage: ParamStorage,
+        phases: Phases,
         *,
         norms: Sequence[int],
         own_norms: Sequence[int],
@@ -146,6 +120,7 @@ class GradReducer(ABC):
         self._label = label
         self.driver = driver
         self._storage = storage
+        self._phases = phases
         self.is_closed = False
         self.spoiled: str | None = None
         self.dropped: list[int] = []
@@ -287,7 +262,9 @@ class GradReducer(ABC):
             if schedule.next == 0:
                 # Squares of an earlier round are those of incomplete sums: the last round counts.
                 self._clear_bins()
-            self._reduce(bucket)
+                schedule.rounds += 1
+            with self._phases("reduce"):
+                self._reduce(bucket)
             schedule.next += 1
 
     def _clear_bins(self) -> None:
@@ -354,7 +331,7 @@ class GradReducer(ABC):
         request = ReduceRequest(message, buffers.grad_shard, bins, codec, accumulate, addends)
         what = f"summing the gradients of bucket {bucket}"
         with naming(comm, what):  # it may wait for an earlier one
-            handle = self._stream.start(comm, request)
+            handle = TimedWait(self._stream.start(comm, request), self._phases, "reduce_wait")
         pool.lend(Named(handle, comm, what), message if recycled else None)
 
     def _num_addends(self) -> int | None:

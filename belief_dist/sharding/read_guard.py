@@ -27,6 +27,8 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
+from belief_dist.phases import Phases
+
 logger = logging.getLogger("belief_dist")
 
 # These tell about a parameter, or about its gradient, without reading its values.
@@ -95,8 +97,14 @@ class ReadGuard(TorchFunctionMode):
     it at any time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, phases: Phases | None = None) -> None:
+        """Begin with nothing to wait for.
+
+        Args:
+            phases: Of the optimizer; None for some of its own.
+        """
         super().__init__()
+        self._phases = phases or Phases()
         self._pending: dict[int, Callable[[], None]] = {}
         self._keys: dict[Callable[[], None], list[int]] = {}  # of `_pending`
         self._has_arrived: dict[Callable[[], None], Callable[[], bool]] = {}  # of `_keys`
@@ -166,7 +174,8 @@ class ReadGuard(TorchFunctionMode):
         for key in keys:
             del self._pending[key]
         try:
-            wait()
+            with self._phases("gather_wait"):
+                wait()
         except TornParameters as error:
             self._expect(keys, partial(_fail, str(error)), _never)
             raise

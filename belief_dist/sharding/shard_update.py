@@ -13,6 +13,7 @@ from belief_dist import async_device, kernels
 from belief_dist.device_scalars import DeviceScalars, device_scalars, together
 from belief_dist.engine_options import EngineOptions
 from belief_dist.operands import WATCHED_NAMES, FixedOperands, Operands, cut
+from belief_dist.phases import Phases
 from belief_dist.rule import StepScalars, step_scalars
 from belief_dist.sharding.bucket import BucketBuffers, own_fragment
 from belief_dist.sharding.cpu_offload import HostGradients
@@ -85,10 +86,12 @@ class ShardUpdate:
         layout: Layout,
         buckets: Sequence[BucketBuffers],
         options: EngineOptions,
+        phases: Phases,
     ) -> None:
         """Serve this rank's shards of `buckets`; `adopt` must follow."""
         self._layout = layout
         self._buckets = buckets
+        self._phases = phases
         self._is_stochastic = is_stochastic(options.state_dtype) or (
             options.keeps_averages and is_stochastic(options.ema_dtype)
         )
@@ -261,24 +264,25 @@ class ShardUpdate:
             self.sums.begin()
         extents: dict[int, Extent] = {}
         for numbers in turns:
-            is_on_host = self._buckets[numbers[0]].on_host
-            grads = arriving if is_on_host else (self._buckets[n].grad_shard for n in numbers)
-            plan = self._plan(list(zip(numbers, grads, strict=False)), norms)
-            is_even, calls = self._work_of(plan, used, norms)
-            if self.sums is not None:
-                extents |= {number: self._extent(number, used, is_even) for number in numbers}
-            for numbered, work in calls:
-                each = [
-                    _scalars(param_groups[group], step, graph, self._ema_weight)
-                    for group, step in numbered
-                ]
-                norm = norms[numbered[0][0]]
-                kernels.update_(
-                    work,
-                    together(each),
-                    grad_scale=(host_scales if is_on_host else scales)[norm],
-                    skip=host_skip if is_on_host else skip,
-                )
+            with self._phases("update"):
+                is_on_host = self._buckets[numbers[0]].on_host
+                grads = arriving if is_on_host else (self._buckets[n].grad_shard for n in numbers)
+                plan = self._plan(list(zip(numbers, grads, strict=False)), norms)
+                is_even, calls = self._work_of(plan, used, norms)
+                if self.sums is not None:
+                    extents |= {number: self._extent(number, used, is_even) for number in numbers}
+                for numbered, work in calls:
+                    each = [
+                        _scalars(param_groups[group], step, graph, self._ema_weight)
+                        for group, step in numbered
+                    ]
+                    norm = norms[numbered[0][0]]
+                    kernels.update_(
+                        work,
+                        together(each),
+                        grad_scale=(host_scales if is_on_host else scales)[norm],
+                        skip=host_skip if is_on_host else skip,
+                    )
             for number in numbers:
                 self._buckets[number].send_back()
                 yield number

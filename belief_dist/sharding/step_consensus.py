@@ -60,6 +60,14 @@ class Verdict(IntEnum):
     PEER_REPAIRS = 10  # another part of a tensor-parallel model makes its copies equal again
 
 
+class Skip(NamedTuple):
+    """A step that all ranks have skipped: its number as in `LastStep`, and why."""
+
+    number: int
+    verdict: Verdict
+    why: str
+
+
 class LastStep(NamedTuple):
     """What became of a step, on all ranks.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -16,8 +15,18 @@ from torch import Tensor
 from belief_dist.optimizer import AdaBelief
 from belief_dist.options import is_first_rank, shown
 from belief_dist.sharded import ShardedAdaBelief
+from belief_dist.sharding.step_consensus import Verdict
+from belief_dist.telemetry.costs import StepTimes, Traffic, memory_of_process
+from belief_dist.telemetry.quantiles import QUANTILES, SIGNAL, SURPRISE
 from belief_dist.telemetry.records import JsonLines
-from belief_dist.telemetry.statistics import Held, Sums, held, sums_of
+from belief_dist.telemetry.statistics import ROW, Held, Measured, Sums, held, measure, nothing
+
+# Of skipped steps, for reports.
+_KINDS = {
+    Verdict.SPIKE: "spike",
+    Verdict.REPLICAS_DIFFER: "repair",
+    Verdict.PEER_REPAIRS: "repair",
+}
 
 _Write = Callable[[int, dict[str, Any]], object]
 
@@ -47,7 +56,7 @@ class StepMonitor:
             once, and training goes on.
         every: Steps between records: those of which it is a divisor are logged.
         per_parameter: Also tell the same of each parameter.
-        across_ranks: Measure the shards of all ranks: one all-reduce of 80 bytes for each param
+        across_ranks: Measure the shards of all ranks: one all-reduce of 3.2 KB for each param
             group (and parameter) in steps that are logged. All ranks must then call `log`.
 
     Raises:
@@ -85,7 +94,11 @@ class StepMonitor:
         self._every = every
         self._per_parameter = per_parameter
         self._across_ranks = across_ranks
-        self._last: tuple[int, float] | None = None  # step and time of the last record
+        self._times, self._traffic = StepTimes(optimizer), Traffic(optimizer)
+        # Of the last step whose skip was told.
+        self._seen = 0
+        if isinstance(optimizer, ShardedAdaBelief):
+            self._seen = optimizer._engine.consensus.calls
         self._has_warned_of_eps = False
         self._failed: set[int] = set()
 
@@ -112,14 +125,12 @@ class StepMonitor:
             key: value if isinstance(value, (str, int, float)) else float(value.detach())
             for key, value in values.items()
         }
-        record |= self._measure()
+        record |= self._measure(step)
         if not is_first_rank():
             return None
-        now = time.monotonic()
-        if self._last is not None and step > self._last[0]:
-            record["time/seconds"] = now - self._last[1]
-            record["time/seconds_per_step"] = (now - self._last[1]) / (step - self._last[0])
-        self._last = step, now
+        record |= self._traffic.since_last()
+        record |= memory_of_process(self._optimizer.param_groups[0]["params"][0].device)
+        record |= self._times.since_last(step)
         for number, write in enumerate(self._sinks):
             self._write(number, write, step, record)
         return record
@@ -138,7 +149,7 @@ class StepMonitor:
 
     # - What is measured
 
-    def _measure(self) -> dict[str, Any]:
+    def _measure(self, step: int) -> dict[str, Any]:
         optimizer = self._optimizer
         found: dict[str, Any] = {}
         was_taken = True
@@ -148,6 +159,17 @@ class StepMonitor:
             found["skipped_steps"] = optimizer.skipped_steps
             if last.why_not:
                 found["why_skipped"] = last.why_not
+            skips = [skip for skip in optimizer._engine.skips if skip.number > self._seen]
+            if skips:  # by the numbers that the script gives its steps
+                found["skips"] = [
+                    {
+                        "step": step - (last.number - skip.number),
+                        "kind": _KINDS.get(skip.verdict, "skip"),
+                        "why": skip.why,
+                    }
+                    for skip in skips
+                ]
+            self._seen = last.number
             if was_taken:  # else it may lack what is not finite
                 found["l2_norm/grad/global"] = float(optimizer.grad_norm)
         for number, group in enumerate(optimizer.param_groups):
@@ -159,46 +181,44 @@ class StepMonitor:
     def _statistics(self) -> dict[str, Any]:
         optimizer = self._optimizer
         parts = list(held(optimizer))
-        each = sums_of(parts, optimizer.param_groups)
-        groups = [Sums()] * len(optimizer.param_groups)
-        for part, sums in zip(parts, each, strict=True):
-            groups[part.group] += sums
+        each = measure(parts, optimizer.param_groups)
+        groups = [nothing()] * len(optimizer.param_groups)
+        for part, measured in zip(parts, each, strict=True):
+            groups[part.group] += measured
         if self._across_ranks:
             each, groups = self._over_all_ranks(parts, each, groups)
         found: dict[str, Any] = {}
-        names = [(number, f"group{number}", sums) for number, sums in enumerate(groups)]
+        names = [(number, f"group{number}", measured) for number, measured in enumerate(groups)]
         if self._per_parameter:
-            names += [(part.group, part.name, sums) for part, sums in zip(parts, each, strict=True)]
-        for number, name, sums in names:
+            names += [(part.group, part.name, own) for part, own in zip(parts, each, strict=True)]
+        for number, name, measured in names:
             lr = float(optimizer.param_groups[number]["lr"])
-            found |= {f"{kind}/{name}": value for kind, value in _told(sums, lr).items()}
-        total = sum(groups, Sums())
+            found |= {f"{kind}/{name}": value for kind, value in _told(measured, lr).items()}
+        total = sum((group.sums for group in groups), Sums())
         if isinstance(optimizer, ShardedAdaBelief):
             whole = sum(spec.numel for spec in optimizer.layout.params)
             found["model_share"] = total.numel / whole if whole else 1.0
         elif total.numel_grad:
             found["l2_norm/grad/global"] = math.sqrt(total.grad)
-        self._warn_of_eps(groups)
+        self._warn_of_eps([group.sums for group in groups])
         return found
 
     def _over_all_ranks(
-        self, parts: Sequence[Held], each: Sequence[Sums], groups: Sequence[Sums]
-    ) -> tuple[list[Sums], list[Sums]]:
-        """Return the same sums of parameters and groups, over the shards of all ranks."""
+        self, parts: Sequence[Held], each: Sequence[Measured], groups: Sequence[Measured]
+    ) -> tuple[list[Measured], list[Measured]]:
+        """Return the same of parameters and groups, over the shards of all ranks."""
         optimizer = self._optimizer
         assert isinstance(optimizer, ShardedAdaBelief)
-        own = [
-            [value / part.copies for value in sums] for part, sums in zip(parts, each, strict=True)
-        ]
-        rows = torch.zeros(len(groups), len(Sums._fields), dtype=torch.float64)
+        own = [measured.row() / part.copies for part, measured in zip(parts, each, strict=True)]
+        rows = torch.zeros(len(groups), ROW, dtype=torch.float64)
         for part, row in zip(parts, own, strict=True):
-            rows[part.group] += torch.tensor(row, dtype=torch.float64)
+            rows[part.group] += row
         if self._per_parameter:
-            rows = torch.cat([rows, torch.tensor(own, dtype=torch.float64)])
+            rows = torch.cat([rows, torch.stack(own)])
         if optimizer.comm.world_size > 1:
             rows = rows.to(optimizer.param_groups[0]["params"][0].device)
             dist.all_reduce(rows, group=optimizer.comm.group)
-        told = [Sums(*row) for row in rows.tolist()]
+        told = [Measured.of_row(row) for row in rows.cpu()]
         return told[len(groups) :], told[: len(groups)]
 
     def _warn_of_eps(self, groups: Sequence[Sums]) -> None:
@@ -219,8 +239,9 @@ class StepMonitor:
             )
 
 
-def _told(sums: Sums, lr: float) -> dict[str, float]:
+def _told(measured: Measured, lr: float) -> dict[str, float]:
     """Return a group's or parameter's statistics by the first parts of their names."""
+    sums = measured.sums
     if not sums.numel:  # all of it is on other ranks, or has taken no step
         return {}
     found = {
@@ -237,6 +258,11 @@ def _told(sums: Sums, lr: float) -> dict[str, float]:
     if sums.numel_grad:
         found["l2_norm/grad"] = _root(sums.grad)
         found["belief/surprise"] = sums.surprise / sums.numel_grad
+    for kind, bins in (("belief/signal", SIGNAL), ("belief/surprise", SURPRISE)):
+        for name, share in QUANTILES.items():
+            value = measured.quantile(bins, share)
+            if value is not None:
+                found[f"{kind}_{name}"] = value
     return found
 
 

@@ -2,61 +2,44 @@
 
 from __future__ import annotations
 
-import io
-import math
-import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from belief_dist.checkpoint.atomic_file import atomic_file
+from belief_dist.telemetry.drawings import parameters_of, pictures
+from belief_dist.telemetry.events import Event, find_events
 from belief_dist.telemetry.records import Records, parse_records
 
 RECORDS = "metrics.jsonl"
 PAGE = "report.html"
-_CHECKPOINT = re.compile(r"step-(\d{8,})")
+# Of each parameter in the last record: columns of the table, by their heads.
+_OF_PARAMETERS = {
+    "update / weight": "update_to_weight",
+    "signal: 5 %": "belief/signal_p05",
+    "median": "belief/signal_p50",
+    "95 %": "belief/signal_p95",
+    "surprise: 5 %": "belief/surprise_p05",
+    "median ": "belief/surprise_p50",
+    "95 % ": "belief/surprise_p95",
+    "eps share": "belief/eps_share",
+    "norm of weights": "l2_norm/param",
+}
 
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1180px; padding: 0 1em;
        color: #222; background: #fff }
 h1 { font-size: 1.4em; margin-bottom: 0.2em } h2 { font-size: 1.1em }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(420px, 1fr)); gap: 1em }
+.plots { display: grid; gap: 1em;
+         grid-template-columns: repeat(auto-fill, minmax(min(420px, 100%), 1fr)) }
 figure { margin: 0 } svg { width: 100%; height: auto }
 table { border-collapse: collapse } td, th { padding: 0.15em 1em 0.15em 0; text-align: left }
-td:last-child { font-variant-numeric: tabular-nums } .quiet { color: #666 }
+td + td { font-variant-numeric: tabular-nums } .quiet { color: #666 }
+.numbers td + td, .numbers th + th { text-align: right } .scroll { overflow-x: auto }
+tr + tr { border-top: 1px solid #eee } summary { cursor: pointer; margin: 0.6em 0 }
 """
-
-
-class Plot(NamedTuple):
-    """One picture: some of the columns of the records, over the steps."""
-
-    title: str
-    columns: str  # a pattern that their whole names have; the last part of a name is its label
-    is_log: bool = False
-    is_share: bool = False  # from 0 to 1
-
-
-_GROUP = r"/group\d+"
-PLOTS = (
-    Plot("Loss", r".*loss"),
-    Plot("Learning rate", rf"lr{_GROUP}"),
-    Plot("Norm of the gradient, before clipping", r"l2_norm/grad/global", True),
-    Plot("Update to weight: RMS of a step over that of weights", f"update_to_weight{_GROUP}", True),
-    Plot("Signal: mean of |m| / sqrt(s)", rf"belief/signal{_GROUP}"),
-    Plot("Surprise: mean of (g - m)² / s", rf"belief/surprise{_GROUP}"),
-    Plot("Share of weights where eps dominates s", rf"belief/eps_share{_GROUP}", is_share=True),
-    Plot("Seconds per step", r"time/seconds_per_step"),
-)
-
-
-class Event(NamedTuple):
-    """Something that happened at a step."""
-
-    step: int
-    kind: str  # "skip", "loss", "restart" or "checkpoint"
-    what: str
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -87,40 +70,10 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     return page
 
 
-def find_events(records: Records, folder: Path) -> list[Event]:
-    """Return what happened in a run, by step: skipped steps, losses, restarts, checkpoints.
-
-    Args:
-        records: Of the run.
-        folder: Where its checkpoints are.
-    """
-    events = []
-    before = 0
-    for row in records.rows:
-        skipped = row.get("skipped_steps", before)
-        if isinstance(skipped, int) and skipped > before:
-            why = f": {row['why_skipped']}" if row.get("why_skipped") else ""
-            what = f"{skipped - before} steps skipped since the record before{why}"
-            events.append(Event(row["step"], "skip", what))
-        before = skipped if isinstance(skipped, int) else before
-        if "loss" in row and row["loss"] is None:
-            events.append(Event(row["step"], "loss", "the loss is not finite"))
-    events += [
-        Event(step, "restart", "continued from an earlier step: this is its first record")
-        for step in records.restarts
-    ]
-    for path in folder.iterdir():
-        match = _CHECKPOINT.fullmatch(path.name)
-        if match and path.is_dir():
-            events.append(Event(int(match[1]), "checkpoint", f"checkpoint {path.name}"))
-    return sorted(events)
-
-
 def _page(name: str, rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> str:
     last = rows[-1]
     title = f"{name}: step {last['step']}"
-    pictures = [svg for plot in PLOTS if (svg := _draw(plot, rows, events))]
-    figures = "\n".join(f"<figure>{svg}</figure>" for svg in pictures)
+    figures = "\n".join(f"<figure>{svg}</figure>" for svg in pictures(rows, events))
     happened = _table([(str(event.step), event.what) for event in events])
     latest = _table([(key, _shown(value)) for key, value in last.items()])
     return f"""<!DOCTYPE html>
@@ -134,6 +87,7 @@ def _page(name: str, rows: Sequence[dict[str, Any]], events: Sequence[Event]) ->
 </div>
 <h2>Events</h2>
 {happened or "<p>None.</p>"}
+{_of_parameters(rows)}
 <details><summary>The last record</summary>
 {latest}
 </details>
@@ -146,59 +100,27 @@ def _table(rows: Iterable[tuple[str, str]]) -> str:
     return f"<table>\n{cells}</table>" if cells else ""
 
 
+def _of_parameters(rows: Sequence[dict[str, Any]]) -> str:
+    """Return what the newest record with any tells of each parameter; the fastest ones first."""
+    first = next(iter(_OF_PARAMETERS.values()))
+    row = next((row for row in reversed(rows) if parameters_of([row], first)), None)
+    if row is None:
+        return ""
+    columns = _OF_PARAMETERS.values()
+    names = parameters_of([row], first)
+    names.sort(key=lambda name: -(row.get(f"{first}/{name}") or 0.0))
+    head = "".join(f"<th>{escape(each)}</th>" for each in ("parameter", *_OF_PARAMETERS))
+    lines = []
+    for name in names:
+        values = (row.get(f"{column}/{name}") for column in columns)
+        cells = ["-" if value is None else f"{value:.3g}" for value in values]
+        lines.append("".join(f"<td>{escape(each)}</td>" for each in (name, *cells)))
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"""<h2>Parameters in step {row["step"]}, those that move most first</h2>
+<div class="scroll"><table class="numbers"><tr>{head}</tr>
+{body}
+</table></div>"""
+
+
 def _shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _draw(plot: Plot, rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> str:
-    """Return a picture as SVG; nothing if no record has such a column."""
-    pattern = re.compile(plot.columns)
-    columns = sorted({key for row in rows for key in row if pattern.fullmatch(key)})
-    lines = [(column, *_points(column, rows)) for column in columns]
-    lines = [line for line in lines if line[1]]
-    if not lines:
-        return ""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError(
-            "a report needs matplotlib, which is not installed: pip install 'belief-dist[report]'."
-        ) from None
-    # Text stays text, in the reader's font, and ids of one picture are not those of another.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": plot.title}):
-        figure = Figure(figsize=(6.2, 3.3), layout="constrained")
-        axes = figure.add_subplot()
-        marker = "o" if len(rows) == 1 else None
-        for column, steps, values in lines:
-            axes.plot(steps, values, marker=marker, lw=1.1, label=column.rpartition("/")[2])
-        for event in events:
-            if event.kind == "checkpoint":
-                axes.axvline(event.step, ls=":", lw=0.8, c="grey")
-            elif event.kind == "skip":
-                axes.axvline(event.step, lw=0.8, c="tab:red", alpha=0.5)
-        if plot.is_log and not any(value <= 0 for _, _, values in lines for value in values):
-            axes.set_yscale("log")
-        if plot.is_share:
-            axes.set_ylim(-0.03, 1.03)
-        axes.set_title(plot.title, fontsize=10, loc="left")
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        if len(lines) > 1:
-            axes.legend(fontsize=8)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
-    # Without the head of an XML file, and who made it when.
-    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    return text[text.index("<svg") :]
-
-
-def _points(column: str, rows: Sequence[dict[str, Any]]) -> tuple[list[int], list[float]]:
-    """Return the steps and values of a column, with gaps where numbers are not finite."""
-    steps, values = [], []
-    for row in rows:
-        value = row.get(column, "")
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
-            steps.append(row["step"])
-            values.append(math.nan if value is None else float(value))
-    return (steps, values) if any(map(math.isfinite, values)) else ([], [])

@@ -1,4 +1,4 @@
-"""Sums over what this rank holds of each parameter, from which a record's statistics follow.
+"""Sums and counts over what this rank holds of each parameter: a record's statistics follow.
 
 Everything is read where it lies, in windows of a few megabytes at most, and written nowhere.
 """
@@ -6,6 +6,7 @@ Everything is read where it lies, in windows of a few megabytes at most, and wri
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -19,9 +20,19 @@ from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.dtensor import local_part
 from belief_dist.sharding.norms import UNCLIPPED, norm_of
 from belief_dist.state_formats import decode, join_master
+from belief_dist.telemetry.quantiles import (
+    NUM_BINS,
+    PER_OCTAVE,
+    SIGNAL,
+    SURPRISE,
+    Bins,
+    stride_of,
+)
 
 # Elements at a time, multiples of 256: what stays in the cache of a core, or fills a GPU.
 _CPU_WINDOW, _WINDOW = 1 << 15, 1 << 22
+# Elements of samples that wait to be counted together; they stay in the cache of a core, too.
+_COUNTED_AT_ONCE = 1 << 15
 
 
 class Held(NamedTuple):
@@ -31,6 +42,8 @@ class Held(NamedTuple):
     name: str
     step: int  # how many it has taken
     tensors: Operands  # 1-D, equally long; with no elements if this rank has no part of it
+    first: int  # where this part starts in the flattened parameter
+    whole: int  # elements of the parameter, on all ranks
     has_grad: bool  # `tensors.grad` is the gradient of the last step, multiplied by 1 / `scale`
     scale: float  # by which that step has multiplied it
     mean: float  # by which it would have without clipping
@@ -61,6 +74,47 @@ class Sums(NamedTuple):
         return Sums(*(a + b for a, b in zip(self, other, strict=True)))
 
 
+class Measured(NamedTuple):
+    """What is known of some elements; that of several parameters and ranks adds up.
+
+    Attributes:
+        sums: Over all of them.
+        counts: (2, NUM_BINS), float64, on the CPU: how many have their signal, and their surprise,
+            in each bin of `quantiles.SIGNAL` and `quantiles.SURPRISE`.
+    """
+
+    sums: Sums
+    counts: Tensor
+
+    def __add__(self, other: object) -> Measured:
+        """Return what is known of the elements of both."""
+        assert isinstance(other, Measured)
+        return Measured(self.sums + other.sums, self.counts + other.counts)
+
+    def quantile(self, bins: Bins, share: float) -> float | None:
+        """Return a quantile of the signal (`SIGNAL`) or surprise (`SURPRISE`); None of nothing."""
+        counts = self.counts[0 if bins is SIGNAL else 1].tolist()
+        return bins.quantile(counts, share) if any(counts) else None
+
+    def row(self) -> Tensor:
+        """Return all of it as (ROW,), float64."""
+        return torch.cat([torch.tensor(self.sums, dtype=torch.float64), self.counts.flatten()])
+
+    @classmethod
+    def of_row(cls, row: Tensor) -> Measured:
+        """Return what `row` has returned, or a sum of such."""
+        sums, counts = row[: len(Sums._fields)], row[len(Sums._fields) :]
+        return cls(Sums(*sums.tolist()), counts.view(2, NUM_BINS))
+
+
+ROW = len(Sums._fields) + 2 * NUM_BINS
+
+
+def nothing() -> Measured:
+    """Return what is known of no elements."""
+    return Measured(Sums(), torch.zeros(2, NUM_BINS, dtype=torch.float64))
+
+
 def held(optimizer: AdaBelief | ShardedAdaBelief) -> Iterator[Held]:
     """Give what this rank holds of each parameter, in the order of the param groups."""
     if isinstance(optimizer, ShardedAdaBelief):
@@ -79,6 +133,8 @@ def _held_sharded(optimizer: ShardedAdaBelief) -> Iterator[Held]:
                 name=_name(group, number, position),
                 step=engine.update.states[index]["step"],
                 tensors=engine.update.own_part(index),
+                first=engine.update.fragment(index).in_param,
+                whole=engine.layout.params[index].numel,
                 has_grad=param.grad is not None and bool(scales),
                 scale=scales.get(norm_of(number, group), 1.0),
                 mean=scales.get(UNCLIPPED, 1.0),
@@ -112,6 +168,8 @@ def _held_plain(optimizer: AdaBelief) -> Iterator[Held]:
                     .reshape(-1),
                     **tensors,
                 ),
+                first=0,
+                whole=local_part(param).numel(),
                 has_grad=has_grad,
                 scale=1.0,
                 mean=1.0,
@@ -125,42 +183,106 @@ def _name(group: Mapping[str, Any], number: int, position: int) -> str:
 
 
 @torch.no_grad()
-def sums_of(parts: list[Held], param_groups: list[dict[str, Any]]) -> list[Sums]:
-    """Return the sums over each of `parts`; waits for the device once.
+def measure(parts: list[Held], param_groups: list[dict[str, Any]]) -> list[Measured]:
+    """Return what is known of each of `parts`; waits for the device once.
 
     Args:
         parts: From `held`.
         param_groups: Of the optimizer.
     """
-    found = [Sums()] * len(parts)
-    raw: dict[torch.device, list[Tensor]] = {}
-    owners: dict[torch.device, list[int]] = {}
+    raw: defaultdict[torch.device, _Raw] = defaultdict(_Raw)
     # While parameters travel there is a torch function mode, which none of this needs.
     with torch._C.DisableTorchFunction():
         for number, part in enumerate(parts):
             device = part.tensors.exp_avg.device
             window = _CPU_WINDOW if device.type == "cpu" else _WINDOW
             numel = part.tensors.exp_avg.numel() if part.step else 0
+            stride = stride_of(part.whole)
             for start in range(0, numel, window):
                 operands = cut(part.tensors, start, min(start + window, numel))
-                raw.setdefault(device, []).append(
-                    _raw_sums(part, operands, param_groups[part.group])
-                )
-                owners.setdefault(device, []).append(number)
+                # The same elements of a parameter, whoever holds them.
+                sample = slice(-(part.first + start) % stride, None, stride)
+                found = _of_window(part, operands, param_groups[part.group], sample)
+                raw[device].add(number, *found)
         totals: dict[int, list[float]] = {}
-        for device, rows in raw.items():
-            for number, row in zip(owners[device], torch.stack(rows).tolist(), strict=True):
+        counts = torch.zeros(len(parts), 2, NUM_BINS, dtype=torch.float64)
+        for each in raw.values():
+            each.count()
+            for number, row in zip(each.owners, torch.stack(each.sums).tolist(), strict=True):
                 before = totals.get(number, [0.0] * len(row))
                 totals[number] = [a + b for a, b in zip(before, row, strict=True)]
-    for number, total in totals.items():
-        found[number] = _scaled(parts[number], total, param_groups[parts[number].group])
-    return found
+            for numbers, counted in each.counted:
+                counts[numbers] += counted.to("cpu", torch.float64)[..., :NUM_BINS]
+        # As many as there are in place of each that was counted.
+        counts *= torch.tensor([stride_of(part.whole) for part in parts]).view(-1, 1, 1)
+    told = []
+    for number, part in enumerate(parts):
+        total = totals.get(number)
+        sums = Sums() if total is None else _scaled(part, total, param_groups[part.group])
+        told.append(Measured(sums, counts[number]))
+    return told
 
 
-def _raw_sums(part: Held, o: Operands, options: Mapping[str, Any]) -> Tensor:
-    """Return (8,): the sums over one window, of which a few lack a factor."""
+class _Raw:
+    """What was found on one device and is still there.
+
+    Attributes:
+        owners: The part of each window.
+        sums: (8,) of each window.
+        counted: (parts, 2, NUM_BINS + 1), int64, of these parts.
+    """
+
+    def __init__(self) -> None:
+        self.owners: list[int] = []
+        self.sums: list[Tensor] = []
+        self.counted: list[tuple[list[int], Tensor]] = []
+        self._samples: list[tuple[int, Tensor, Tensor]] = []  # part, signals, surprises
+        self._waiting = 0  # elements of these
+
+    def add(self, number: int, sums: Tensor, signals: Tensor, surprises: Tensor) -> None:
+        """Take what was found in a window of part `number`."""
+        self.owners.append(number)
+        self.sums.append(sums)
+        self._samples.append((number, signals, surprises))
+        self._waiting += signals.numel()
+        if self._waiting > _COUNTED_AT_ONCE:
+            self.count()
+
+    def count(self) -> None:
+        """Sort the samples of all parts into bins, together: there may be thousands of parts."""
+        if not self._samples:
+            return
+        numbers = sorted({number for number, _, _ in self._samples})
+        place = {number: 2 * position for position, number in enumerate(numbers)}
+        values, rows, lengths = [], list[int](), list[int]()
+        for kind, bins in enumerate((SIGNAL, SURPRISE)):
+            tensors = [(signals, surprises)[kind] for _, signals, surprises in self._samples]
+            values.append(torch.cat(tensors).log2_().sub_(bins.lowest))
+            rows += [place[number] + kind for number, _, _ in self._samples]
+            lengths += [tensor.numel() for tensor in tensors]
+        scaled = torch.cat(values).mul_(PER_OCTAVE).add_(1).clamp_(0, NUM_BINS - 1)
+        # What is not a number has a bin of its own, which nobody reads.
+        where = scaled.nan_to_num_(nan=NUM_BINS).long()
+        first = torch.tensor(rows) * (NUM_BINS + 1)
+        where += torch.repeat_interleave(first, torch.tensor(lengths)).to(where.device)
+        counts = torch.zeros(2 * len(numbers) * (NUM_BINS + 1), dtype=torch.int64)
+        counts = counts.to(where.device)
+        # Not bincount, for which the host would wait for a GPU.
+        counts.scatter_add_(0, where, torch.ones_like(where))
+        self.counted.append((numbers, counts.view(len(numbers), 2, -1)))
+        self._samples.clear()
+        self._waiting = 0
+
+
+def _of_window(
+    part: Held, o: Operands, options: Mapping[str, Any], sample: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the sums over one window, and of a sample of it the signals and the surprises.
+
+    The sums are (8,), and a few lack a factor. Without a gradient there are no surprises.
+    """
     scalars = step_scalars({**options, "lr": 1.0}, part.step)
-    bias2 = 1.0 - scalars.beta2**part.step
+    bias1, bias2 = (1.0 - float(beta) ** part.step for beta in options["betas"])
     compute = compute_dtype(o.param.dtype)
     m = decode(o.exp_avg, o.exp_avg_exponent, signed=True)
     s = decode(o.exp_avg_sq, o.exp_avg_sq_exponent, signed=False)
@@ -177,18 +299,19 @@ def _raw_sums(part: Held, o: Operands, options: Mapping[str, Any]) -> Tensor:
     # s is what surprise has left plus exactly this much, as eps is added in every step.
     from_eps = scalars.eps * bias2 / scalars.weight2
     sums = [weight.dot(weight), m.dot(m), s.sum(), direction.dot(direction), direction.abs_().sum()]
+    signals = direction[sample] * (math.sqrt(bias2) / bias1)
     # In floating point, as torch counts booleans slowly.
     sums.append(torch.lt(s, 2.0 * from_eps, out=direction).sum())
-    if part.has_grad:
-        grad = o.grad.to(m.device, compute)
-        surprise = torch.sub(m, grad, alpha=part.scale * scalars.sign, out=direction)
-        if scalars.coupled_decay:
-            surprise.sub_(weight, alpha=scalars.coupled_decay)
-        surprise.div_(root)
-        sums += [grad.dot(grad), surprise.dot(surprise)]
-    else:
+    if not part.has_grad:
         sums += [torch.zeros_like(sums[0])] * 2
-    return torch.stack(sums)
+        return torch.stack(sums), signals, signals[:0]
+    grad = o.grad.to(m.device, compute)
+    surprise = torch.sub(m, grad, alpha=part.scale * scalars.sign, out=direction)
+    if scalars.coupled_decay:
+        surprise.sub_(weight, alpha=scalars.coupled_decay)
+    surprise.div_(root)
+    sums += [grad.dot(grad), surprise.dot(surprise)]
+    return torch.stack(sums), signals, (surprise[sample] * math.sqrt(bias2)).square_()
 
 
 def _scaled(part: Held, raw: list[float], options: Mapping[str, Any]) -> Sums:

@@ -28,6 +28,8 @@ from benchmarks.host import run_host, run_soak
 from benchmarks.resume import compare_runs, draw_resume
 from benchmarks.soak import run_through_failures
 from benchmarks.step import chosen_engines, run_by_json
+from benchmarks.step_trace import record_steps
+from benchmarks.step_trace_picture import draw_trace
 from benchmarks.team import Turn, Workload, take_turn
 from tests.harness.paths import ROOT
 
@@ -44,6 +46,21 @@ def test_other_ways_to_sum_give_other_bits() -> None:
     found = run_bits([3], 3, ["ShardedAdaBelief ZeRO-1", "DDP + AdaBelief"])
     assert found["ShardedAdaBelief ZeRO-1"][3].elements == 0
     assert found["DDP + AdaBelief"][3].elements > 0.01
+
+
+def test_an_iteration_is_recorded_and_drawn(tmp_path: Path) -> None:
+    found = record_steps(Workload(2, 2, 2, 64, 1, 16, "float32"), 64 << 10)
+    assert found.keys() == {"stage 1", "stage 2"}
+    for ranges in found.values():
+        starts = {name: start for name, start, _ in reversed(ranges)}  # the first of each name
+        order = ["forward", "backward", "step", "consensus", "update"]
+        assert sorted(order, key=starts.__getitem__) == order
+        assert all(0 <= start < stop for _, start, stop in ranges)
+        (step,) = (each for each in ranges if each[0] == "step")
+        updates = [each for each in ranges if each[0] == "update"]
+        assert all(step[1] < start and stop < step[2] for _, start, stop in updates)
+    draw_trace(found, tmp_path / "trace.png")
+    assert (tmp_path / "trace.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_runs_at_several_numbers_of_ranks_are_compared_and_drawn(tmp_path: Path) -> None:

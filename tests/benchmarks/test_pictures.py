@@ -19,6 +19,8 @@ from benchmarks.pictures import apart
 from benchmarks.plot import step_results
 from benchmarks.resume import compare_runs, resume_figure
 from benchmarks.step_picture import SHOWN, steps_figure
+from benchmarks.step_trace import ranges_of
+from benchmarks.step_trace_picture import LANES, trace_figure
 from tests.harness.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -39,10 +41,17 @@ def resumed() -> tuple[dict[str, list[dict[str, Any]]], Figure]:
     return runs, resume_figure(runs)
 
 
+def traced() -> tuple[dict[str, list[tuple[str, float, float]]], Figure]:
+    content = json.loads((DOCS / "step-trace.json").read_text())["step trace"]
+    found = {stage: [(r[0], r[1], r[2]) for r in ranges] for stage, ranges in content.items()}
+    return found, trace_figure(found)
+
+
 FIGURES = {
     "any-world-size": lambda: any_world_size()[1],
     "resume": lambda: resumed()[1],
     "performance": lambda: steps_figure(step_results(STEPS)),
+    "step-trace": lambda: traced()[1],
     "concepts-bytes": bytes_figure,
     "concepts-step": step_figure,
     "concepts-sum": sum_figure,
@@ -113,6 +122,38 @@ def test_steps_are_those_of_the_record_and_of_the_page() -> None:
         for row in result["rows"]:
             start = f"{row['median_ms']} | {row['ratios']['DDP + AdamW']:.2f} |"
             assert f"| {row['name']} | {start}" in page.replace("**", "")
+
+
+def test_a_traced_step_is_that_of_the_record() -> None:
+    found, figure = traced()
+    for panel, (stage, ranges) in zip(figure.axes, found.items(), strict=True):
+        assert panel._left_title.get_text() == stage  # type: ignore[attr-defined]
+        lanes = {kind: lane for lane, each in enumerate(LANES.values()) for kind in each}
+        expected = [(lanes[name], *at) for name, *at in ranges if name in lanes]
+        bars = [bar.get_bbox() for bar in panel.patches if bar.get_height() < 0.9]
+        drawn = [(round(bar.y0 + 0.36), bar.x0, bar.x1) for bar in bars]
+        for one, other in zip(sorted(drawn), sorted(expected), strict=True):
+            assert one == pytest.approx(other, abs=1e-9)  # an end is a start and a length
+        assert {"forward", "backward", "step", "reduce", "consensus", "update", "gather"} <= {
+            name for name, _, _ in ranges
+        }
+
+
+def test_phases_are_read_from_a_chrome_trace() -> None:
+    """Of the shortest of several iterations, with nothing of torch's own and nothing too short."""
+    events = [("forward", 0, 100), ("aten::mm", 10, 20)]
+    for begin in (1500, 3000, 4000):  # the second lasts 1 ms
+        events += [("forward", begin, 200), ("belief_dist::step", begin + 600, 300)]
+        update, gather = (f"belief_dist::{name}" for name in ("update", "gather"))
+        events += [(update, begin + 650, 100), (gather, begin + 760, 9)]
+    categories = {"aten::mm": "cpu_op"}
+    trace = {
+        "traceEvents": [
+            {"name": name, "ts": ts, "dur": dur, "cat": categories.get(name, "user_annotation")}
+            for name, ts, dur in events
+        ]
+    }
+    assert ranges_of(trace) == [("forward", 0.0, 0.2), ("step", 0.6, 0.9), ("update", 0.65, 0.75)]
 
 
 def test_drawings_are_those_of_the_page_and_the_same_each_time(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from belief_dist.kernels import eager
 from belief_dist.kernels.build import Unavailable
 from belief_dist.norm import NUM_WORDS
 from belief_dist.options import DEFAULTS
+from belief_dist.telemetry import StepMonitor
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import Reference, backward, compare
@@ -183,6 +184,7 @@ def traffic_is_as_documented() -> None:
             micro_batches=numbered,
             **HYPER,
         )
+        monitor = StepMonitor(optimizer, [], every=1)
         messages = 0
         for step in (1, 2):
             sent = 0
@@ -196,12 +198,16 @@ def traffic_is_as_documented() -> None:
                     with optimizer.no_sync() if micro + 1 < micro_batches else nullcontext():
                         backward(params, grads)
                 optimizer.step()
+                record = monitor.log(step) or {}
             optimizer.zero_grad()
             elements = sum(bucket.numel for bucket in optimizer.layout.buckets)
             reductions = 2 if numbered else micro_batches if stage == 2 else 1
             per_element = reductions * (wire or dtype).itemsize + dtype.itemsize
             assert sent == elements * per_element * (world_size - 1) // world_size, (stage, wire)
             assert messages == step
+            if rank == 0:
+                told = {kind: record[f"bytes_sent/{kind}"] for kind in ("gradients", "parameters")}
+                assert sum(told.values()) == sent, told
 
 
 class Reads(TorchDispatchMode):

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from belief_dist import AdaBelief, ShardedAdaBelief
 from belief_dist.state_formats import decode, join_master
-from belief_dist.telemetry import Prometheus, StepMonitor, read_records
+from belief_dist.telemetry import Prometheus, StepMonitor, quantiles, read_records
+from belief_dist.telemetry.quantiles import stride_of
 from tests.harness.models import HYPER, SHAPES, make_grad, make_params, rank_order_sum
 from tests.harness.ranks import run_ranks
 from tests.harness.reference import backward, collect
@@ -60,6 +61,42 @@ def expected(
     }
 
 
+def assert_tells_quantiles(
+    record: dict[str, Any] | None,
+    name: str,
+    ms: list[Tensor],
+    ss: list[Tensor],
+    gs: list[Tensor],
+    step: int,
+    options: dict[str, Any],
+) -> None:
+    """Compare with those of whole tensors, or of the elements of each that are counted."""
+    assert record is not None
+    beta1, beta2 = options["betas"]
+
+    def sample(tensors: list[Tensor]) -> Tensor:
+        strides = [stride_of(tensor.numel()) for tensor in tensors]
+        parts = [
+            tensor.double().flatten()[::stride].repeat_interleave(stride)
+            for tensor, stride in zip(tensors, strides, strict=True)
+        ]
+        return torch.cat(parts)
+
+    m, s, g = sample(ms), sample(ss), sample(gs)
+    s_hat = s / (1 - beta2**step)
+    signal = (m / (1 - beta1**step)).abs() / (s_hat.sqrt() + options["eps"])
+    width = 2 ** (1 / quantiles.PER_OCTAVE) * 1.0001  # of a bin, and of rounding at its ends
+    for kind, values in {"signal": signal, "surprise": (g - m).square() / s_hat}.items():
+        for part, share in quantiles.QUANTILES.items():
+            told = record[f"belief/{kind}_{part}/{name}"]
+            # Of the two elements next to the quantile, between which torch would interpolate.
+            low, high = (
+                float(torch.quantile(values, share, interpolation=side))
+                for side in ("lower", "higher")
+            )
+            assert low / width <= told <= high * width, (kind, part, name, told, low, high)
+
+
 def assert_tells(record: dict[str, Any] | None, name: str, values: dict[str, float]) -> None:
     assert record is not None
     told = {key: record.get(f"{key}/{name}") for key in values}
@@ -91,6 +128,42 @@ def test_numbers_of_one_process(eps: float) -> None:
         for index in (0, 6):
             own = [[each[index]] for each in (ms, ss, detached, grads)]
             assert_tells(record, names[index], expected(*own, step, options))
+        assert_tells_quantiles(record, "group0", ms, ss, grads, step, options)
+        assert_tells_quantiles(record, names[0], ms[:1], ss[:1], grads[:1], step, options)
+
+
+def test_quantiles_of_many_elements_are_those_of_a_sample() -> None:
+    """Of several windows, of rows as long as a power of two, and of what is out of bounds."""
+    numel = 33 * quantiles.SAMPLE
+    assert stride_of(numel) == 33 and stride_of(2 * quantiles.SAMPLE - 1) == 1
+    param = torch.nn.Parameter(torch.ones(numel // 512, 512))
+    optimizer = AdaBelief([param], **TINY)
+    monitor = StepMonitor(optimizer, [], every=1)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(1, 4):
+        # Each column has its own size: a sample of some columns alone would see.
+        sizes = torch.logspace(-3, 0, 512)
+        param.grad = torch.randn(param.shape, generator=generator) * sizes + sizes.flip(0)
+        optimizer.step()
+        record = monitor.log(step)
+    state = optimizer.state[param]
+    m, s = [state["exp_avg"].clone()], [state["exp_avg_sq"].clone()]
+    assert_tells_quantiles(record, "group0", m, s, [param.grad], 3, TINY)
+    beta1, beta2 = TINY["betas"]
+    signal = m[0].abs() / (1 - beta1**3) / (s[0] / (1 - beta2**3)).sqrt()
+    assert record is not None
+    for part, share in quantiles.QUANTILES.items():
+        # Of all elements: within a bin, and 3 standard deviations of a sample's shares.
+        slack = 3 * (share * (1 - share) / quantiles.SAMPLE) ** 0.5
+        low, high = (float(signal.quantile(share + side * slack)) for side in (-1, 1))
+        assert low / 1.2 <= record[f"belief/signal_{part}/group0"] <= high * 1.2
+    param.grad = torch.zeros_like(param)
+    state["exp_avg"].zero_()
+    assert monitor.log(4)["belief/signal_p50/group0"] == 0.0  # type: ignore[index]
+    state["exp_avg"].fill_(1e20)
+    assert monitor.log(5)["belief/signal_p50/group0"] == float("inf")  # type: ignore[index]
+    state["exp_avg"].fill_(float("nan"))
+    assert "belief/signal_p50/group0" not in (monitor.log(6) or {})
 
 
 @pytest.mark.parametrize("rectify, amsgrad", [(True, False), (False, True)])
@@ -135,8 +208,9 @@ def whole(
     return m, s, masters
 
 
-def sharded_numbers(**options: Any) -> None:
+def sharded_numbers(*, sample: int = quantiles.SAMPLE, **options: Any) -> None:
     """Compare the sums over all shards with whole tensors."""
+    quantiles.SAMPLE = sample  # in this process, which ends with the test
     rank, world_size = dist.get_rank(), dist.get_world_size()
     dtype = options.pop("dtype", torch.float32)
     params = make_params(dtype)
@@ -181,18 +255,77 @@ def sharded_numbers(**options: Any) -> None:
                 values = expected(*own, step, hyper)
                 values["l2_norm/grad"] /= factor
                 assert_tells(record, "layer7", values)
+                assert_tells_quantiles(record, "group0", ms, ss, used, step, hyper)
         optimizer.zero_grad()
     assert written == ([2, 4] if rank == 0 else [])
+
+
+IN_STEP = {"reduce", "consensus", "update", "gather"}
+
+
+def phases_are_named_and_timed(**options: Any) -> None:
+    """Each phase is a range of the profiler, and has its seconds, which add up to the step's."""
+    params = make_params()
+    optimizer = ShardedAdaBelief(params, bucket_bytes=1500, **TINY, **options)
+    records: dict[int, dict[str, Any]] = {}
+    monitor = StepMonitor(optimizer, records.__setitem__, every=2)
+    for step in range(1, 6):
+        with torch.autograd.profiler.profile(enabled=step == 5) as profile:
+            backward(params, [make_grad(shape, step, 0, i) for i, shape in enumerate(SHAPES)])
+            optimizer.step()
+            monitor.log(step)
+            optimizer.zero_grad()
+            [param.square() for param in params]  # as a forward reads them
+    ranges = {event.name for event in profile.function_events}
+    overlaps = options.get("overlap", True)
+    expected = {"step", "reduce_wait", "gather_wait", *IN_STEP}
+    assert {f"belief_dist::{name}" for name in expected} <= ranges
+    if dist.get_rank() > 0:
+        assert not records
+        return
+    times = {key: value for key, value in records[4].items() if key.startswith("time/")}
+    places = {f"time/step/{name}" for name in IN_STEP} | {"time/step", "time/seconds_per_step"}
+    places |= {"time/backward/reduce"}
+    assert {"time/backward/reduce_wait", "time/step/reduce_wait"} & times.keys()
+    places |= {f"time/{'forward' if overlaps else 'step'}/gather_wait"}
+    assert places <= times.keys() and min(times.values()) >= 0
+    parts = [value for key, value in times.items() if key.startswith("time/step/")]
+    assert 0 < sum(parts) <= times["time/step"] <= times["time/seconds_per_step"]
+    outside = sum(value for key, value in times.items() if key[5:12] in ("backwar", "forward"))
+    exposed = sum(parts) - times["time/step/update"] + outside
+    assert times["time/exposed_communication"] == pytest.approx(exposed)
+
+
+def test_phases_of_one_process() -> None:
+    """And nothing is measured for whom nobody asks."""
+    for optimizer in (one_step(), AdaBelief([torch.nn.Parameter(torch.ones(8))])):
+        param = optimizer.param_groups[0]["params"][0]
+        param.grad = torch.ones_like(param)
+        with torch.autograd.profiler.profile() as profile:
+            optimizer.step()
+        assert "belief_dist::step" in {event.name for event in profile.function_events}
+        assert not optimizer._phases.seconds() and not optimizer._phases.steps
+        monitor = StepMonitor(optimizer, [], every=1)
+        optimizer.step()
+        record = monitor.log(1)
+        assert record is not None and record["time/step"] > 0
+        # Of this process with torch in it.
+        assert 50 << 20 < record["memory/resident"] <= record["memory/resident_peak"] < 64 << 30
+        assert not {"time/exposed_communication", "time/seconds"} & record.keys()
 
 
 def test_numbers_of_all_ranks_are_those_of_whole_tensors(tmp_path: Path) -> None:
     bf16: dict[str, Any] = {"dtype": torch.bfloat16}
     cases = [
         partial(sharded_numbers),
+        partial(sharded_numbers, sample=16),
         partial(sharded_numbers, stage=2, max_grad_norm=0.5),
         partial(sharded_numbers, state_dtype=torch.bfloat16, **bf16),
         partial(sharded_numbers, stage=2, master="remainder8", state_dtype=torch.uint8, **bf16),
         partial(sharded_numbers, offload="cpu", **bf16),
+        *(partial(phases_are_named_and_timed, stage=stage) for stage in (1, 2)),
+        partial(phases_are_named_and_timed, stage=2, overlap=False),
+        partial(phases_are_named_and_timed, offload="cpu", shared_memory=False),
     ]
     run_ranks(3, tmp_path, *cases)
 
@@ -255,6 +388,8 @@ def test_a_skipped_step_says_why_and_no_more(tmp_path: Path) -> None:
         monitor.log(step, loss=float("nan") if step == 2 else 1.0)
         optimizer.zero_grad()
     first, second, third = read_records(path)
+    assert second["skips"] == [{"step": 2, "kind": "skip", "why": second["why_skipped"]}]
+    assert "skips" not in third
     assert "why_skipped" not in first and "finite" in second["why_skipped"]
     assert [row["skipped_steps"] for row in (first, second, third)] == [0, 1, 1]
     assert "l2_norm/moment/group0" in third and "l2_norm/moment/group0" not in second

@@ -11,8 +11,8 @@ import pytest
 
 from belief_dist import cli
 from belief_dist.telemetry import JsonLines
+from belief_dist.telemetry.events import find_events
 from belief_dist.telemetry.records import parse_records
-from belief_dist.telemetry.report import find_events
 
 
 def write(folder: Path, steps: range) -> None:
@@ -30,6 +30,15 @@ def write(folder: Path, steps: range) -> None:
             "time/seconds_per_step": 0.1,
         }
         sink(step, values | ({"why_skipped": "a <spike>"} if step == 30 else {}))
+
+
+def write_skips(path: Path) -> None:
+    """Add a record of four more skipped steps, of which two are told, and others wrongly."""
+    told = [
+        {"step": 51, "kind": "repair", "why": "copies differed"},
+        {"step": 53, "kind": "spike", "why": "far too large"},
+    ]
+    JsonLines(path)(60, {"skipped_steps": 5, "skips": [*told, {"step": "x"}, 7]})
 
 
 def test_a_run_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,6 +79,14 @@ def test_events(tmp_path: Path) -> None:
     (tmp_path / "step-00000030").mkdir()
     found = find_events(parse_records(tmp_path / "metrics.jsonl"), tmp_path)
     kinds = [(event.step, event.kind) for event in found]
+    write_skips(tmp_path / "metrics.jsonl")
+    told = find_events(parse_records(tmp_path / "metrics.jsonl"), tmp_path)[4:]
+    assert [(event.step, event.kind) for event in told] == [
+        (51, "repair"),
+        (53, "spike"),
+        (60, "skip"),
+    ]
+    assert told[0].what == "step skipped: copies differed" and told[2].what.startswith("2 steps")
     assert kinds == [(30, "checkpoint"), (30, "loss"), (30, "skip"), (40, "restart")]
 
 
