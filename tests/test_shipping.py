@@ -75,7 +75,7 @@ def test_the_archives_are_whole(built: Path) -> None:
     assert rooms == {
         "belief_dist",
         "_belief_dist_autoload.py",
-        "_belief_dist_cli.py",
+        "_belief_dist_cli",
         f"belief_dist-{__version__}.dist-info",
     }
 

@@ -59,8 +59,8 @@ class Event(NamedTuple):
     what: str
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
-    """Draw the records of a run, which may still go on, and return the page.
+def write_report(run: Path, out: Path | None = None) -> tuple[Path, list[Event]]:
+    """Draw the records of a run, which may still go on; return the page, and what has happened.
 
     Args:
         run: The folder of the run, whose metrics.jsonl is read, or a file of records.
@@ -84,7 +84,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     text = _page(path.parent.resolve().name, records.rows, events)
     with atomic_file(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return page
+    return page, events
 
 
 def find_events(records: Records, folder: Path) -> list[Event]:

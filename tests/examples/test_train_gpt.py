@@ -290,4 +290,5 @@ def test_records_of_the_optimizer_and_their_page(tmp_path: Path) -> None:
         assert record["l2_norm/grad/global"] == row["grad_norm"]
         assert record["loss"] == pytest.approx(row["loss"])
     pytest.importorskip("matplotlib")
-    assert "checkpoint step-00000006" in write_report(tmp_path / "run").read_text()
+    page, _ = write_report(tmp_path / "run")
+    assert "checkpoint step-00000006" in page.read_text()
