@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -37,6 +38,7 @@ from gpt.job import (
 from gpt.model import GPT
 from gpt.report import Log, draw_losses, print_table, progress_bar, unsharded_bytes
 from gpt.settings import Settings
+from gpt.stopping import StopRequest, agreed_signal
 
 # A resumed run may differ in these alone.
 _FREE = {
@@ -49,7 +51,9 @@ def main() -> None:
     try:
         settings = auto_cli(Settings, as_positional=False, args=with_stored_settings(sys.argv[1:]))
         with process_group(timedelta(seconds=settings.timeout)) as device:
-            train(settings, device)
+            ended_by = train(settings, device)
+        if ended_by is not None:
+            sys.exit(128 + ended_by)
     except KeyboardInterrupt:
         if os.environ.get("RANK", "0") == "0":
             print(
@@ -69,7 +73,8 @@ def main() -> None:
         sys.exit(2)
 
 
-def train(settings: Settings, device: torch.device) -> None:
+def train(settings: Settings, device: torch.device) -> signal.Signals | None:
+    """Train, and return the signal that has ended it before its last step, if one has."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     numbers, count = micro_batches(settings, rank, world_size)
     if settings.micro_batches is not None and device.type == "cpu":
@@ -86,6 +91,8 @@ def train(settings: Settings, device: torch.device) -> None:
     if settings.monitor is not None:
         assert isinstance(engine, ShardedEngine)
         engine.watch(run / "metrics.jsonl", settings.monitor)
+    request = StopRequest()
+    request.listen()
     if rank == 0:
         print(
             f"{num_params:,} parameters, {world_size} {'rank' if world_size == 1 else 'ranks'} "
@@ -96,6 +103,7 @@ def train(settings: Settings, device: torch.device) -> None:
         log = Log(run / "log.jsonl", done)
         bar = progress_bar(done, settings.steps)
 
+    ended_by = None
     last = min(settings.steps, settings.stop_at or settings.steps)
     for step in range(done + 1, last + 1):
         started = time.perf_counter()
@@ -105,7 +113,9 @@ def train(settings: Settings, device: torch.device) -> None:
         for k, loss in zip(numbers, engine.step([parts[k] for k in numbers]), strict=True):
             losses[k] = loss
         losses[count] = rank == 0 and (run / STOP).exists()
-        dist.all_reduce(losses)
+        told = torch.cat([losses, request.votes(device)])
+        dist.all_reduce(told)
+        losses, ended_by = told[: count + 1], agreed_signal(told[count + 1 :])
         row = {
             "step": step,
             "loss": losses[:count].mean().item(),
@@ -114,6 +124,7 @@ def train(settings: Settings, device: torch.device) -> None:
             "tokens_per_second": batch[:, 1:].numel() / (time.perf_counter() - started),
         }
         is_last = step == last or bool(losses[count])
+        ended_by = None if is_last else ended_by
         if step % settings.eval_every == 0 or is_last:
             row["held_out_loss"] = held_out_loss(
                 engine.model, corpus.held_out, settings.context, device
@@ -126,12 +137,22 @@ def train(settings: Settings, device: torch.device) -> None:
                 refresh=False,
             )
             bar.update()
-        if step % settings.save_every == 0 or is_last:
+        if step % settings.save_every == 0 or is_last or ended_by is not None:
             save(engine, settings, run, step)
-        if is_last:
+        if is_last or ended_by is not None:
             break
     if rank == 0:
         bar.close()
+    if ended_by is not None:  # whoever sends a signal does not wait long
+        if rank == 0:
+            draw_losses(log.rows, unigram, run / "loss.png")
+            print(
+                f"train_gpt.py: ended by {ended_by.name} after step {step}, which is saved; "
+                f"--resume {run} goes on from there",
+                file=sys.stderr,
+            )
+        return ended_by
+    request.leave()
 
     fullest = torch.tensor(list(engine.bytes_per_rank().values()), device=device)
     dist.all_reduce(fullest, dist.ReduceOp.MAX)
@@ -147,6 +168,7 @@ def train(settings: Settings, device: torch.device) -> None:
             f"held-out loss {log.rows[-1]['held_out_loss']:.3f} nats per byte; unigram entropy of "
             f"the held-out text {unigram:.3f}\nlog, plot and checkpoint: {run}"
         )
+    return None
 
 
 def micro_batches(settings: Settings, rank: int, world_size: int) -> tuple[range, int]:

@@ -95,7 +95,14 @@ watch_hosts() {
 # shellcheck disable=SC2329 # called by trap
 finish() {
     status=$?
-    trap - EXIT INT TERM
+    trap - EXIT
+    trap '' USR1     # of the hosts that now end
+    trap : INT TERM  # ends the wait below, and nothing else
+    if ((status == 130 || status == 143)); then
+        echo "deepspeed.sh: the ranks finish their step and save, for 30 seconds at most" >&2
+        end_job "$job" TERM
+        timeout --foreground 30 tail --pid "$pid" --follow /dev/null || true
+    fi
     if ((status != 0)); then
         kill -KILL -- "-$pid" 2>/dev/null || true
         end_job "$job"

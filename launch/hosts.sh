@@ -96,14 +96,15 @@ forwarded() {
         grep -Ev 'TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$'
 }
 
-# end_job ID: end what is left of a job on all hosts, stopped processes too, and nothing else.
+# end_job ID [SIGNAL]: end what is left of a job on all hosts, stopped processes too, and nothing else; or
+# send it another signal than KILL.
 # shellcheck disable=SC2016 # expanded on the hosts
 end_job() {
     local host
     for host in "${hosts[@]}"; do
         on_host "$host" 'for process in /proc/[0-9]*; do
             if grep -qzx "BELIEF_DIST_JOB='"$1"'" "$process/environ" 2>/dev/null; then
-                kill -KILL "${process#/proc/}"
+                kill -'"${2:-KILL}"' "${process#/proc/}"
             fi
         done' 2>/dev/null &
     done

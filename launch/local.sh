@@ -28,5 +28,7 @@ port=$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); 
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
+# Ctrl-C is for the ranks, which save: the launcher in front of them would leave at once, without them.
+trap '' INT
 exec deepspeed --num_accelerators "$ranks" --master_addr 127.0.0.1 --master_port "$port" \
     "$root/examples/train_gpt.py" --config "$root/configs/gpt.yaml" "$@"

@@ -52,6 +52,7 @@ step_plan
 optimizer sharded
 
 checkpoint.names checkpoint.chunks checkpoint.safe_reader checkpoint.plain_values
+checkpoint.progress
 checkpoint.checksummed_files checkpoint.atomic_file
 checkpoint.errors checkpoint.dcp_tensor checkpoint.run_directory
 checkpoint.local_shards checkpoint.metadata
@@ -98,6 +99,8 @@ telemetry.statistics telemetry.events
 telemetry.monitor telemetry.drawings
 telemetry
 telemetry.report migrate
+commands.output
+commands.machine commands.training_files commands.checkpoints
 commands
 __main__ cli hf run
 """
@@ -213,12 +216,12 @@ def test_triton_is_imported_where_it_serves(path: Path) -> None:
 
 
 def test_import_is_light() -> None:
-    """Importing the package loads none of the optional dependencies."""
+    """Importing the package loads no optional dependency, and none of the command line."""
     code = (
         "import sys, torch; before = set(sys.modules); import belief_dist; "
         "new = {name.split('.')[0] for name in set(sys.modules) - before}; "
-        "print(sorted(new & {'deepspeed', 'mpi4py', 'triton', 'numpy', 'rich', 'matplotlib', "
-        "'transformers'}))"
+        "print(sorted(new & {'deepspeed', 'mpi4py', 'triton', 'numpy', 'rich', 'typer', "
+        "'pydantic', 'matplotlib', 'transformers'}))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -75,9 +76,27 @@ def test_the_archives_are_whole(built: Path) -> None:
     assert rooms == {
         "belief_dist",
         "_belief_dist_autoload.py",
-        "_belief_dist_cli.py",
+        "_belief_dist_cli",
         f"belief_dist-{__version__}.dist-info",
     }
+
+
+def test_the_kernel_runs_on_what_the_tag_promises(built: Path) -> None:
+    """The C library of manylinux_2_28, no C++ library, and the OpenMP that torch brings."""
+    (wheel,) = (built / "dist").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        kernel = archive.extract("belief_dist/kernels/_cpu_kernel.so", built / "unpacked")
+    read = run("readelf", "--wide", "--dynamic", "--version-info", kernel, cwd=built)
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", read)
+    assert "libgomp.so.1" in needed and set(needed) <= {"libc.so.6", "libgomp.so.1", "libm.so.6"}
+    versions = re.findall(r"Name: ([A-Z]+)_([\d.]+)", read)
+    newest = {
+        library: max(
+            tuple(map(int, number.split("."))) for name, number in versions if name == library
+        )
+        for library in {name for name, _ in versions}
+    }
+    assert newest["GLIBC"] <= (2, 28) and newest["GOMP"] <= (4, 0) and newest["OMP"] <= (1, 0)
 
 
 def test_an_installed_wheel_needs_no_compiler(built: Path) -> None:

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from belief_dist.checkpoint.progress import started
 from belief_dist.checkpoint.safe_reader import check_name, check_regular
 
 MANIFEST = "manifest.json"
@@ -122,10 +123,12 @@ class ChecksumWriter(FileSystemWriter):
         results: list[WriteResult] = []
         try:
             with self._files.create_stream(Path(self.path, name), "wb") as stream:
+                advance = started("writing the checkpoint")
                 for item in plan.items:
                     begin = stream.tell()
                     _write_item(item, planner, stream)
                     length = stream.tell() - begin
+                    advance(length)
                     location = _StorageInfo(name, begin, length)
                     results.append(WriteResult(item.index, length, location))
                 os.fsync(stream.fileno())
@@ -237,6 +240,7 @@ def check_files(directory: Path, checksums: Mapping[str, Checksum], names: Seque
     Raises:
         ValueError: A file is missing, truncated or changed.
     """
+    advance = started(f"checking {directory.name}", sum(checksums[name].nbytes for name in names))
     for name in names:
         path, expected = directory / name, checksums[name]
         size = check_regular(path).st_size
@@ -246,6 +250,7 @@ def check_files(directory: Path, checksums: Mapping[str, Checksum], names: Seque
         with open(path, "rb", buffering=0) as file:
             while block := file.read(_READ_BYTES):
                 crc = zlib.crc32(block, crc)
+                advance(len(block))
         if crc != expected.crc32:
             raise ValueError(
                 f"file {path} has changed since it was written: its CRC-32 is {crc:08x}, and "

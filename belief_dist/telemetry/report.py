@@ -42,8 +42,8 @@ tr + tr { border-top: 1px solid #eee } summary { cursor: pointer; margin: 0.6em 
 """
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
-    """Draw the records of a run, which may still go on, and return the page.
+def write_report(run: Path, out: Path | None = None) -> tuple[Path, list[Event]]:
+    """Draw the records of a run, which may still go on; return the page, and what has happened.
 
     Args:
         run: The folder of the run, whose metrics.jsonl is read, or a file of records.
@@ -67,7 +67,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     text = _page(path.parent.resolve().name, records.rows, events)
     with atomic_file(page) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    return page
+    return page, events
 
 
 def _page(name: str, rows: Sequence[dict[str, Any]], events: Sequence[Event]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import partial
 from pathlib import Path
@@ -187,6 +188,21 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("diff", ours, ours) == 0
     assert "no difference in any bit" in capsys.readouterr().out
 
+    def told(*arguments: Any) -> Any:
+        status = run(*arguments, "--json")
+        assert status == (1 if arguments[0] == "diff" else 0)
+        return json.loads(capsys.readouterr().out)
+
+    held = told("inspect", ours, "--step", 2)
+    assert held["path"] == str(ours / "step-00000002") and held["step"] == 2 and held["ranks"] == 1
+    assert held["groups"][1]["parameters"] == 3 and held["groups"][1]["options"]["lr"] == 0.05
+    weight = {"name": "model.embed.weight", "shape": [33, 31], "dtype": "float32"}
+    assert weight in held["tensors"]
+    checked = {key: held[key] for key in ("path", "step", "files", "bytes")}
+    assert told("verify", ours, "--step", 2) == checked
+    whole = {"path": str(tmp_path / "told.pt"), "format": "torch", "step": 3}
+    assert told("convert", ours, tmp_path / "told.pt", "--to", "torch").items() >= whole.items()
+
     state, weights = tmp_path / "optimizer.pt", tmp_path / "model.safetensors"
     assert run("convert", ours, state, "--to", "torch") == 0
     assert run("convert", ours, weights, "--to", "safetensors") == 0
@@ -199,7 +215,9 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     )
     capsys.readouterr()
     assert run("diff", ours, tmp_path / "back") == 1
-    assert "weight of embed.weight: torch.float32 (33, 31) and" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weight of embed.weight: torch.float32 (33, 31) and" in said
+    assert told("diff", ours, tmp_path / "back") == {"differences": said.splitlines()}
     one, two = read_full_state(ours), read_full_state(tmp_path / "back")
     assert same(one.states, two.states) and same(one.steps, two.steps)
 

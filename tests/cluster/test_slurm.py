@@ -76,7 +76,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "srun.sbatch",
             "sbatch --partition=urgent --exclusive --nodes=4 --output=/dev/null --wrap=:",
         ),
-        # Its ranks are killed.
+        # Its ranks get SIGTERM, and save.
         ("torchrun.sbatch", "scontrol requeue JOB"),
     ],
     ids=["preempted", "requeued"],
@@ -106,11 +106,10 @@ def test_a_batch_job_that_is_interrupted_ends_as_one_that_is_not(
     said = output.read_text()
     first, began = map(int, re.findall(r" from step (\d+),", said))
     assert first == 0 and 20 <= began < 300, said
-    if script == "srun.sbatch":
-        assert f"Slurm will end this job: saving in {run}" in said
-        assert began >= 30  # all that it had done
-    else:
-        assert began % 20 == 0
+    asked = script == "srun.sbatch"
+    assert (f"Slurm will end this job: saving in {run}" in said) == asked
+    # All that it had done. After SIGTERM Slurm waits 5 s, for which a machine may be too busy.
+    assert began >= 30 or (began == 20 and not asked)
     assert unlike(run, two_ranks) == []
 
 

@@ -168,6 +168,58 @@ def accelerate(config: dict[str, Any], make: Callable[[nn.Module], Any]) -> floa
     return (model.linear.weight.detach() - before).abs().mean().item()
 
 
+def accelerate_fsdp2(folder: Path) -> float:
+    """Take one step by Accelerate's FSDP2 plugin, save, spoil and load it.
+
+    Accelerate drops the plugin on CPUs, and trains under DDP; so its ranks are told to have GPUs,
+    which then are the CPUs that they have.
+    """
+    from accelerate import Accelerator, PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+    from torch.distributed.tensor import DTensor
+
+    import belief_dist
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="no_wrap", state_dict_type="SHARDED_STATE_DICT"
+    )
+    dropped = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert dropped.distributed_type == DistributedType.MULTI_CPU and not dropped.is_fsdp2
+    forget_accelerator()
+    PartialState(cpu=True).distributed_type = DistributedType.MULTI_GPU
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    assert accelerator.is_fsdp2 and accelerator.num_processes == 2
+    model = Model()
+    before = model.linear.weight.detach().clone()
+    groups = [
+        {"params": [model.linear.weight], "weight_decay": 0.125},
+        {"params": [model.linear.bias], "lr": LR / 2},
+    ]
+    given = belief_dist.AdaBelief(groups, **OPTIONS)
+    loader = torch.utils.data.DataLoader(Rows(), batch_size=4)
+    prepared, optimizer, loader = accelerator.prepare(model, given, loader)
+    running = belief_dist.verify(accelerator)
+    accelerator.print(running)
+    assert type(running.optimizer) is belief_dist.AdaBelief and running.ranks == 2
+    seen = [(g["lr"], g["betas"], g["eps"], g["weight_decay"]) for g in given.param_groups]
+    assert seen == [(LR, BETAS, EPS, 0.125), (LR / 2, BETAS, EPS, 0.0)], seen
+    weight = prepared.linear.weight
+    assert given.param_groups[0]["params"][0] is weight and isinstance(weight, DTensor)
+
+    accelerator.backward(prepared(**next(iter(loader)))["loss"])
+    accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+    optimizer.step()
+    moment = given.state[weight]["exp_avg"]
+    kept = moment.full_tensor().clone()
+    accelerator.save_state(str(folder / "fsdp2"))
+    moment.zero_()
+    accelerator.load_state(str(folder / "fsdp2"))
+    assert torch.equal(given.state[weight]["exp_avg"].full_tensor(), kept) and kept.any()
+    decayed = before * (1 - LR * 0.125)
+    return (weight.full_tensor().detach() - decayed).abs().mean().item()
+
+
 def plain(stage: int) -> float:
     """Hand AdaBelief's parameters to another optimizer; return how far that one has moved them."""
     import deepspeed
@@ -271,6 +323,7 @@ def cases() -> dict[str, Callable[[], float]]:
         "adam 1": lambda: plain(1),
         "adam 2": lambda: plain(2),
         "adam 3": lambda: plain(3),
+        "accelerate fsdp2": lambda: accelerate_fsdp2(Path(sys.argv[1])),
     }
 
 

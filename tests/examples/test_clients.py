@@ -35,6 +35,7 @@ ADABELIEF_RUNS = [
     "accelerate json",
     "accelerate object",
     "accelerate object offload",
+    "accelerate fsdp2",
 ]
 ADAM_RUNS = ["trainer object unchecked", "adam 1", "adam 2", "adam 3"]
 

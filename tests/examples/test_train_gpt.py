@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,13 +44,16 @@ LAUNCHERS = {
 }
 
 
+def environment() -> dict[str, str]:
+    return os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
 def start(launcher: str, folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     """Run a small job with `folder` as the current directory."""
-    environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [*LAUNCHERS[launcher], *SMALL, *settings],
         cwd=folder,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=200,
@@ -119,16 +123,48 @@ def check_resumed(whole: Path, parts: Path, said: str) -> None:
         assert expected in said
 
 
+def interrupt(launcher: str, folder: Path, number: signal.Signals, *settings: str) -> int:
+    """Send a signal to all processes of a job when it begins, as a terminal and Slurm do."""
+    with subprocess.Popen(
+        [*LAUNCHERS[launcher], *SMALL, *settings],
+        cwd=folder,
+        env=environment() | {"PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as job:
+        assert job.stdout is not None
+        began = next((line for line in job.stdout if "from step 0, " in line), None)
+        os.killpg(job.pid, number)
+        said = job.stdout.read()
+        status = job.wait(timeout=60)
+    assert began is not None, said
+    (line,) = [line for line in said.splitlines() if line.startswith("train_gpt.py: ")]
+    (saved,) = (folder / "parts").glob("step-*")
+    after = f"after step {int(saved.name.removeprefix('step-'))}, which is saved; --resume "
+    assert f"ended by {number.name} {after}{folder / 'parts'} goes on" in line
+    assert len(rows(folder / "parts")) == int(saved.name[-8:]) < 6
+    assert (folder / "parts" / "loss.png").exists()
+    return status
+
+
 @pytest.mark.parametrize(
-    ("launcher", "settings"),
-    [("deepspeed", zero(1)), ("python", [])],
+    ("launcher", "settings", "number", "status"),
+    # The launcher has a status of its own.
+    [("deepspeed", zero(1), signal.SIGINT, 1), ("python", [], signal.SIGTERM, 143)],
     ids=["deepspeed-zero1", "python"],
 )
-def test_a_resumed_run_is_the_uninterrupted_one(
-    launcher: str, settings: list[str], uninterrupted: Started, tmp_path: Path
+def test_an_interrupted_and_resumed_run_is_the_uninterrupted_one(
+    launcher: str,
+    settings: list[str],
+    number: signal.Signals,
+    status: int,
+    uninterrupted: Started,
+    tmp_path: Path,
 ) -> None:
     whole, said = uninterrupted(launcher, *settings)
-    train(launcher, tmp_path, *settings, "--out", "parts", "--stop_at", "3")
+    assert interrupt(launcher, tmp_path, number, *settings, "--out", "parts") == status
     train(launcher, tmp_path, "--resume", "parts")  # with the settings that the run has stored
     check_resumed(whole, tmp_path / "parts", said)
 
@@ -254,6 +290,27 @@ def test_an_interrupted_run_says_how_it_goes_on(
     assert "interrupted; --resume with the run's folder" in capsys.readouterr().err
 
 
+def test_the_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows within a moment is of the first, and so is SIGTERM, which launchers send."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    stopping = importlib.import_module("gpt.stopping")
+    child = os.fork()
+    if child == 0:
+        request = stopping.StopRequest()
+        request.listen()
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        seen = stopping.agreed_signal(3 * request.votes(torch.device("cpu")))
+        if seen == signal.SIGINT:
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGINT
+    assert stopping.agreed_signal(torch.tensor([0.0, 0.0])) is None
+    assert stopping.agreed_signal(torch.tensor([0.0, 1.0])) == signal.SIGTERM
+
+
 def test_a_run_resumes_only_as_it_was_started(stopped: Path, tmp_path: Path) -> None:
     """Other settings would be another run: refused, and nothing is touched."""
     shutil.copytree(stopped, tmp_path / "run")
@@ -290,4 +347,5 @@ def test_records_of_the_optimizer_and_their_page(tmp_path: Path) -> None:
         assert record["l2_norm/grad/global"] == row["grad_norm"]
         assert record["loss"] == pytest.approx(row["loss"])
     pytest.importorskip("matplotlib")
-    assert "checkpoint step-00000006" in write_report(tmp_path / "run").read_text()
+    page, _ = write_report(tmp_path / "run")
+    assert "checkpoint step-00000006" in page.read_text()

@@ -268,6 +268,23 @@ def test_deepspeed_on_two_hosts_and_what_a_stopped_rank_leaves(
     assert left_over(job) == []
 
 
+def test_ctrl_c_lets_the_ranks_of_all_hosts_save(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    hostfile, run = tmp_path / "hostfile", tmp_path / "run"
+    hostfile.write_text("node0 slots=1\nnode1 slots=1\n")
+    command = [str(LAUNCH / "deepspeed.sh"), str(hostfile), *SMALL, "--folder", str(run)]
+    command += ["--steps", "100000", "--save_every", "100000"]
+    with started(command, environment, run / "log.jsonl") as (process, output):
+        process.send_signal(signal.SIGINT)
+        status = process.wait(timeout=90)
+    said = output.read_text()
+    assert status == 130 and said.count("goes on from there") == 1, said
+    assert "nothing of it is left on the hosts" in said
+    (saved,) = run.glob("step-*")
+    assert f"after step {int(saved.name[5:])}, which is saved" in said
+
+
 def rank_one(folder: Path) -> tuple[str, int]:
     """Return the job and the process of rank 1 of the run in a folder."""
     environs = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -65,11 +66,16 @@ def test_a_run_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert not re.search(r"<(script|link|img|iframe)", text)
 
 
-def test_another_place_and_a_file(tmp_path: Path) -> None:
+def test_another_place_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     write(tmp_path, range(10, 20, 10))
+    (tmp_path / "step-00000010").mkdir()
     out = tmp_path / "page.html"
-    assert cli.main(["report", str(tmp_path / "metrics.jsonl"), "--out", str(out)]) == 0
+    place = [str(tmp_path / "metrics.jsonl"), "--out", str(out)]
+    assert cli.main(["report", *place, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    saved = {"step": 10, "kind": "checkpoint", "what": "checkpoint step-00000010"}
+    assert told == {"page": str(out), "events": [saved]}
     assert out.is_file() and not (tmp_path / "report.html").exists()
 
 

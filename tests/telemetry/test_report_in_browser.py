@@ -47,7 +47,7 @@ def train(folder: Path) -> Path:
         monitor.log(step, loss=loss)
         optimizer.zero_grad()
     (folder / "step-00000010").mkdir()
-    return write_report(folder)
+    return write_report(folder)[0]
 
 
 def browse(*arguments: str, width: int, profile: Path) -> str:
@@ -94,6 +94,6 @@ def test_pages_are_drawn_and_fit_the_window(tmp_path: Path) -> None:
     # It goes on: a record is being written; and the window is a phone's.
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 26, "lo')
-    found = laid_out(write_report(run), 500, profile)
+    found = laid_out(write_report(run)[0], 500, profile)
     assert found["page"] <= found["window"] == 500
     assert len(found["pictures"]) == 14

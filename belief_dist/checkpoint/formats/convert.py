@@ -22,6 +22,7 @@ from belief_dist.checkpoint.formats.torch import (
     warm_start_from_adam,
 )
 from belief_dist.checkpoint.formats.torch_file import read_torch_file
+from belief_dist.checkpoint.progress import started
 from belief_dist.options import validate_options
 from belief_dist.state_dict import check_form
 
@@ -137,9 +138,11 @@ def write(
     if to == "belief_dist":
         return write_full_state(full, target)
     if to in ("torch", "official"):
+        started(f"writing {target.name}")
         with atomic_file(target) as temporary:
             torch.save(to_state_dict(full) if to == "torch" else to_official(full), temporary)
     elif to == "safetensors":
+        started(f"writing {target.name}")
         write_safetensors(full.model_weights(averaged=averages), target)
     elif to == "universal":
         if template is None:
@@ -153,7 +156,10 @@ def write(
 def differences(one: FullState, other: FullState) -> list[str]:
     """Return a sentence for every entry in which two training states differ by any bit."""
     found = []
-    for what, ours, theirs in _pairs(one, other):
+    pairs = _pairs(one, other)
+    nbytes = sum(a.nbytes for _, ours, _ in pairs for a in ours.values() if isinstance(a, Tensor))
+    advance = started("comparing", nbytes)
+    for what, ours, theirs in pairs:
         for name in sorted(set(ours) | set(theirs)):
             if name not in ours or name not in theirs:
                 found.append(
@@ -173,6 +179,7 @@ def differences(one: FullState, other: FullState) -> list[str]:
                         f"{what} of {name}: {odd} of {a.numel()} elements differ, "
                         f"by up to {gap:.3g}"
                     )
+                advance(a.nbytes)
             elif a != b:
                 found.append(f"{what} of {name}: {a!r} and {b!r}")
     return found

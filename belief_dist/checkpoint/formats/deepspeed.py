@@ -18,6 +18,7 @@ from torch import Tensor
 
 from belief_dist.checkpoint.formats.full_state import FullState
 from belief_dist.checkpoint.formats.torch_file import read_torch_file
+from belief_dist.checkpoint.progress import started
 from belief_dist.options import DEFAULTS, OPTION_NAMES
 
 _STATES = ("exp_avg", "exp_avg_sq")
@@ -199,6 +200,8 @@ def write_universal(full: FullState, folder: str | Path, template: str | Path) -
         odd = sorted(set(theirs) ^ set(full.names))[0]
         raise ValueError(f"the template {template} is of another model: {odd!r} is in one alone.")
     shutil.copytree(template, folder)
+    nbytes = sum(full.weights[name].nbytes for name in full.names)
+    advance = started(f"writing {folder.name}", nbytes)
     for name in full.names:
         values = {"fp32": full.weights[name], **full.states[name]}
         for key in ("fp32", *_STATES):
@@ -212,3 +215,4 @@ def write_universal(full: FullState, folder: str | Path, template: str | Path) -
                 torch.save(values[key].clone().reshape(saved.shape), file)
         if (folder / "zero" / name / "step.pt").exists():
             torch.save(full.steps[name], folder / "zero" / name / "step.pt")
+        advance(full.weights[name].nbytes)

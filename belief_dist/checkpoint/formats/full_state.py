@@ -17,6 +17,7 @@ from belief_dist.checkpoint.entries import EXTRA_KEY, METADATA_KEY, STATES, stat
 from belief_dist.checkpoint.loading import SafePlanner, read_metadata
 from belief_dist.checkpoint.metadata import FORMAT
 from belief_dist.checkpoint.names import dtype_name
+from belief_dist.checkpoint.progress import started
 from belief_dist.checkpoint.run_directory import find
 from belief_dist.checkpoint.safe_reader import SafeReader
 from belief_dist.checkpoint.saving import write
@@ -79,6 +80,19 @@ class FullState:
         return found | {alias: found[name] for alias, name in self.aliases.items()}
 
 
+class _CountingPlanner(SafePlanner):
+    """Tells how many bytes of tensors are read."""
+
+    def __init__(self, what: str, nbytes: int) -> None:
+        super().__init__()
+        self._advance = started(what, nbytes)
+
+    def commit_tensor(self, read_item: Any, tensor: Tensor) -> None:
+        """Take a part of a tensor that was read."""
+        super().commit_tensor(read_item, tensor)
+        self._advance(tensor.nbytes)
+
+
 def read_full_state(checkpoint: str | Path, *, step: int | None = None) -> FullState:
     """Read a checkpoint into memory; 8-bit states are decoded to float32.
 
@@ -94,7 +108,8 @@ def read_full_state(checkpoint: str | Path, *, step: int | None = None) -> FullS
         for key, entry in dcp_metadata.state_dict_metadata.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(entries, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=True)
+    planner = _CountingPlanner(f"reading {path.name}", sum(e.nbytes for e in entries.values()))
+    dcp.load(entries, storage_reader=SafeReader(path), planner=planner, no_dist=True)
     aliases = metadata["aliases"]
     weights = {
         key.removeprefix("model."): value

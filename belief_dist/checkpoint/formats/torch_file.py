@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from belief_dist.checkpoint.progress import started
+
 
 def read_torch_file(path: Path, *, trust: bool = False) -> Any:
     """Return what a file holds, on the CPU.
@@ -21,8 +23,12 @@ def read_torch_file(path: Path, *, trust: bool = False) -> Any:
     """
     if not path.is_file():  # a pipe could wait for ever
         raise ValueError(f"{path} is no file.")
+    nbytes = path.stat().st_size
+    advance = started(f"reading {path.name}", nbytes)
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
+        found = torch.load(path, map_location="cpu", weights_only=not trust)
+        advance(nbytes)
+        return found
     except OSError:
         raise
     except pickle.UnpicklingError:
