@@ -6,14 +6,13 @@ import json as json_module
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jsonargparse import auto_cli
 from rich.table import Table
 from tqdm import tqdm
 
-from benchmarks.accuracy import measure
 from benchmarks.any_world_size_picture import plot_any_world_size
 from benchmarks.checkpoint import run_checkpoint
 from benchmarks.compatibility import (
@@ -29,15 +28,7 @@ from benchmarks.compatibility import (
 from benchmarks.compatibility import Result as CellResult
 from benchmarks.concepts import concepts
 from benchmarks.console import console, table_of, tell
-from benchmarks.evidence import (
-    Sheet,
-    accuracy_sheet,
-    draw_accuracy,
-    draw_training,
-    overview,
-    training_sheet,
-)
-from benchmarks.gradients import recorded, small_steps, synthetic
+from benchmarks.evidence import tell_sheets, write_markdown
 from benchmarks.groups import groups
 from benchmarks.habits import HABITS, run_habits
 from benchmarks.host import run_host, run_soak
@@ -50,7 +41,7 @@ from benchmarks.reliability import faults, flips, network_faults, soak, standby
 from benchmarks.report import machine
 from benchmarks.resume import compare_runs, draw_resume, plot_resume, run_resume
 from benchmarks.same_bits import any_world_size, bits
-from benchmarks.smallstates import MODES, train
+from benchmarks.state_forms import accuracy, smallstates
 from benchmarks.step import run_by_json, run_step
 from benchmarks.step_picture import draw_steps
 from benchmarks.step_trace import record_steps
@@ -201,9 +192,9 @@ def mpi(
     """
     works = [Workload(n, steps, layers, width, batch, context, dtype) for n in ranks or [2, 4]]
     sheets = run_mpi(works, megabytes or [1, 16, 64], rounds, link, variables or {})
-    _tell_sheets(sheets, {}, None)
+    tell_sheets(sheets, {}, None)
     if markdown is not None:
-        _write_markdown(markdown, sheets)
+        write_markdown(markdown, sheets)
 
 
 def host(
@@ -394,90 +385,6 @@ def warmstart(before: int = 300, after: int = 100, seeds: list[int] | None = Non
     for way, gaps in found.items():
         table.add_row(way, *(f"{gap:+.4f}" for gap in gaps.values()))
     console().print(table)
-
-
-def accuracy(
-    elements: int = 16384,
-    steps: int = 1000,
-    decades: list[float] | None = None,
-    eps: list[float] | None = None,
-    recorded_steps: int = 300,
-    recorded_elements: int = 8192,
-    json: Path | None = None,
-    markdown: Path | None = None,
-    picture: Path | None = None,
-) -> None:
-    """Compare smaller states and masters with the rule in float64 (7 minutes).
-
-    Args:
-        elements: Of synthetic gradients, a multiple of 256.
-        steps: Of synthetic gradients.
-        decades: Powers of ten that the gradients of one block of 256 spread over; 0, 2, 4
-            and 15 by default.
-        eps: Of the rule; 1e-16 and 1e-8 by default.
-        recorded_steps: Of the main job, whose gradients are recorded; 0 for none.
-        recorded_elements: At most of one parameter.
-        json: Also write all errors here.
-        markdown: Also write an overview here.
-        picture: Also draw errors by the size of the gradients here, PNG or SVG.
-    """
-    sources = [recorded(recorded_steps, recorded_elements)] if recorded_steps else []
-    sources += [
-        synthetic(elements, steps, spread, each)
-        for each in eps or [1e-16, 1e-8]
-        for spread in decades or [0.0, 2.0, 4.0, 15.0]
-    ]
-    sources.append(small_steps(elements, steps))
-    cases = [measure(source) for source in sources]
-    _tell_sheets([accuracy_sheet(case) for case in cases], {"accuracy": cases}, json)
-    if markdown is not None:
-        _write_markdown(markdown, overview(cases))
-    if picture is not None:
-        draw_accuracy(cases, picture)
-
-
-def smallstates(
-    steps: int = 200,
-    seeds: int = 3,
-    modes: list[str] | None = None,
-    processes: int = 2,
-    arguments: list[str] | None = None,
-    json: Path | None = None,
-    markdown: Path | None = None,
-    picture: Path | None = None,
-) -> None:
-    """Train the main job with smaller states and masters, from several seeds.
-
-    Args:
-        steps: Of each training.
-        seeds: How many.
-        modes: Their names; all by default.
-        processes: Trainings at the same time, each with one thread.
-        arguments: Further ones of examples/train_gpt.py, like --layers=2.
-        json: Also write all held-out losses here.
-        markdown: Also write the table here.
-        picture: Also draw held-out losses here, PNG or SVG.
-    """
-    found = train(modes or list(MODES), range(1, seeds + 1), steps, arguments or [], processes)
-    sheet = training_sheet(found)
-    _tell_sheets([sheet], {"smallstates": found}, json)
-    if markdown is not None:
-        _write_markdown(markdown, [sheet])
-    if picture is not None:
-        draw_training(found, picture)
-
-
-def _tell_sheets(sheets: list[Sheet], found: dict[str, Any], json: Path | None) -> None:
-    out = console()
-    for sheet in sheets:
-        sheet.show(out)
-    if json is not None:
-        content = {"machine": machine(), **found}
-        json.write_text(json_module.dumps(content, indent=2, default=asdict) + "\n")
-
-
-def _write_markdown(path: Path, sheets: list[Sheet]) -> None:
-    path.write_text("\n\n".join(sheet.markdown() for sheet in sheets) + "\n")
 
 
 def plot(files: list[Path], out: Path) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json as json_module
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.accuracy import Case, Errors
+from benchmarks.console import console
+from benchmarks.report import machine
 from benchmarks.smallstates import Trained
 
 
@@ -44,6 +47,21 @@ class Sheet:
 
     def _settings(self) -> str:
         return ", ".join(f"{key} {value}" for key, value in self.settings.items())
+
+
+def tell_sheets(sheets: list[Sheet], found: dict[str, Any], json: Path | None) -> None:
+    """Print tables, and write what was found to a file if there is one."""
+    out = console()
+    for sheet in sheets:
+        sheet.show(out)
+    if json is not None:
+        content = {"machine": machine(), **found}
+        json.write_text(json_module.dumps(content, indent=2, default=asdict) + "\n")
+
+
+def write_markdown(path: Path, sheets: list[Sheet]) -> None:
+    """Write tables as Markdown."""
+    path.write_text("\n\n".join(sheet.markdown() for sheet in sheets) + "\n")
 
 
 def accuracy_sheet(case: Case) -> Sheet:
