@@ -30,18 +30,21 @@ SAID_AT_ONCE = [
     (["checkpoint", "convert", "a", "b", "--to", "nothing"], 2),
     (["nonsense"], 2),
 ]
-# In a process that has imported torch, prints the CPU seconds of that, and of our import in forks.
+# In forks of a process that has imported torch: our import's CPU time, in units of a piece of work
+# that the machine's speed and other work lengthen alike.
 IMPORT_TIMES = """
-import gc, os, sys, time
+import argparse, gc, os, pathlib, sys, time
 import torch
 gc.disable()  # or a collection of what torch has made may fall into our import
-print(time.process_time())
+source = pathlib.Path(argparse.__file__).read_text()
 sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]  # as where it is installed
-for _ in range(7):
+for _ in range(12):
     if os.fork() == 0:
-        before = time.process_time()
+        begun = time.process_time()
+        compile(source, "", "exec")
+        compiled = time.process_time()
         import belief_dist
-        print(time.process_time() - before, flush=True)
+        print((time.process_time() - compiled) / (compiled - begun), flush=True)
         os._exit(0)
     os.wait()
 """
@@ -87,11 +90,11 @@ def test_help_takes_less_than_300_ms(tmp_path: Path) -> None:
 
 
 def test_our_import_adds_less_than_50_ms_to_that_of_torch(tmp_path: Path) -> None:
-    """CPU time, the least of seven; on a slower machine in proportion to torch. Here 40 ms."""
+    """Compiling argparse takes 16 ms here, and our import 40: 2.5 times that. 3.5 leaves room."""
     done = python("-c", IMPORT_TIMES, str(tmp_path), OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    torch_takes, *ours = map(float, done.stdout.split())
-    assert min(ours) < 0.05 * max(1, torch_takes), (torch_takes, ours)
+    taken = sorted(map(float, done.stdout.split()))
+    assert taken[len(taken) // 2] < 3.5, taken
 
 
 def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
