@@ -13,7 +13,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -152,11 +152,21 @@ def _host() -> Check:
 def try_collectives(world: World) -> list[Check]:
     """Sum and gather on all ranks, and compare the bits; called by all of them.
 
+    On GPUs also where these read each other's memory, which is not the default.
+
     Args:
         world: From `distributed.init`.
     """
+    found = [_try("collectives", world)]
+    if world.device.type == "cuda":
+        found.append(_try('collectives, shared_memory="cuda"', world, shared_memory="cuda"))
+    return found
+
+
+def _try(topic: str, world: World, **options: Any) -> Check:
     device = world.device
-    comm = ShardedAdaBelief([torch.nn.Parameter(torch.zeros(8, device=device))]).comm
+    params = [torch.nn.Parameter(torch.zeros(8, device=device))]
+    comm = ShardedAdaBelief(params, **options).comm
     numel = _NUMEL // world.world_size // 64 * 64 * world.world_size
     flat = comm.buffer(numel, torch.float32, device)
     shard = torch.zeros(numel // comm.num_shards, device=device)
@@ -179,7 +189,7 @@ def try_collectives(world: World) -> list[Check]:
     rates = ", ".join(f"{name} {sent / spent:.2f} GB/s" for name, spent in seconds.items())
     found = f"{world.world_size} ranks, {type(comm).__name__}, {world.backend}: {rates} a rank"
     advice = "" if everywhere else "sums or gathers are wrong: the network or memory is faulty."
-    return [Check("collectives", found, advice)]
+    return Check(topic, found, advice)
 
 
 def examine_ranks() -> list[Check]:
