@@ -199,7 +199,9 @@ def measure(parts: list[Held], param_groups: list[dict[str, Any]]) -> list[Measu
             numel = part.tensors.exp_avg.numel() if part.step else 0
             stride = stride_of(part.whole)
             for start in range(0, numel, window):
-                operands = cut(part.tensors, start, min(start + window, numel))
+                operands = part.tensors
+                if numel > window:  # else a cut would cost more than what is computed
+                    operands = cut(operands, start, min(start + window, numel))
                 # The same elements of a parameter, whoever holds them.
                 sample = slice(-(part.first + start) % stride, None, stride)
                 found = _of_window(part, operands, param_groups[part.group], sample)
