@@ -7,10 +7,7 @@ process of its own for each version; that of the environment itself is among the
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from belief_dist.kernels.triton_launch import OLDEST
+from tests.harness.installed import installed
 from tests.harness.paths import ROOT
 
 # The oldest one promised, that of the last CUDA builds of torch before this environment's, and the
@@ -29,33 +27,6 @@ NVIDIA = (
     f"nvidia and ({MANY} or update_flat-90-float32 or (codec and 90)) or (reduce and (90 or cuda))"
 )
 AMD = "amd and (update_many and (float32 or 8) or codec or ranks) or (reduce and hip)"
-UNREACHABLE = re.compile(
-    r"Failed to establish a new connection|Could not find a version|Temporary failure in name|"
-    r"Read timed out|ProxyError|ConnectionError|No matching distribution"
-)
-
-
-def installed(version: str) -> Path:
-    """Return a folder with nothing but this Triton; installed once for each machine and Python."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "belief_dist-tests"
-    folder = cache / f"triton-{version}-{sys.implementation.cache_tag}"
-    cache.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            shutil.rmtree(f"{folder}.part", ignore_errors=True)  # of a run that was killed
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-compile"]
-            done = subprocess.run(
-                [*pip, "--retries=1", f"--target={folder}.part", f"triton=={version}"],
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-            if done.returncode != 0 and UNREACHABLE.search(done.stderr):
-                pytest.skip(f"triton=={version} cannot be had: {done.stderr.strip()[-300:]}")
-            assert done.returncode == 0, done.stderr
-            Path(f"{folder}.part").rename(folder)
-    return folder
 
 
 def linker(folder: Path) -> Path:
@@ -74,9 +45,10 @@ def test_the_oldest_version_is_the_one_that_is_promised() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_form_compiles(version: str, tmp_path: Path) -> None:
+    folder = installed(f"triton=={version}", alone=True)
     environment = {
         **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
-        "PYTHONPATH": f"{installed(version)}{os.pathsep}{ROOT}",
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "TRITON_CACHE_DIR": str(tmp_path / "cache"),
         "TRITON_HIP_LLD_PATH": str(linker(tmp_path)),
     }
