@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+from tests.harness.cache import once
 from tests.harness.paths import BIN, ROOT
 
 CONFIG = Path(__file__).with_name("containers")
@@ -66,11 +68,10 @@ class Podman:
 
     def make_base(self) -> None:
         """Make the image `BASE` from Debian's packages."""
-        archive = self.state / "base.tar"
         packages = "--include=ca-certificates,python3-venv"
-        self.run("mmdebstrap", "--variant=minbase", packages, "bookworm", archive)
+        make = partial(self.run, "mmdebstrap", "--variant=minbase", packages, "bookworm")
+        archive = once("bookworm-python3-venv.tar", make)
         self.run("podman", "import", *self._policy, archive, BASE)
-        archive.unlink()
 
     def make_wheels(self) -> None:
         """Get what the image installs from this environment's package index."""
