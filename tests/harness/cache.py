@@ -13,7 +13,8 @@ def once(name: str, make: Callable[[Path], object]) -> Path:
     """Return a file or folder of the cache, which `make` makes at a path if it is not there."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "belief_dist-tests"
     cache.mkdir(parents=True, exist_ok=True)
-    path, part = cache / name, cache / f"{name}.part"
+    # Some programs tell by the ending what to make.
+    path, part = cache / name, cache / f"part-{name}"
     with open(cache / f"{name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not path.exists():
