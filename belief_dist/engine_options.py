@@ -201,6 +201,11 @@ class EngineOptions:
             raise ValueError(
                 "reduce_dtype=torch.int8 needs reduction='ordered': backends cannot add it."
             )
+        if options.shared_memory == "cuda" and options.reduction == "native":
+            raise ValueError(
+                "shared_memory='cuda' needs reduction='ordered': the backend's own reduction sends "
+                "messages."
+            )
         if options.micro_batches is not None and options.reduction == "native":
             raise ValueError(
                 "micro_batches needs reduction='ordered': in which order a backend adds, and so "

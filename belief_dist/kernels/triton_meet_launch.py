@@ -5,7 +5,8 @@ See `triton_meet` for how. A pad is memory that every rank has mapped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,9 @@ _LINE_BYTES = 128  # lines begin in lines of the cache of their own
 # How often a second looks, where there is no clock: in the interpreter, and on AMD's GPUs about.
 _LOOKS_INTERPRETED, _LOOKS = 1_000, 1_000_000
 _TILE = 256
+_WARP = 64  # threads of the widest
+# Kernels are compiled by the first ones.
+_FIRST = timedelta(seconds=60)
 
 
 def pad_nbytes(world_size: int) -> int:
@@ -36,7 +40,8 @@ def _line_nbytes(world_size: int) -> int:
 
 
 def _width(world_size: int) -> int:
-    return 1 << (world_size - 1).bit_length()
+    # No thread has to share a slot with another: of these, Triton 3.4 gives one the result.
+    return max(_WARP, 1 << (world_size - 1).bit_length())
 
 
 class Meetings:
@@ -51,7 +56,8 @@ class Meetings:
             pads: Of all ranks, in their order, (pad_nbytes,), uint8, as this process has them
                 mapped.
             rank: This one among them.
-            timeout: After which a rank that is missing ends the work of the device.
+            timeout: After which a rank that is missing ends the work of the device, once
+                `insist` was called; until then it is one of `late`, after a minute at most.
             interprets: The pads are in memory of the host.
         """
         from belief_dist.kernels import triton_meet
@@ -73,14 +79,23 @@ class Meetings:
             torch.tensor([pad.data_ptr() + start * size for pad in pads]).to(device)
             for start in (*_LINES, len(_LINES))
         )
-        has_clock = device.type == "cuda" and torch.version.hip is None
-        units = 10**9 if has_clock else _LOOKS_INTERPRETED if interprets else _LOOKS
-        self._limit = int(timeout.total_seconds() * units)
+        is_nvidia = device.type == "cuda" and torch.version.hip is None
+        self._units = 10**9 if is_nvidia else _LOOKS_INTERPRETED if interprets else _LOOKS
         self._timeout = timeout
-        self._options: dict[str, Any] = {"CLOCK": has_clock, "WIDTH": _width(len(pads))}
+        self._limit = int(min(timeout, _FIRST).total_seconds() * self._units)
+        self._options: dict[str, Any] = {
+            "PTX": is_nvidia,
+            "WIDTH": _width(len(pads)),
+            "ASSERTS": False,
+        }
         self._warps = {} if interprets else {"num_warps": 1, "num_stages": 1}
         if not interprets:
             self._options |= {**self._warps, "debug": True}  # assertions count
+
+    def insist(self) -> None:
+        """From now on end the work of the device if a rank does not come in time."""
+        self._options["ASSERTS"] = True
+        self._limit = int(self._timeout.total_seconds() * self._units)
 
     def meet(self, line: int) -> None:
         """Let what follows on the current stream wait until all ranks have come as often as this.
@@ -107,6 +122,20 @@ class Meetings:
         if self._interprets and self.late():
             raise RuntimeError("a rank has not come in time")
 
+    @contextmanager
+    def between(self, line: int) -> Iterator[None]:
+        """Read what others have written, between two meetings.
+
+        Args:
+            line: As for `meet`.
+        """
+        self.meet(line)
+        # An error of this rank alone must not leave it a meeting behind the others.
+        try:
+            yield
+        finally:
+            self.meet(line)
+
     def add_up(self, message: Tensor) -> None:
         """Add a small message over the ranks, in place, on the current stream.
 
@@ -118,12 +147,10 @@ class Meetings:
         """
         numel = message.numel()
         self._message[:numel].copy_(message.view(-1))
-        self.meet(MESSAGES)
-        with current(message.device):
+        with self.between(MESSAGES), current(message.device):
             self._kernels.add_words[(-(-numel // _TILE),)](
                 message, self._messages, numel, self._world_size, TILE=_TILE, **self._warps
             )
-        self.meet(MESSAGES)
 
     def late(self) -> list[int]:
         """Return the ranks that did not come in time, as far as is known by now."""

@@ -23,7 +23,7 @@ from belief_dist.rule import compute_dtype
 _UNROLLED = 8
 _CHUNK_TILES = 8  # consecutive tiles of squares that share an entry of a table
 _TABLES = 64
-_POINTERS = 1 << 12  # of buckets, a few bytes each
+_POINTERS = 1 << 16  # of buckets, a few bytes each; a CUDA graph reads its own again and again
 
 
 class Shape(NamedTuple):
@@ -158,7 +158,7 @@ class TritonReductions:
         table = self._pointers.get(key)
         if table is None:
             if len(self._pointers) >= _POINTERS:
-                self._pointers.clear()
+                del self._pointers[next(iter(self._pointers))]
             table = self._pointers[key] = upload(starts, torch.int64, device)
         return table
 

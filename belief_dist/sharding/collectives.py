@@ -238,12 +238,13 @@ class Collectives(ABC):
         """Return a flat tensor for addends, whenever this rank needs one."""
         return torch.empty(numel, dtype=dtype, device=device)
 
-    def reserve(self, nbytes: int, device: torch.device) -> None:  # noqa: B027
-        """Take what sums of `scratch` need; called by all ranks together.
+    def reserve(self, nbytes: int, device: torch.device, *, in_place: bool) -> None:  # noqa: B027
+        """Take what sums need; called by all ranks together.
 
         Args:
-            nbytes: Of the longest one.
-            device: Where they are.
+            nbytes: Of the longest addend.
+            device: Where addends are.
+            in_place: All are in a `buffer`, and none in `scratch`.
         """
 
     def late(self) -> list[int]:

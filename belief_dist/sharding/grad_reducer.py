@@ -148,8 +148,13 @@ class GradReducer(ABC):
         for each, buffers in zip(comms, buckets, strict=True):
             sizes[each] = max(sizes.get(each, 0), self._message_nbytes(buffers))
         self._pools = {each: BufferPool(_RECYCLED, n, each.scratch) for each, n in sizes.items()}
+        as_is = all(
+            self._codec.wire_dtype(each.flat_param.dtype) == each.flat_param.dtype
+            for each in buckets
+        )
+        in_place = options.keeps_full_gradients and as_is
         for each, nbytes in sizes.items():
-            each.reserve(nbytes, buckets[0].flat_param.device)
+            each.reserve(nbytes, buckets[0].flat_param.device, in_place=in_place)
         self._bins: dict[tuple[Collectives, int], Tensor] = {}
         # An optimizer of an earlier phase, or of a cell that was run before, may still be alive.
         for earlier in {id(each): each for p in params for each in _reducers_of(p)}.values():

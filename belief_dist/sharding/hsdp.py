@@ -73,16 +73,20 @@ class HybridShard(Collectives):
         """See `Collectives.scratch`; of the row."""
         return self._row.scratch(numel, dtype, device)
 
-    def reserve(self, nbytes: int, device: torch.device) -> None:
+    def reserve(self, nbytes: int, device: torch.device, *, in_place: bool) -> None:
         """See `Collectives.reserve`."""
-        self._row.reserve(nbytes, device)
-        if self._mesh_sums is not None:
-            self._mesh_sums.reserve(nbytes, device)
+        if self._mesh_sums is None:
+            self._row.reserve(nbytes, device, in_place=in_place)
+        else:
+            self._mesh_sums.everyone.reserve(nbytes, device, in_place=False)
 
     def late(self) -> list[int]:
         """See `Collectives.late`; in the group of the whole mesh."""
-        ranks = [self._row.members[rank] for rank in self._row.late()]
-        return [self.members.index(rank) for rank in ranks]
+        ranks = {self._row.members[rank] for rank in self._row.late()}
+        if self._mesh_sums is not None:
+            everyone = self._mesh_sums.everyone
+            ranks |= {everyone.members[rank] for rank in everyone.late()}
+        return sorted(self.members.index(rank) for rank in ranks)
 
     def start_reduce(self, request: ReduceRequest) -> Handle:
         """See `Collectives.start_reduce`; with copies, the shard must divide by the rows."""
@@ -204,14 +208,11 @@ class _MeshSums:
     def __init__(
         self, everyone: Collectives, row: Collectives, column: Collectives, keeps_copies: bool
     ) -> None:
-        self._everyone, self._column, self._keeps_copies = everyone, column, keeps_copies
+        self.everyone, self._column, self._keeps_copies = everyone, column, keeps_copies
         # Of each rank, which part of the bucket it sums.
         mine = row.shard_index * column.num_shards + column.shard_index
         self._parts = everyone.exchange(mine)
         self._outgoing = BufferPool(RECEIVING, allocate=everyone.scratch)
-
-    def reserve(self, nbytes: int, device: torch.device) -> None:
-        self._everyone.reserve(nbytes, device)
 
     def start(self, request: ReduceRequest) -> Handle:
         flat = request.flat
@@ -223,7 +224,7 @@ class _MeshSums:
         if self._keeps_copies:
             mine = mine.view(self._column.num_shards, -1)[self._column.shard_index]
         in_order = replace(request, flat=addends, shard=mine)
-        handle = self._everyone.start_reduce(in_order)
+        handle = self.everyone.start_reduce(in_order)
         if self._keeps_copies:
             handle = _MeshSum(handle, self._column, request.shard)
         return self._outgoing.lend(handle, addends)

@@ -120,8 +120,12 @@ class SymmetricMemory(AllToAll):
         """See `Collectives.late`."""
         return self._meetings.late()
 
-    def is_right(self, device: torch.device) -> bool:
-        """Return whether a first sum and gather have the bits that they must; by all ranks."""
+    def check(self, device: torch.device) -> None:
+        """Sum and gather for the first time; called by all ranks.
+
+        Raises:
+            RuntimeError: A rank did not come to it, or the bits are not those that they must be.
+        """
         ranks = range(self.world_size)
         flat = self.buffer(self.world_size * _CHECKED, torch.float32, device)
         # Added in another order they have other bits.
@@ -136,7 +140,13 @@ class SymmetricMemory(AllToAll):
         pieces[self.rank].fill_(float(self.rank))
         self.start_gather(flat).wait()
         everyones = torch.arange(float(self.world_size)).view(-1, 1).expand(pieces.shape)
-        return bool((shard.cpu() == expected).all()) and torch.equal(pieces.cpu(), everyones)
+        sums, gathered = shard.cpu(), pieces.cpu()
+        late = self.late()
+        if late:
+            raise RuntimeError(f"no first meeting with {', '.join(f'rank {r}' for r in late)}")
+        if not (bool((sums == expected).all()) and torch.equal(gathered, everyones)):
+            raise RuntimeError("a first sum or gather has other bits")
+        self._meetings.insist()
 
     # - Buffers
 
@@ -152,8 +162,10 @@ class SymmetricMemory(AllToAll):
         weakref.finalize(flat, self._buffers.pop, address).atexit = False
         return flat
 
-    def reserve(self, nbytes: int, device: torch.device) -> None:
+    def reserve(self, nbytes: int, device: torch.device, *, in_place: bool) -> None:
         """See `Collectives.reserve`."""
+        if in_place:
+            return
         if self._staging is None or nbytes > self._staging.own.nbytes:
             self._staging = self._map(max(nbytes, 1), device)
 
@@ -173,10 +185,9 @@ class SymmetricMemory(AllToAll):
             if mapped is None or flat.nbytes > mapped.own.nbytes:
                 return super().start_reduce(request)
             _as(mapped.own, flat).copy_(flat)  # all have met since they have read the last
-        self._meetings.meet(SUMS)
         pieces = [_as(each, flat).view(self.num_shards, -1) for each in mapped.all]
-        request.add_([piece[self.shard_index] for piece in pieces])
-        self._meetings.meet(SUMS)
+        with self._meetings.between(SUMS):
+            request.add_([piece[self.shard_index] for piece in pieces])
         return Done()
 
     def start_gather(self, flat: Tensor) -> Handle:
@@ -189,13 +200,12 @@ class SymmetricMemory(AllToAll):
         stream = self._stream
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(flat.device))
+        own = flat.view(self.num_shards, -1)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
-            self._meetings.meet(GATHERS)
-            own = flat.view(self.num_shards, -1)
-            for distance in range(1, self.world_size):  # every rank begins at another one
-                peer = (self.rank + distance) % self.world_size
-                own[peer].copy_(_as(mapped.all[peer], flat).view(own.shape)[peer])
-            self._meetings.meet(GATHERS)
+            with self._meetings.between(GATHERS):
+                for distance in range(1, self.world_size):  # every rank begins at another one
+                    peer = (self.rank + distance) % self.world_size
+                    own[peer].copy_(_as(mapped.all[peer], flat).view(own.shape)[peer])
             return _Gather(stream)
 
     def sum_(self, message: Tensor) -> None:
@@ -295,8 +305,7 @@ def _map_all(
         nonlocal comm
         assert memory is not None and pads is not None
         comm = SymmetricMemory(group, memory, memory.share(pads), timeout)
-        if not comm.is_right(device):
-            raise RuntimeError("a first sum or gather has other bits")
+        comm.check(device)
 
     # None comes to a pad that another has still to make or to clear.
     for work in (first_memory, first_operations):

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from belief_dist import ShardedAdaBelief
 from belief_dist.sharding import symmetric_memory
-from belief_dist.sharding.collectives import CommunicationError
+from belief_dist.sharding.collectives import CommunicationError, ReduceRequest
 from belief_dist.sharding.symmetric_memory import Mapped, SymmetricMemory
 from tests.harness.device_path import Watch
 from tests.harness.host_gpus import HostMemory, on_gpus
@@ -85,6 +85,7 @@ def test_bits_are_those_of_the_reference(ranks: int, tmp_path: Path) -> None:
         cases += [codes_travel, what_is_dropped_is_given_back, launches_and_waits]
         cases += [a_captured_iteration_replays]
         cases += [those_that_cannot_do_without, one_that_does_not_want]
+        cases += [an_error_of_one_rank_leaves_it_among_the_others]
         cases += [partial(a_late_rank_is_named, tmp_path)]
     if ranks == 4:
         cases += [rows_of_a_mesh, numbered_micro_batches]
@@ -239,6 +240,25 @@ def those_that_cannot_do_without() -> None:
 def one_that_does_not_want() -> None:
     with pytest.raises(ValueError, match="shared_memory"):
         build(shared_memory="cuda" if dist.get_rank() else True)
+
+
+def an_error_of_one_rank_leaves_it_among_the_others() -> None:
+    """It has met as often as the others: what it sums next is what they sum next."""
+    comm = build().comm
+    flat = comm.buffer(3 * 64, torch.float32, torch.device("cpu"))
+    shard = torch.zeros(64)
+    for number in range(3):
+        flat.fill_(10**number * (comm.rank + 1))
+        request = ReduceRequest(flat, shard)
+        if number == 1 and comm.rank == 1:
+            with (
+                patch.object(ReduceRequest, "add_", side_effect=MemoryError),
+                pytest.raises(MemoryError),
+            ):
+                comm.start_reduce(request)
+        else:
+            comm.start_reduce(request).wait()
+            assert (shard == 10**number * 6).all()
 
 
 def a_late_rank_is_named(folder: Path) -> None:
