@@ -49,8 +49,8 @@ class Phases:
     def seconds(self) -> dict[str, float]:
         """Return the seconds of the host since `start`, by where and what.
 
-        "step" is all of `step`. "step/update", "backward/reduce_wait" and so on are each without
-        the phases inside.
+        "optimizer_step" is all of `step`. "step/update", "backward/reduce_wait" and so on are each
+        without the phases inside.
         """
         return dict(self._seconds or {})
 
@@ -89,7 +89,7 @@ class _Timed:
         if self._outer is not None:
             self._outer._inside += took
         if self._name == "step":
-            key = "step"
+            key = "optimizer_step"
             self._phases.steps += 1
         else:
             took -= self._inside

@@ -12,6 +12,7 @@ from belief_dist.memory_plan import bytes_on_wire
 from belief_dist.optimizer import AdaBelief
 from belief_dist.sharded import ShardedAdaBelief
 from belief_dist.sharding.hsdp import HybridShard
+from belief_dist.sharding.schedule import Schedule
 
 # Phases in which the host communicates, by where they are.
 _COMMUNICATION = frozenset(
@@ -69,12 +70,12 @@ class Traffic:
         self._engine = optimizer._engine if isinstance(optimizer, ShardedAdaBelief) else None
         self._before = self._counted()
 
-    def _counted(self) -> tuple[int, int]:
-        """Return how often gradients were reduced, and how many steps were begun."""
-        engine = self._engine
-        return (
-            (0, 0) if engine is None else (engine.reducer.schedule.rounds, engine.consensus.calls)
-        )
+    def _counted(self) -> tuple[Schedule | None, int, int]:
+        """Return who counts reductions, how many there were, and how many steps were begun."""
+        if self._engine is None:
+            return None, 0, 0
+        schedule = self._engine.reducer.schedule
+        return schedule, schedule.rounds, self._engine.consensus.calls
 
     def since_last(self) -> dict[str, int | float]:
         """Return the means over the steps since it was asked before, by name.
@@ -83,16 +84,16 @@ class Traffic:
         to send to.
         """
         engine, before = self._engine, self._before
-        self._before = reductions, steps = self._counted()
-        if engine is None or steps == before[1] or engine.comm.world_size == 1:
+        self._before = schedule, reductions, steps = self._counted()
+        if engine is None or steps == before[2] or engine.comm.world_size == 1:
             return {}
-        if reductions < before[0]:  # parameters came, and a new reducer with them
+        if schedule is not before[0]:  # parameters came, and with them one that begins at zero
             return {}
         if any(isinstance(comm, HybridShard) for comm in engine.comms):
             return {}
         ranks = [comm.num_shards for comm in engine.comms]
         gradients, parameters = bytes_on_wire(engine.layout, ranks, engine.options)
-        times = (reductions - before[0]) / (steps - before[1])
+        times = (reductions - before[1]) / (steps - before[2])
         return {"bytes_sent/gradients": times * gradients, "bytes_sent/parameters": parameters}
 
 

@@ -154,21 +154,26 @@ def _band(kind: str, group: str, rows: Rows, events: Sequence[Event]) -> list[st
 
 def _parts(rows: Rows, events: Sequence[Event]) -> list[str]:
     """Draw where the time of a step goes, stacked."""
-    whole = [row for row in rows if "time/step" in row and "time/seconds_per_step" in row]
+    needed = ("time/optimizer_step", "time/seconds_per_step")
+    whole = [row for row in rows if all(isinstance(row.get(key), float) for key in needed)]
     if not whole:
         return []
     heights: dict[str, list[float]] = {name: [] for name, _, _ in PARTS}
     for row in whole:
+        phases = {
+            key: value
+            for key, value in row.items()
+            if re.match(r"time/(step|backward|forward)/", key) and isinstance(value, float)
+        }
         found = {
-            name: sum(row[key] for key in row if re.fullmatch(pattern, key))
+            name: sum(value for key, value in phases.items() if re.fullmatch(pattern, key))
             for name, _, pattern in PARTS
             if pattern is not None
         }
-        phases = {key: row[key] for key in row if re.match(r"time/(step|backward|forward)/", key)}
         in_step = sum(value for key, value in phases.items() if key.startswith("time/step/"))
         outside = sum(phases.values()) - in_step
-        found[REST_OF_STEP] = row["time/step"] - in_step
-        found[REST] = row["time/seconds_per_step"] - row["time/step"] - outside
+        found[REST_OF_STEP] = row["time/optimizer_step"] - in_step
+        found[REST] = row["time/seconds_per_step"] - row["time/optimizer_step"] - outside
         for name, value in found.items():
             heights[name].append(max(value, 0.0) * 1e3)
 

@@ -50,7 +50,8 @@ def _skips(records: Records) -> Iterator[Event]:
         skipped = row.get("skipped_steps", before)
         if not isinstance(skipped, int):
             continue
-        told = [each for each in row.get("skips", ()) if _is_told(each)]
+        skips = row.get("skips")
+        told = [each for each in skips if _is_told(each)] if isinstance(skips, list) else []
         for each in told:
             kind = each["kind"] if each["kind"] in SKIPS else "skip"
             yield Event(each["step"], kind, f"step skipped: {each['why']}")

@@ -208,6 +208,16 @@ def traffic_is_as_documented() -> None:
             if rank == 0:
                 told = {kind: record[f"bytes_sent/{kind}"] for kind in ("gradients", "parameters")}
                 assert sum(told.values()) == sent, told
+        # Who counts reductions begins anew, perhaps beyond where the last one was.
+        late = torch.nn.Parameter(torch.ones(8, dtype=dtype))
+        optimizer.add_param_group({"params": [late]})
+        for _ in range(3):
+            for micro in range(micro_batches):
+                with optimizer.no_sync() if micro + 1 < micro_batches else nullcontext():
+                    backward([late], [torch.ones_like(late)])
+            optimizer.step()
+            optimizer.zero_grad()
+        assert "bytes_sent/gradients" not in (monitor.log(3) or {})
 
 
 class Reads(TorchDispatchMode):

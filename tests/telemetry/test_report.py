@@ -40,6 +40,7 @@ def write_skips(path: Path) -> None:
         {"step": 53, "kind": "spike", "why": "far too large"},
     ]
     JsonLines(path)(60, {"skipped_steps": 5, "skips": [*told, {"step": "x"}, 7]})
+    JsonLines(path)(70, {"skips": None, "time/optimizer_step": None, "time/step/update": None})
 
 
 def test_a_run_that_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -86,6 +87,7 @@ def test_events(tmp_path: Path) -> None:
     found = find_events(parse_records(tmp_path / "metrics.jsonl"), tmp_path)
     kinds = [(event.step, event.kind) for event in found]
     write_skips(tmp_path / "metrics.jsonl")
+    assert cli.main(["report", str(tmp_path)]) == 0
     told = find_events(parse_records(tmp_path / "metrics.jsonl"), tmp_path)[4:]
     assert [(event.step, event.kind) for event in told] == [
         (51, "repair"),

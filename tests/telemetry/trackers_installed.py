@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from belief_dist import ShardedAdaBelief
 from belief_dist.telemetry import StepMonitor
 from tests.telemetry.test_monitor import one_step
 
@@ -95,10 +97,16 @@ def test_mlflow_keeps_what_it_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     mlflow.set_tracking_uri((tmp_path / "runs").as_uri())
     with mlflow.start_run() as run:
-        monitor = StepMonitor(one_step(), mlflow)
-        records = {step: monitor.log(step, loss=2.0 / step, note="text") for step in (10, 20)}
+        param = torch.nn.Parameter(torch.ones(8))
+        optimizer = ShardedAdaBelief([param])  # which has more to tell
+        monitor = StepMonitor(optimizer, mlflow)
+        records = {}
+        for step in (10, 20):
+            param.sum().backward()
+            optimizer.step()
+            records[step] = monitor.log(step, loss=2.0 / step, note="text")
     client = mlflow.MlflowClient()
-    for key in ("loss", "belief/signal_p50/group0", "l2_norm/moment/group0"):
+    for key in ("loss", "belief/signal_p50/group0", "time/step/update", "time/optimizer_step"):
         told = {each.step: each.value for each in client.get_metric_history(run.info.run_id, key)}
         assert told == {step: (record or {})[key] for step, record in records.items()}
     names = client.get_run(run.info.run_id).data.metrics.keys()
