@@ -166,6 +166,13 @@ ENGINE: list[tuple[Callable[[], Any], dict[str, Any], type[Exception], str]] = [
         "master='remainder8' cannot serve float16 parameter number 0",
     ),
     (lambda: [p(2)], {"reduction": "ring"}, ValueError, "must be 'ordered' or 'native'"),
+    (lambda: [p(2)], {"shared_memory": "gpu"}, TypeError, "must be True, False or 'cuda'"),
+    (
+        lambda: [p(2)],
+        {"shared_memory": "cuda", "reduction": "native"},
+        ValueError,
+        "shared_memory='cuda' needs reduction='ordered'",
+    ),
     (lambda: [p(2)], {"offload": "nvme"}, ValueError, "offload must be None, 'cpu', a fraction of"),
     (lambda: [p(2)], {"offload": 1}, ValueError, "leave the device (an integer > 1), got 1."),
     (lambda: [p(2)], {"offload": 1.5}, ValueError, "a float > 0 and <= 1"),
