@@ -43,7 +43,7 @@ from gpt.stopping import StopRequest, agreed_signal
 # A resumed run may differ in these alone.
 _FREE = {
     *("stop_at", "out", "resume", "folder", "timeout"),
-    *("prompt", "sample_bytes", "local_rank", "eval_every", "monitor"),
+    *("prompt", "sample_bytes", "local_rank", "eval_every", "monitor_every"),
 }
 
 
@@ -88,9 +88,9 @@ def train(settings: Settings, device: torch.device) -> signal.Signals | None:
     num_params = sum(p.numel() for p in model.parameters())
     engine = build_engine(model, settings, device)
     done = resume(engine, settings, run) if last_checkpoint(run) else 0
-    if settings.monitor is not None:
+    if settings.monitor_every is not None:
         assert isinstance(engine, ShardedEngine)
-        engine.watch(run / "metrics.jsonl", settings.monitor)
+        engine.watch(run / "metrics.jsonl", settings.monitor_every)
     request = StopRequest()
     request.listen()
     if rank == 0:

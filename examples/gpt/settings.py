@@ -30,8 +30,8 @@ class Settings:
         warmup: Steps in which the learning rate rises; afterwards it falls by a cosine to a tenth.
         seed: Of weights and data.
         eval_every: Steps between evaluations on the held-out text.
-        monitor: Steps between records of what the optimizer does, in metrics.jsonl of the run's
-            folder (docs/telemetry.md). None writes none. Needs engine=sharded.
+        monitor_every: Steps between records of what the optimizer does, in metrics.jsonl of the
+            run's folder (docs/telemetry.md). None writes none. Needs engine=sharded.
         save_every: Steps between checkpoints. The last step is always saved.
         stop_at: End after this step, saved, as if the job's time were over.
         out: Folder of the run; default: a new one under runs/.
@@ -59,7 +59,7 @@ class Settings:
     warmup: int = 50
     seed: int = 1
     eval_every: int = 100
-    monitor: int | None = None
+    monitor_every: int | None = None
     save_every: int = 250
     stop_at: int | None = None
     out: Path | None = None
@@ -102,9 +102,10 @@ class Settings:
             raise ValueError(
                 "out starts a run, resume continues one, folder does either: give only one of them."
             )
-        if self.monitor is not None and (self.monitor < 1 or self.engine != "sharded"):
+        every = self.monitor_every
+        if every is not None and (every < 1 or self.engine != "sharded"):
             raise ValueError(
-                f"monitor must be at least 1 and needs engine=sharded, got {self.monitor} with "
+                f"monitor_every must be at least 1 and needs engine=sharded, got {every} with "
                 f"engine={self.engine}."
             )
         if self.timeout <= 0:

@@ -337,7 +337,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
 
 
 def test_records_of_the_optimizer_and_their_page(tmp_path: Path) -> None:
-    train("python", tmp_path, "--out", "run", "--monitor", "2")
+    train("python", tmp_path, "--out", "run", "--monitor_every", "2")
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [2, 4, 6]
     logged = rows(tmp_path / "run")
