@@ -1,11 +1,15 @@
+# make help    these lines
 # make train   trains a small GPT on all GPUs, or 2 CPU ranks, through the deepspeed launcher
 # make test    lint, type check and all tests
 # make test-fast  the same, without the tests that start processes: a few minutes
+# make bench   the tables of one update and of one step, anew
 # make gpu     bits, speed and memory on one GPU, by PYTHON as it is: eight minutes, docs/gpu.md
 # make docs    serves the documentation as a site
+# ARGS is passed on, for example: make test ARGS='-k layout' or make train ARGS='--resume RUN'
+# All but help and gpu set up VENV (default .venv) first, once, with PYTHON (default python3).
+
 # Three processes run the tests, a file each, for two cores: one of them has all that mostly waits, see
 # tests/harness/lanes.py.
-# All but gpu set up VENV first, once. ARGS is passed on, for example: make test ARGS='-k layout'
 SHELL := /bin/bash
 PYTEST := python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 VENV ?= .venv
@@ -14,7 +18,10 @@ ARGS ?=
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: train test test-fast lint bench gpu docs venv
+.PHONY: help train test test-fast lint bench gpu docs venv
+help:
+	@sed -n 's/^# //p; /^$$/q' Makefile
+
 train: venv
 	launch/local.sh $(ARGS)
 

@@ -31,6 +31,10 @@ from belief_dist.options import DEFAULTS as OPTIONS
 
 _OURS = {"adabelief": "AdaBelief", "shardedadabelief": "ShardedAdaBelief"}
 _ADAMS_EPS = 1e-10  # of this size or more, eps was meant for Adam
+_AUTO_NEEDS_CLIENT = (
+    'is "auto", which only the Transformers Trainer and Accelerate replace; write a value (or check '
+    "with --hf or --accelerate)."
+)
 # What the Transformers Trainer and Accelerate replace where a file says "auto".
 _AUTO_IN_OPTIMIZER = ("lr", "betas", "eps", "weight_decay")
 # The sharded engine's own options, which are not those of a param group.
@@ -185,11 +189,7 @@ class _Checker:
         value, path = table[name], f"{where}{name}"
         if value == "auto" and isinstance(value, str):
             if not self._replaces_auto:
-                self._tell(
-                    path,
-                    'is "auto", which only the Transformers Trainer and Accelerate replace; write '
-                    "a value (or check with --hf).",
-                )
+                self._tell(path, _AUTO_NEEDS_CLIENT)
             return
         if kind in ("count", "number") and isinstance(value, str):
             number = _number(value)
@@ -364,7 +364,10 @@ class _Checker:
                 "SGD then; leave it out (the default is 1e-16).",
                 lambda: params.pop(name),
             )
-        elif not self._replaces_auto or name not in _AUTO_IN_OPTIMIZER:
+        elif name in _AUTO_IN_OPTIMIZER:
+            if not self._replaces_auto:
+                self._tell(f"{path}{name}", _AUTO_NEEDS_CLIENT)
+        else:
             self._tell(
                 f"{path}{name}",
                 f'is "auto", which only the Trainer and Accelerate replace, and only for '

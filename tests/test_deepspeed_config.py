@@ -156,7 +156,7 @@ CASES: list[Case] = [
         {"gradient_accumulation_steps": "auto"},
         "gradient_accumulation_steps",
         'is "auto", which only the Transformers Trainer and Accelerate replace; write a value (or '
-        "check with --hf).",
+        "check with --hf or --accelerate).",
         STAYS,
     ),
     (
@@ -165,6 +165,13 @@ CASES: list[Case] = [
         'for "auto" the Trainer writes its adam_epsilon, 1e-8, and AdaBelief is nearly SGD then; '
         "leave it out (the default is 1e-16).",
         ("optimizer", GOOD["optimizer"]),
+    ),
+    (
+        {"optimizer__params__lr": "auto"},
+        "optimizer.params.lr",
+        'is "auto", which only the Transformers Trainer and Accelerate replace; write a value (or '
+        "check with --hf or --accelerate).",
+        STAYS,
     ),
     (
         {"optimizer__params__rectify": "auto"},
@@ -417,7 +424,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert printed["corrected"] == GOOD and printed["findings"][0]["is_fixed"]
     path.write_text(json.dumps(GOOD))
     assert cli.main(["check", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: nothing was found\n"
+    assert capsys.readouterr().out == f"{path}: no mistakes were found\n"
 
 
 @pytest.mark.parametrize(

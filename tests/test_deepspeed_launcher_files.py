@@ -128,7 +128,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path = tmp_path / ".deepspeed_env"
     path.write_text("A=b\n")
     assert cli.main(["check", str(path)]) == 0
-    assert capsys.readouterr().out == f"{path}: nothing was found\n"
+    assert capsys.readouterr().out == f"{path}: no mistakes were found\n"
     path.write_bytes(b"\xff")
     assert cli.main(["check", str(path)]) == 2
     assert "is no text file" in capsys.readouterr().err

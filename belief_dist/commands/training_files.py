@@ -39,7 +39,7 @@ def check(*, path: Path | None, as_schema: bool, hf: bool, accelerate: bool, as_
     for finding in report.findings:
         print(f"{finding.path}: {finding.sentence}")
     if not report.findings:
-        print(f"{path}: nothing was found")
+        print(f"{path}: no mistakes were found")
     elif report.corrected != report.given:
         print(f"\n{report.diff()}", end="")
     return 1 if report.findings else 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -43,6 +45,9 @@ class World:
     backend: str
     launcher: str
 
+
+# How long the interpreter waits at its end for threads of gloo; they need microseconds.
+_END_SECONDS = 0.05
 
 _world: World | None = None
 _exported: dict[str, str] = {}
@@ -85,7 +90,21 @@ def init(*, backend: str | None = None, timeout: timedelta = TIMEOUT) -> World:
         _world = _join_existing(info, timeout)
     else:
         _world = _join_new(info, environ, backend, timeout)
+    if "gloo" in _world.backend:
+        atexit.unregister(_let_gloo_finish)  # of an earlier call
+        atexit.register(_let_gloo_finish)
     return _world
+
+
+def _let_gloo_finish() -> None:
+    """Give gloo's threads the interpreter's lock before the interpreter ends.
+
+    A thread of gloo lets go of a collective's tensors after those who waited for it have gone on,
+    and takes the lock to do so. If the interpreter ends first, such a thread aborts the process
+    ("terminate called without an active exception"), after everything was done right.
+    `destroy_process_group` does not wait for it.
+    """
+    time.sleep(_END_SECONDS)
 
 
 def _join_new(
@@ -239,6 +258,7 @@ def _announce(world: World, hosts: list[str], more: str) -> None:
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
     on = f" on {interface}" if interface and "gloo" in world.backend else ""
     size, num_hosts = world.world_size, len(set(hosts))
+    threads = torch.get_num_threads()
     by = (
         "without a launcher"
         if world.launcher == ALONE.launcher
@@ -247,7 +267,7 @@ def _announce(world: World, hosts: list[str], more: str) -> None:
     print(
         f"belief_dist: {size} rank{'s' * (size > 1)} on {num_hosts} host{'s' * (num_hosts > 1)}, "
         f"{by}; {world.device.type}, {world.backend}{on}, "
-        f"{torch.get_num_threads()} threads each; {more}",
+        f"{threads} thread{'s' * (threads > 1)} each; {more}",
         file=sys.stderr,
         flush=True,
     )

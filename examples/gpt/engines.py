@@ -121,8 +121,9 @@ class ShardedEngine:
     def save(self, folder: Path) -> None:
         from belief_dist import checkpoint
 
+        step = self.scheduler.last_epoch
         extra = {"scheduler": self.scheduler.state_dict()}
-        checkpoint.save(folder, 0, model=self.model, optimizer=self.optimizer, extra=extra)
+        checkpoint.save(folder, step, model=self.model, optimizer=self.optimizer, extra=extra)
 
     def load(self, folder: Path) -> None:
         from belief_dist import checkpoint
