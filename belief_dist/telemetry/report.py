@@ -60,7 +60,7 @@ def write_report(run: Path, out: Path | None = None) -> tuple[Path, list[Event]]
             raise ValueError(f"{run} has no records, as StepMonitor writes them.")
         raise ValueError(
             f"{run} has no records to report: StepMonitor(optimizer, {str(run / RECORDS)!r}) "
-            f"writes them; examples/train_gpt.py does with --monitor 10."
+            f"writes them; examples/train_gpt.py does with --monitor_every 10."
         )
     events = find_events(records, path.parent)
     page = out or path.parent / PAGE
