@@ -32,8 +32,8 @@ from belief_dist.options import DEFAULTS as OPTIONS
 _OURS = {"adabelief": "AdaBelief", "shardedadabelief": "ShardedAdaBelief"}
 _ADAMS_EPS = 1e-10  # of this size or more, eps was meant for Adam
 _AUTO_NEEDS_CLIENT = (
-    'is "auto", which only the Transformers Trainer and Accelerate replace; write a value (or check '
-    "with --hf or --accelerate)."
+    'is "auto", which only the Transformers Trainer and Accelerate replace; write a value (or '
+    "check with --hf or --accelerate)."
 )
 # What the Transformers Trainer and Accelerate replace where a file says "auto".
 _AUTO_IN_OPTIMIZER = ("lr", "betas", "eps", "weight_decay")
