@@ -274,7 +274,7 @@ def join(backend: str, folder: Path, seconds: float) -> None:
 
 
 def start_mpi() -> None:
-    """Wait for all processes, which come when a busy machine lets them, longer than a group does."""
+    """Wait for all processes, which a busy machine may bring later than a group would wait."""
     belief_dist.mpi_backend._start_mpi(datetime.timedelta(seconds=60))
 
 
