@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
 import tempfile
@@ -12,14 +11,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from belief_dist import ShardedAdaBelief
 from benchmarks.engines import BACKWARD, FORWARD, loss_of
+from benchmarks.local_ranks import on_ranks
 from benchmarks.team import Workload
 
-_TIMEOUT = datetime.timedelta(minutes=3)
 _WARM_UP = 4  # steps
 _PREFIX = "belief_dist::"
 # An iteration of 100 ms or more is drawn 600 pixels wide.
@@ -37,36 +35,16 @@ def record_steps(work: Workload, bucket_bytes: int) -> dict[str, list[Range]]:
         bucket_bytes: As for `ShardedAdaBelief`.
     """
     os.environ["OMP_NUM_THREADS"] = str(work.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(
-            _rank, (work, bucket_bytes, folder), nprocs=work.ranks, start_method="spawn"
-        )
-        return {
-            f"stage {stage}": ranges_of(json.loads(_trace(folder, stage).read_text()))
-            for stage in (1, 2)
-        }
+    found: dict[str, list[Range]] = on_ranks(work.ranks, _record_stages, work, bucket_bytes)
+    return found
 
 
-def _trace(folder: str, stage: int) -> Path:
-    return Path(folder, f"stage-{stage}.json")
-
-
-def _rank(rank: int, work: Workload, bucket_bytes: int, folder: str) -> None:
-    torch.set_num_threads(work.threads)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=work.ranks,
-        timeout=_TIMEOUT,
-    )
+def _record_stages(work: Workload, bucket_bytes: int) -> dict[str, list[Range]]:
     stages: tuple[Literal[1, 2], ...] = (1, 2)
-    for stage in stages:
-        _record(work, stage, bucket_bytes, _trace(folder, stage))
-    dist.destroy_process_group()
+    return {f"stage {stage}": _record(work, stage, bucket_bytes) for stage in stages}
 
 
-def _record(work: Workload, stage: Literal[1, 2], bucket_bytes: int, path: Path) -> None:
+def _record(work: Workload, stage: Literal[1, 2], bucket_bytes: int) -> list[Range]:
     model = work.model().to(getattr(torch, work.dtype))
     optimizer = ShardedAdaBelief(
         model.param_groups(), lr=1e-4, stage=stage, bucket_bytes=bucket_bytes
@@ -87,9 +65,9 @@ def _record(work: Workload, stage: Literal[1, 2], bucket_bytes: int, path: Path)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         for _ in range(work.steps + 1):  # of the last one its forward alone
             iteration()
-    if dist.get_rank() == 0:
-        profiler.export_chrome_trace(str(path))
-    dist.barrier()
+    with tempfile.NamedTemporaryFile(suffix=".json") as file:
+        profiler.export_chrome_trace(file.name)
+        return ranges_of(json.loads(Path(file.name).read_text()))
 
 
 def ranges_of(trace: dict[str, Any]) -> list[Range]:
