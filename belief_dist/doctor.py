@@ -24,7 +24,7 @@ from belief_dist.distributed.network import is_loopback
 from belief_dist.distributed.rank_info import read_rank_info
 from belief_dist.kernels.threads import idle_cores, one_thread_sentence, usable_cores
 from belief_dist.sharded import ShardedAdaBelief
-from belief_dist.sharding.collectives import ReduceRequest
+from belief_dist.sharding.trial import Trial
 
 # The oldest DeepSpeed with which everything passes, see docs/deepspeed.md.
 _DEEPSPEED = (0, 19, 8)
@@ -167,25 +167,18 @@ def _try(topic: str, world: World, **options: Any) -> Check:
     device = world.device
     params = [torch.nn.Parameter(torch.zeros(8, device=device))]
     comm = ShardedAdaBelief(params, **options).comm
-    numel = _NUMEL // world.world_size // 64 * 64 * world.world_size
-    flat = comm.buffer(numel, torch.float32, device)
-    shard = torch.zeros(numel // comm.num_shards, device=device)
-    # Added in the order of ranks, so that another order has other bits.
-    addends = [1e-3 * 3.0**rank for rank in range(world.world_size)]
-    expected = torch.tensor(addends[0], device=device)
-    for addend in addends[1:]:
-        expected += torch.tensor(addend, device=device)
+    trial = Trial(comm, _NUMEL // world.world_size // 64 * 64, device)
     seconds = {"sum": 0.0, "gather": 0.0}
     is_exact = True
     for turn in range(_TURNS):
-        flat.fill_(addends[world.rank])
-        seconds["sum"] += _time(lambda: comm.start_reduce(ReduceRequest(flat, shard)).wait())
-        is_exact &= bool((shard == expected).all())
-        flat.view(comm.num_shards, -1)[comm.shard_index].fill_(float(turn))
-        seconds["gather"] += _time(lambda: comm.start_gather(flat).wait())
-        is_exact &= bool((flat == turn).all())
+        trial.fill()
+        seconds["sum"] += _time(trial.sum)
+        is_exact &= trial.is_summed()
+        trial.place(turn)
+        seconds["gather"] += _time(trial.gather)
+        is_exact &= trial.is_gathered(turn)
     everywhere = all(comm.exchange(is_exact))
-    sent = _TURNS * flat.nbytes * (world.world_size - 1) / world.world_size / 1e9
+    sent = _TURNS * trial.flat.nbytes * (world.world_size - 1) / world.world_size / 1e9
     rates = ", ".join(f"{name} {sent / spent:.2f} GB/s" for name, spent in seconds.items())
     found = f"{world.world_size} ranks, {type(comm).__name__}, {world.backend}: {rates} a rank"
     advice = "" if everywhere else "sums or gathers are wrong: the network or memory is faulty."

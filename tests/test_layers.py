@@ -37,6 +37,7 @@ sharding.module_buffers
 sharding.param_storage sharding.data_edits sharding.reduce_stream
 sharding.host_lines sharding.point_to_point
 sharding.host_collectives
+sharding.trial
 sharding.shared_memory sharding.across_hosts sharding.symmetric_memory
 sharding.hsdp sharding.rank_checks sharding.cpu_offload
 sharding.masters sharding.process_groups sharding.rank_sets sharding.grad_reducer

@@ -30,6 +30,7 @@ from belief_dist.kernels.build import one_line
 from belief_dist.kernels.triton_meet_launch import GATHERS, MESSAGE_BYTES, SUMS, pad_nbytes
 from belief_dist.sharding.buffer_pool import Handle
 from belief_dist.sharding.collectives import AllToAll, Done, ReduceRequest
+from belief_dist.sharding.trial import Trial
 
 logger = logging.getLogger("belief_dist")
 
@@ -126,25 +127,17 @@ class SymmetricMemory(AllToAll):
         Raises:
             RuntimeError: A rank did not come to it, or the bits are not those that they must be.
         """
-        ranks = range(self.world_size)
-        flat = self.buffer(self.world_size * _CHECKED, torch.float32, device)
-        # Added in another order they have other bits.
-        addends = [1e-3 * 3.0**rank for rank in ranks]
-        flat.fill_(addends[self.rank])
-        shard = torch.zeros(_CHECKED, device=device)
-        self.start_reduce(ReduceRequest(flat, shard)).wait()
-        expected = torch.tensor(0.0)
-        for addend in addends:
-            expected += addend
-        pieces = flat.view(self.world_size, -1)
-        pieces[self.rank].fill_(float(self.rank))
-        self.start_gather(flat).wait()
-        everyones = torch.arange(float(self.world_size)).view(-1, 1).expand(pieces.shape)
-        sums, gathered = shard.cpu(), pieces.cpu()
+        trial = Trial(self, _CHECKED, device)
+        trial.fill()
+        trial.sum()
+        is_summed = trial.is_summed()
+        trial.place(0)
+        trial.gather()
+        is_gathered = trial.is_gathered(0)
         late = self.late()
         if late:
             raise RuntimeError(f"no first meeting with {', '.join(f'rank {r}' for r in late)}")
-        if not (bool((sums == expected).all()) and torch.equal(gathered, everyones)):
+        if not (is_summed and is_gathered):
             raise RuntimeError("a first sum or gather has other bits")
         self._meetings.insist()
 
@@ -184,10 +177,11 @@ class SymmetricMemory(AllToAll):
             mapped = self._staging
             if mapped is None or flat.nbytes > mapped.own.nbytes:
                 return super().start_reduce(request)
-            _as(mapped.own, flat).copy_(flat)  # all have met since they have read the last
-        pieces = [_as(each, flat).view(self.num_shards, -1) for each in mapped.all]
+            # All have met since they have read the last.
+            mapped.own[: flat.nbytes].view(flat.dtype).copy_(flat)
+        pieces = [self._piece(each, flat, self.shard_index) for each in mapped.all]
         with self._meetings.between(SUMS):
-            request.add_([piece[self.shard_index] for piece in pieces])
+            request.add_(pieces)
         return Done()
 
     def start_gather(self, flat: Tensor) -> Handle:
@@ -200,13 +194,18 @@ class SymmetricMemory(AllToAll):
         stream = self._stream
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(flat.device))
-        own = flat.view(self.num_shards, -1)
         with nullcontext() if stream is None else torch.cuda.stream(stream):
             with self._meetings.between(GATHERS):
                 for distance in range(1, self.world_size):  # every rank begins at another one
                     peer = (self.rank + distance) % self.world_size
-                    own[peer].copy_(_as(mapped.all[peer], flat).view(own.shape)[peer])
+                    piece = self._piece(mapped.all[peer], flat, peer)
+                    self._piece(mapped.own, flat, peer).copy_(piece)
             return _Gather(stream)
+
+    def _piece(self, buffer: Tensor, flat: Tensor, index: int) -> Tensor:
+        """Return a piece of a buffer that holds what `flat` does on its rank."""
+        nbytes = flat.nbytes // self.num_shards
+        return buffer[index * nbytes : (index + 1) * nbytes].view(flat.dtype)
 
     def sum_(self, message: Tensor) -> None:
         """See `Collectives.sum_`."""
@@ -214,11 +213,6 @@ class SymmetricMemory(AllToAll):
             self._meetings.add_up(message)
         else:
             super().sum_(message)
-
-
-def _as(buffer: Tensor, like: Tensor) -> Tensor:
-    """Return the beginning of a buffer as a tensor of another's dtype and length."""
-    return buffer[: like.nbytes].view(like.dtype)
 
 
 class _Gather:
